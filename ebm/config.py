@@ -169,6 +169,7 @@ class TrainConfig(Section):
     accumulate: int = Field(1, ge=1, description="parts a batch is computed in, one after the other, to save memory")
     mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="compute type of the network")
     log_every: int = Field(50, ge=1, description="steps between lines of metrics")
+    collective_timeout: float = Field(600.0, gt=0, description="seconds a rank waits for the others before it gives up")
     time_limit: float | None = Field(None, gt=0, description="seconds of wall time, then a clean stop (exit 75)")
 
 
@@ -250,6 +251,7 @@ FREE_TO_CHANGE = (
     "data.workers",
     "data.trace",
     "train.time_limit",
+    "train.collective_timeout",
     "train.log_every",
     "health.",
     "checkpoint.",

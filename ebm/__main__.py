@@ -1,0 +1,37 @@
+"""python -m ebm COMMAND: what goes on around a training run."""
+
+import argparse
+import importlib
+import sys
+
+from ebm.errors import UserError
+
+COMMANDS = {
+    "shard": "write images to webdataset shards with a manifest",
+    "index": "make a manifest for shards written elsewhere, or verify one",
+    "sample": "draw fresh chains with a run's averaged weights",
+    "score": "energies of images",
+    "evaluate": "Fréchet distance, out-of-distribution AUROC and more",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="python -m ebm", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, meaning in COMMANDS.items():
+        sub = commands.add_parser(name, help=meaning, description=meaning)
+        if name in arguments[:1]:  # torch is loaded for the command that runs, not for --help
+            importlib.import_module(f"ebm.commands.{name}").add_arguments(sub)
+    options = parser.parse_args(arguments)
+    try:
+        return importlib.import_module(f"ebm.commands.{options.command}").run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

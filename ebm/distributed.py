@@ -1,0 +1,111 @@
+"""The processes of a run: the only file that knows accelerate."""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from ebm.config import TrainConfig
+from ebm.errors import ConfigError
+
+
+class World:
+    """This process among all of the run's: its rank, its device, and what the ranks do together."""
+
+    def __init__(self, config: TrainConfig):
+        cuda = torch.cuda.is_available()
+        if config.mixed_precision == "fp16" and not cuda:
+            raise ConfigError(
+                "train.mixed_precision=fp16 needs a GPU: on a CPU it would silently compute in float32; use bf16 or no"
+            )
+        if config.mixed_precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise ConfigError("train.mixed_precision=bf16: this GPU has no bfloat16; use fp16 or no")
+        self.accelerator = Accelerator(
+            cpu=not cuda,
+            mixed_precision=config.mixed_precision,
+            # Power iteration does not depend on data, so the ranks' buffers stay equal without a broadcast.
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=timedelta(seconds=config.collective_timeout)),
+            ],
+        )
+        self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
+        self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        launched = int(os.environ.get("WORLD_SIZE", 1))
+        if self.size != launched:
+            raise ConfigError(
+                f"{launched} processes were launched, but this one sees a group of {self.size}: they "
+                "would train apart, unnoticed; launch with a file of launch/accelerate/ or with torchrun"
+            )
+        # Host-side agreement (stop requests, checkpoints) goes over gloo, so that it never waits for a GPU.
+        self._host_group = dist.new_group(backend="gloo") if self.size > 1 and cuda else None
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer):
+        return self.accelerator.prepare(model, optimizer)
+
+    def autocast_dtype(self) -> torch.dtype:
+        return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.accelerator.mixed_precision]
+
+    def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager:
+        """Gradients are averaged over the ranks in the last part of a batch alone."""
+        return nullcontext() if last else self.accelerator.no_sync(model)
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def clip_grad_norm(self, model: nn.Module, max_norm: float | None) -> Tensor:
+        """The global gradient norm before clipping, equal on all ranks; no host read."""
+        return self.accelerator.clip_grad_norm_(model.parameters(), float("inf") if max_norm is None else max_norm)
+
+    @property
+    def scaler(self):
+        return self.accelerator.scaler
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor(int(flag))
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._host_group)
+        return bool(value)
+
+    def all(self, flag: bool) -> bool:
+        return not self.any(not flag)
+
+    def gather(self, value) -> list:
+        """`value` of every rank, in rank order, on every rank. For small objects of our own making."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self._host_group)
+        return values
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over the ranks of a tensor on this rank's device."""
+        return self.accelerator.reduce(values, reduction="mean")
+
+    def concatenate(self, values: Tensor) -> Tensor:
+        """The ranks' tensors (n, ...), equal in shape, along their first dimension."""
+        return self.accelerator.gather(values)
+
+    def barrier(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise on every rank what any rank ran into, so that none is left waiting for the others."""
+        if self.size == 1:
+            if error:
+                raise error
+            return
+        if self.any(error is not None):
+            first = next(e for e in self.gather(error) if e is not None)
+            raise first
+
+    def close(self) -> None:
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()

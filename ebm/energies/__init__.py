@@ -1,0 +1,49 @@
+"""Energies: modules that map states (B, *shape) to energies (B,)."""
+
+import importlib
+
+import torch
+
+from ebm.config import ConvConfig, ImportConfig, MLPConfig
+from ebm.energies.base import BaseEnergyFunction, refuse_mixing_layers
+from ebm.energies.conv import ConvolutionalEnergyFunction
+from ebm.energies.folded import FoldedEnergy
+from ebm.energies.mlp import MLPEnergyFunction
+from ebm.energies.resnet import ResNetEnergyFunction
+from ebm.errors import ConfigError
+from ebm.streams import derive_seed
+
+__all__ = [
+    "BaseEnergyFunction",
+    "ConvolutionalEnergyFunction",
+    "FoldedEnergy",
+    "MLPEnergyFunction",
+    "ResNetEnergyFunction",
+    "build_energy",
+]
+
+
+def build_energy(config, shape: tuple[int, int, int], seed: int) -> BaseEnergyFunction:
+    """The energy of `config.energy` for images of `shape` (C, H, W), its weights a function of `seed` alone."""
+    channels, height, width = shape
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "init"))
+        if isinstance(config, ImportConfig):
+            return refuse_mixing_layers(_import(config), config.path)
+        settings = config.model_dump(exclude={"kind"})
+        if isinstance(config, MLPConfig):
+            return MLPEnergyFunction(channels * height * width, **settings)
+        if isinstance(config, ConvConfig):
+            return ConvolutionalEnergyFunction(channels, width, height, **settings)
+        return ResNetEnergyFunction(channels, height, width, **settings)
+
+
+def _import(config: ImportConfig) -> BaseEnergyFunction:
+    module, name = config.path.split(":")
+    try:
+        return getattr(importlib.import_module(module), name)(**config.settings)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"energy.path={config.path!r} with energy.settings={config.settings}: {error}; the module "
+            "must be importable from where the command runs"
+        ) from error

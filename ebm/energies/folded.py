@@ -1,0 +1,69 @@
+"""The chain's copy of an energy: frozen, spectral norm folded into the weights, cast and laid out for speed."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ebm.energies.base import EnergyHead
+
+
+class FoldedEnergy:
+    """A callable x (B, *shape) -> E (B,) float32 that follows `energy`'s weights at each `refresh`.
+
+    A chain takes K forwards of one and the same function. On the module itself each would run a power iteration a
+    layer (in training mode: sample a moving energy), recast every weight under autocast, and record the parameters
+    for a backward nobody asks for. The copy pays for all of that once an optimizer step. Heads stay in float32.
+    """
+
+    def __init__(self, energy: nn.Module, dtype: torch.dtype = torch.float32):
+        self.dtype = dtype
+        self.module = copy.deepcopy(energy).eval().requires_grad_(False)
+        for layer in list(self.module.modules()):
+            for name in list(getattr(layer, "parametrizations", ())):
+                parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
+        for parameter in self.module.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        if dtype != torch.float32:
+            heads = [layer for layer in self.module.modules() if isinstance(layer, EnergyHead)]
+            kept = {layer for head in heads for layer in head.modules()}
+            for layer in self.module.modules():
+                if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear) and layer not in kept:
+                    layer.to(dtype)
+        self.module.requires_grad_(False)
+        own = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
+        self._sources = [(layer, name) for layer, name, _ in _tensors(energy)]
+        self._targets = [own[path] for _, _, path in _tensors(energy)]
+        self._parametrisations = [m for m in energy.modules() if isinstance(m, parametrize.ParametrizationList)]
+        assert {id(t) for t in self._targets} == {id(t) for t in own.values()}, "the copy holds other tensors"
+
+    @torch.no_grad()
+    def refresh(self) -> "FoldedEnergy":
+        """Take over the energy's weights as they are now; its power-iteration vectors are read, not advanced."""
+        was = [p.training for p in self._parametrisations for _ in p]
+        norms = [norm for p in self._parametrisations for norm in p]
+        for norm in norms:
+            norm.training = False
+        torch._foreach_copy_(self._targets, [getattr(layer, name) for layer, name in self._sources])
+        for norm, training in zip(norms, was, strict=True):
+            norm.training = training
+        return self
+
+    def __call__(self, x: Tensor, *labels: Tensor) -> Tensor:
+        if self.dtype == torch.float32:
+            return self.module(x, *labels).float()
+        with torch.autocast(x.device.type, dtype=self.dtype):
+            return self.module(x, *labels).float()
+
+
+def _tensors(energy: nn.Module):
+    """(layer, attribute, path without parametrisations) of each parameter and buffer as the layer shows it."""
+    for path, layer in energy.named_modules():
+        if path.endswith("parametrizations") or ".parametrizations." in f".{path}.":
+            continue
+        names = [*layer._parameters, *layer._buffers, *getattr(layer, "parametrizations", ())]
+        for name in names:
+            if getattr(layer, name, None) is not None:
+                yield layer, name, f"{path}.{name}".lstrip(".")

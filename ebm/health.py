@@ -1,0 +1,33 @@
+"""What a run's energies and chains say about its health."""
+
+import torch
+from torch import Tensor
+
+
+def auc(e_pos: Tensor, e_neg: Tensor) -> Tensor:
+    """P(E(x_neg) > E(x_pos)), ties half, from energies (P,) and (N,): .5 where chains and data can't be told apart,
+    1 where every chain lies above all data. A scalar on the energies' device (Mann & Whitney 1947)."""
+    ranks = torch.searchsorted(e_pos.sort().values, e_neg.contiguous())
+    through = torch.searchsorted(e_pos.sort().values, e_neg.contiguous(), right=True)
+    return (ranks + through).double().mean() / (2 * len(e_pos))
+
+
+class Meters:
+    """Means of scalars over the steps between two reads. They add up on the device; only `read` waits for it."""
+
+    def __init__(self):
+        self._sums: dict[str, Tensor] = {}
+        self._steps = 0
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """One step's detached scalars; the same names each step."""
+        self._steps += 1
+        for name, value in values.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+
+    def read(self, world) -> dict[str, float]:
+        """Each mean over the steps and all ranks; starts over."""
+        names, sums = list(self._sums), torch.stack([v.float() for v in self._sums.values()])
+        means = (world.mean(sums) / self._steps).tolist()
+        self._sums, self._steps = {}, 0
+        return dict(zip(names, means, strict=True))

@@ -1,0 +1,45 @@
+"""The optimizer: Adam with warm-up and a cosine tail, and steps that a non-finite gradient makes void."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ebm.config import Config, OptimConfig
+
+
+def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019), fused; biases and scalars are not decayed."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """The rate of step 1 ... train.steps: linear warm-up, constant, then a cosine to lr_end * lr at the last step."""
+    optim, steps = config.optim, config.train.steps
+    warm = min(1.0, step / (optim.warmup_steps + 1))
+    start = optim.decay_start * steps
+    done = (step - start) / max(steps - start, 1)
+    cosine = optim.lr_end + (1 - optim.lr_end) * (1 + math.cos(math.pi * min(max(done, 0.0), 1.0))) / 2
+    return optim.lr * warm * cosine
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: int) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, step)
+
+
+def bare(optimizer) -> torch.optim.Optimizer:
+    """The torch optimizer inside accelerate's wrapping."""
+    return optimizer.optimizer if hasattr(optimizer, "optimizer") else optimizer
+
+
+def step_if(optimizer, finite: Tensor) -> None:
+    """One optimizer step, or none where `finite` (bool scalar on the device) is false; no host read."""
+    bare(optimizer).found_inf = (~finite).float()
+    optimizer.step()

@@ -1,0 +1,77 @@
+"""The replay buffer: persistent chains, sliced by stream (Tieleman 2008; Du & Mordatch 2019, section 3.2)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ebm.streams import StreamGenerators, generator, uniform_
+
+
+class Draw(NamedTuple):
+    """The chains of one step, stream-major: S streams times n chains. `slots` and `reinit` are known to the host."""
+
+    x: Tensor  # (S * n, *shape) float32, on the device
+    rows: Tensor  # (S * n,) rows of the storage, on the device
+    fresh: Tensor  # (S * n,) bool, on the device: started again from noise at this draw
+    slots: Tensor  # (S, n) slot numbers inside each stream's slice, on the host
+    reinit: Tensor  # (S, n) bool, on the host
+
+
+class ReplayBuffer:
+    """The chains of this rank's streams: `slots` a stream, states (slots, *shape) in float32 and their ages.
+
+    A slot belongs to its stream for the run's life, and to class `slot % num_classes` in a conditional run. New
+    chains start uniformly in [low, high).
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        slots: int,
+        streams: Sequence[int],
+        seed: int,
+        *,
+        device="cpu",
+        low: float = -1.0,
+        high: float = 1.0,
+    ):
+        self.streams, self.slots, self.seed, self.range = list(streams), slots, seed, (low, high)
+        self.device = torch.device(device)
+        self._noise = StreamGenerators(seed, self.streams, device)
+        self.x = torch.empty(len(self.streams) * slots, *shape, device=device)
+        uniform_(self.x, self._noise("fill", 0), low, high)
+        self.age = torch.zeros(len(self.x), dtype=torch.int32, device=device)
+
+    def draw(self, n: int, step: int, reinit_prob: float) -> Draw:
+        """`n` different chains of each stream, a share `reinit_prob` of them replaced by fresh noise."""
+        assert n <= self.slots, (n, self.slots)
+        slots, reinit = [], []
+        for stream in self.streams:
+            rng = generator(self.seed, "draw", stream, step)
+            slots.append(torch.randperm(self.slots, generator=rng)[:n])
+            reinit.append(torch.rand(n, generator=rng) < reinit_prob)
+        slots, reinit = torch.stack(slots), torch.stack(reinit)
+        rows = slots + self.slots * torch.arange(len(self.streams)).unsqueeze(1)
+        rows = rows.flatten().to(self.device, non_blocking=True)
+        fresh = reinit.flatten().to(self.device, non_blocking=True)
+        x = self.x[rows]
+        noise = uniform_(torch.empty_like(x), self._noise("reinit", step), *self.range)
+        x = torch.where(fresh.view(-1, *[1] * (x.ndim - 1)), noise, x)
+        return Draw(x, rows, fresh, slots, reinit)
+
+    def write(self, draw: Draw, x: Tensor, num_steps: int, ok: Tensor) -> None:
+        """Put the advanced chains back where they came from, `num_steps` older, unless `ok` (bool scalar) is false."""
+        age = torch.where(draw.fresh, 0, self.age[draw.rows]) + num_steps
+        self.x[draw.rows] = torch.where(ok, x, self.x[draw.rows])
+        self.age[draw.rows] = torch.where(ok, age, self.age[draw.rows]).to(torch.int32)
+
+    def stream_state(self, index: int) -> dict[str, Tensor]:
+        """The tensors of the `index`-th owned stream, views of the storage."""
+        part = slice(index * self.slots, (index + 1) * self.slots)
+        return {"x": self.x[part], "age": self.age[part]}
+
+    def load_stream(self, index: int, tensors: dict[str, Tensor]) -> None:
+        for name, own in self.stream_state(index).items():
+            own.copy_(tensors[name])

@@ -1,0 +1,43 @@
+"""Requests to stop: signals, the file STOP, the time limit, a launcher that died."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Remembers that a stop was asked for; the training loop asks between steps. A second SIGINT ends at once."""
+
+    def __init__(self, stop_file: Path, time_limit: float | None, started: float):
+        self.reason: str | None = None
+        self._stop_file, self._deadline = stop_file, None if time_limit is None else started + time_limit
+        # A launcher that is killed leaves its ranks running (accelerate and torchrun alike): notice it.
+        self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ or "RANK" in os.environ else None
+        self._previous = {}
+
+    def __enter__(self):
+        self._previous = {s: signal.signal(s, self._on_signal) for s in SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number, frame):
+        if self.reason and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.reason = signal.Signals(number).name
+
+    def asked(self) -> str | None:
+        """Why this process wants to stop, or None."""
+        if self.reason is None:
+            if self._stop_file.exists():
+                self.reason = f"{self._stop_file} exists"
+            elif self._deadline is not None and time.monotonic() > self._deadline:
+                self.reason = "train.time_limit is over"
+            elif self._launcher is not None and os.getppid() != self._launcher:
+                self.reason = "the launcher died"
+        return self.reason

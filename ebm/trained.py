@@ -1,0 +1,69 @@
+"""A trained run, opened for sampling, scoring and evaluation."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ebm import checkpoint
+from ebm.config import Config, load_config
+from ebm.energies import FoldedEnergy, build_energy
+from ebm.errors import DataError
+
+
+class TrainedRun(NamedTuple):
+    config: Config
+    energy: FoldedEnergy  # with the averaged weights, float32
+    checkpoint: Path
+    device: torch.device
+
+    def persistent_chains(self) -> Tensor:
+        """The replay buffer's states (N, C, H, W), stream by stream."""
+        files = sorted(self.checkpoint.glob("stream_*.safetensors"))
+        if not files:
+            raise DataError(
+                f"{self.checkpoint} holds no persistent chains (loss.negatives="
+                f"{self.config.loss.negatives}); use fresh ones"
+            )
+        return torch.cat([checkpoint.read_tensors(self.checkpoint, f.stem)["x"] for f in files]).to(self.device)
+
+    @torch.no_grad()
+    def energies(self, x: Tensor, labels: Tensor | None = None, block: int = 512) -> Tensor:
+        """E(x), (N,) float32 on the host. Without labels a conditional run gives -log sum_y exp(-E(x, y))."""
+        parts = []
+        for first in range(0, len(x), block):
+            part = x[first : first + block].to(self.device)
+            y = None if labels is None else labels[first : first + block].to(self.device)
+            parts.append(self._block(part, y).cpu())
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    def _block(self, x: Tensor, y: Tensor | None) -> Tensor:
+        classes = self.config.energy.num_classes
+        if not classes:
+            return self.energy(x)
+        if y is not None:
+            return self.energy(x, y)
+        per_class = [self.energy(x, torch.full((len(x),), c, device=x.device)) for c in range(classes)]
+        return -torch.logsumexp(-torch.stack(per_class), 0)
+
+
+def open_run(path: str | Path, device: str | None = None) -> TrainedRun:
+    """RUN, a run directory (its newest checkpoint that verifies) or one checkpoint inside it."""
+    path = Path(path)
+    if (path / "manifest.json").is_file() and path.parent.name == "checkpoints":
+        problem = checkpoint.problem_of(path)
+        if problem:
+            raise DataError(f"{path}: {problem}; use another checkpoint of the run")
+        chosen, run = path, path.parent.parent
+    else:
+        run, chosen = path, checkpoint.newest_valid(path / "checkpoints")
+    if not (run / "config.yaml").is_file():
+        raise DataError(f"{path}: no run directory (it has no config.yaml); give the run.dir of a training run")
+    if chosen is None:
+        raise DataError(f"{run}/checkpoints holds no valid checkpoint yet; train on, or lower checkpoint.every")
+    config = load_config(run / "config.yaml")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    energy = build_energy(config.energy, config.data.shape, config.run.seed)
+    energy.load_state_dict(checkpoint.read_tensors(chosen, "ema"))
+    return TrainedRun(config, FoldedEnergy(energy.to(device)).refresh(), chosen, device)

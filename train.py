@@ -1,0 +1,78 @@
+"""Train an energy-based model: accelerate launch train.py [--config FILE] [key=value ...]"""
+
+import argparse
+import os
+import sys
+import time
+
+from ebm.config import DEFAULT_CONFIG, Config, describe, load_config
+from ebm.errors import ConfigError, UserError
+
+
+def main() -> int:
+    started = time.monotonic()
+    main_rank = int(os.environ.get("RANK", 0)) == 0
+    try:
+        arguments = parse()
+        config = load_config(arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            from ebm.dry_run import dry_run
+
+            if main_rank:
+                dry_run(config)
+            return 0
+        return run(config, started)
+    except UserError as error:
+        if main_rank or not isinstance(error, ConfigError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=all_keys()
+    )
+    parser.add_argument("--config", help=f"YAML file (default: configs/{DEFAULT_CONFIG.name})")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config, size and cost, and exit")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, such as train.steps=500")
+    return parser.parse_args()
+
+
+def all_keys() -> str:
+    lines = [
+        "exit codes: 0 done, 2 bad usage or config, 3 diverged, 4 data error, 75 stopped and resumable",
+        "",
+        "keys:",
+    ]
+    for key, kind, default, meaning in describe():
+        lines.append(f"  {key}: {kind} = {default}\n      {meaning}" if meaning else f"  {key}: {kind}")
+    return "\n".join(lines)
+
+
+def run(config: Config, started: float) -> int:
+    from ebm.data.shards import ensure_shards  # torch and its libraries load from here on: --help needs none of them
+
+    from ebm.distributed import World
+    from ebm.trainer import train
+
+    world = World(config.train)
+    try:
+        if config.data.streams % world.size:
+            raise ConfigError(
+                f"data.streams={config.data.streams} is not divisible by {world.size} processes; launch "
+                "with a divisor of it, or set data.streams to a multiple"
+            )
+        error = None
+        if world.is_main:
+            try:
+                ensure_shards(config.data.shards, config.data.source, "train")
+            except UserError as caught:
+                error = caught
+        world.raise_together(error)
+        return train(config, world, started)
+    finally:
+        world.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
