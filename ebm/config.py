@@ -271,7 +271,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] = ()) -> Co
     try:
         base, given = OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))
         values = OmegaConf.to_container(OmegaConf.merge(_superseded(base, given), given), resolve=True)
-    except (OmegaConfBaseException, YAMLError, ValueError, UnicodeDecodeError) as error:
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError, OSError) as error:
         raise ConfigError(f"{path} with {list(overrides)}: {error}") from error
     return validate(values, str(path))
 
@@ -285,7 +285,8 @@ def _superseded(base, given):
             base[section] = {}
     if OmegaConf.is_dict(given.get("sampler")):
         for one, other in (("noise_scale", "temperature"), ("temperature", "noise_scale")):
-            if one in given.sampler and other not in given.sampler and OmegaConf.is_dict(base.get("sampler")):
+            replaced = given.sampler.get(one) is not None and other not in given.sampler
+            if replaced and OmegaConf.is_dict(base.get("sampler")):
                 base.sampler.pop(other, None)
     return base
 

@@ -7,16 +7,17 @@ import torch
 from torch import Tensor
 
 from ebm.errors import DataError
+from ebm.evaluation.levels import from_levels, to_levels
 
 
 def to_uint8(x: Tensor) -> np.ndarray:
-    """Images (N, C, H, W) in [-1, 1] -> uint8 (N, H, W, C): each value to its bin of 256, the inverse of dequantising."""
-    return ((x + 1) * 128).floor().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    """Images (N, C, H, W) in [-1, 1] -> uint8 (N, H, W, C), as `ebm.evaluation.levels.to_levels`."""
+    return to_levels(x, "samples").permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def from_uint8(images: np.ndarray) -> Tensor:
     """uint8 (N, H, W, C) -> (N, C, H, W) in [-1, 1], each level to the middle of its bin."""
-    return (torch.from_numpy(images).permute(0, 3, 1, 2).float() + 0.5) / 128 - 1
+    return from_levels(torch.from_numpy(images).permute(0, 3, 1, 2))
 
 
 def load_array(path: str | Path, shape: tuple[int, int, int]) -> np.ndarray:

@@ -8,6 +8,7 @@ import torch
 from ebm.commands.images import from_uint8, load_array
 from ebm.data.reader import read_all
 from ebm.errors import ConfigError
+from ebm.evaluation.levels import from_levels
 from ebm.trained import open_run
 
 
@@ -27,7 +28,7 @@ def run(arguments) -> int:
         energies = trained.energies(from_uint8(load_array(arguments.data, shape)))
     else:
         blocks = (images for images, _, _ in read_all(arguments.data, shape))
-        energies = torch.cat([trained.energies((images.float() + 0.5) / 128 - 1) for images in blocks])
+        energies = torch.cat([trained.energies(from_levels(images)) for images in blocks])
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         np.save(out, energies.numpy())

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from ebm.errors import ConfigError
+
 NORMALISED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 
 
@@ -67,12 +69,12 @@ def refuse_mixing_layers(energy: nn.Module, where: str) -> nn.Module:
     """`energy`, unless it holds a layer through which one sample's energy depends on the others or on chance."""
     for name, layer in energy.named_modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            raise ValueError(
+            raise ConfigError(
                 f"{where}: {name} is a {type(layer).__name__}: it makes the energy of an image depend on "
                 "the others in its batch; use GroupNorm, LayerNorm or spectral normalisation"
             )
         if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0:
-            raise ValueError(
+            raise ConfigError(
                 f"{where}: {name} is a {type(layer).__name__}: it makes the energy random, while chains "
                 "sample the one without it; use weight decay or spectral normalisation"
             )

@@ -33,7 +33,8 @@ class FoldedEnergy:
                 if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear) and layer not in kept:
                     layer.to(dtype)
         self.module.requires_grad_(False)
-        own = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
+        own = dict(self.module.named_parameters(remove_duplicate=False))  # tied weights have several paths
+        own |= dict(self.module.named_buffers(remove_duplicate=False))
         self._sources = [(layer, name) for layer, name, _ in _tensors(energy)]
         self._targets = [own[path] for _, _, path in _tensors(energy)]
         self._parametrisations = [m for m in energy.modules() if isinstance(m, parametrize.ParametrizationList)]

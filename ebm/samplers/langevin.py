@@ -50,7 +50,7 @@ def langevin(
     Returns the states after the last step, (B, *shape) float32, and ChainInfo.
     """
     steps, noises = _per_step(step_size, num_steps, "step_size"), _per_step(noise_scale, num_steps, "noise_scale")
-    start = x.detach().float()
+    start = _dense(x.detach())
     x, z = start.clone(), torch.empty_like(start)
     grad = torch.zeros_like(start)
     for step, noise in zip(steps, noises, strict=True):
@@ -67,6 +67,13 @@ def langevin(
         if bounds is not None:
             _keep_inside_(x, bounds, boundary)
     return x, _describe(start, x, grad, bounds)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """A float32 copy of `x`; images channels last, with strides that say so even for one channel, where
+    `contiguous(memory_format=...)` leaves them ambiguous and convolutions then change layouts back and forth."""
+    layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format
+    return torch.empty(x.shape, dtype=torch.float32, device=x.device, memory_format=layout).copy_(x)
 
 
 def _keep_inside_(x: Tensor, bounds: tuple[float, float], boundary: str) -> None:
@@ -109,7 +116,7 @@ def schedule(kind: str, start: float, end: float | None, num_steps: int) -> list
 
 def settings_of(config: LangevinConfig, num_steps: int | None = None) -> dict:
     """The keyword arguments of `langevin` that a config asks for, with another number of steps where given."""
-    num_steps = num_steps or config.num_steps
+    num_steps = config.num_steps if num_steps is None else num_steps
     return {
         "num_steps": num_steps,
         "step_size": schedule(config.schedule, config.step_size, config.step_size_end, num_steps),
@@ -140,9 +147,9 @@ def fresh_chains(
     group, states = 32, []
     low, high = config.bounds or (-1.0, 1.0)
     labels = torch.arange(-(-num // group) * group, device=device) % num_classes if num_classes else None
-    groups = range(-(-num // group))
-    for first in range(0, len(groups), block // group):
-        numbers = groups[first : first + block // group]
+    groups, at_once = range(-(-num // group)), max(1, block // group)
+    for first in range(0, len(groups), at_once):
+        numbers = groups[first : first + at_once]
         start, noise = ([generator(seed, purpose, n, device=device) for n in numbers] for purpose in ("start", "chain"))
         x = uniform_(torch.empty(len(numbers) * group, *shape, device=device), start, low, high)
         y = () if labels is None else (labels[first * group : first * group + len(x)],)

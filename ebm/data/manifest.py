@@ -1,0 +1,199 @@
+"""The manifest: which shards there are, how many samples each holds, and where to find them inside.
+
+webdataset alone can neither be resumed inside a shard nor notice missing samples; counts, offsets and checksums can.
+"""
+
+import glob
+import hashlib
+import json
+import os
+from pathlib import Path, PurePosixPath
+
+from braceexpand import braceexpand
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from tqdm import tqdm
+
+from ebm.data.tars import BLOCK, scan_shard
+from ebm.errors import DataError
+
+FILE_NAME = "manifest.json"
+MAX_BYTES = 1 << 28
+
+
+class Shard(BaseModel):
+    """One tar. `offsets[i]`: byte where sample 64 i begins."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    samples: int = Field(ge=1)
+    bytes: int = Field(ge=1)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    offsets: tuple[int, ...]
+
+    @field_validator("name")
+    @classmethod
+    def _stays_inside(cls, name: str) -> str:
+        path = PurePosixPath(name)
+        if not name or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name:
+            raise ValueError("must be a plain name relative to the manifest, without ..")
+        return name
+
+    @model_validator(mode="after")
+    def _offsets(self):
+        rising = all(a < b for a, b in zip(self.offsets, (*self.offsets[1:], self.bytes), strict=True))
+        if len(self.offsets) != -(-self.samples // BLOCK) or not rising or self.offsets[0] < 0:
+            raise ValueError(f"{self.name}: offsets must rise from 0 on to the size, one for every {BLOCK} samples")
+        return self
+
+
+class Manifest(BaseModel):
+    """The shards in `directory`. `shape`: (C, H, W) of the images; `num_classes`: None without labels."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    version: int = Field(1, ge=1, le=1)
+    shape: tuple[int, int, int]
+    num_classes: int | None = None
+    shards: tuple[Shard, ...] = Field(min_length=1)
+    directory: Path = Field(exclude=True)
+
+    @model_validator(mode="after")
+    def _unique(self):
+        names = [shard.name for shard in self.shards]
+        if len(set(names)) != len(names):
+            raise ValueError("a shard is listed twice")
+        return self
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    def path(self, shard: Shard) -> Path:
+        return self.directory / shard.name
+
+    def save(self) -> Path:
+        """Write manifest.json, atomically."""
+        target = self.directory / FILE_NAME
+        temporary = target.with_suffix(".json.tmp")
+        with open(temporary, "w") as file:
+            file.write(self.model_dump_json() + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        sync_directory(self.directory)
+        return target
+
+
+def sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def manifest_path(path: str | Path) -> Path:
+    """A directory's manifest, or the manifest itself."""
+    return Path(path) if str(path).endswith(".json") else Path(path) / FILE_NAME
+
+
+def load_manifest(path: str | Path) -> Manifest:
+    """The manifest of a directory of shards, or the file itself. Raises DataError."""
+    file = manifest_path(path)
+    try:
+        with open(file, "rb") as stream:
+            text = stream.read(MAX_BYTES + 1)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"no shards in {file.parent}: there is no {file.name}. Write shards with `python -m ebm shard --source "
+            f"... --out {file.parent}`, or, for shards made elsewhere, run `python -m ebm index {file.parent}`"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{file}: {error}") from error
+    if len(text) > MAX_BYTES:
+        raise DataError(f"{file}: larger than {MAX_BYTES} bytes, which no manifest is")
+    try:
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError(f"must be an object, found {type(values).__name__}")
+        return Manifest(**(values | {"directory": file.parent}))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: {_reason(error)}; write it anew with `python -m ebm index {file.parent}`") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "manifest"
+        value = "" if isinstance(first["input"], dict | BaseModel) else f"={str(first['input'])[:80]!r}"
+        return f"{key}{value}: {first['msg'].removeprefix('Value error, ')}"
+    return f"not a manifest ({error})"
+
+
+def check_files(manifest: Manifest) -> None:
+    """Every shard is there and has the manifest's size. Raises DataError; takes no longer than a listing."""
+    for shard in manifest.shards:
+        path = manifest.path(shard)
+        try:
+            found = path.stat().st_size
+        except OSError as error:
+            raise DataError(f"{path}: listed in {FILE_NAME}, but can't be found ({error.strerror})") from error
+        if found != shard.bytes:
+            raise DataError(
+                f"{path}: has {found} bytes, {FILE_NAME} says {shard.bytes}; copy or write it again, or, "
+                f"if it was changed on purpose, run `python -m ebm index {manifest.directory}`"
+            )
+
+
+def verify(manifest: Manifest, progress: bool = False) -> None:
+    """`check_files`, and the sha256 of every shard. Raises DataError naming the first that differs."""
+    check_files(manifest)
+    for shard in tqdm(manifest.shards, desc="verifying", unit="shard", disable=None if progress else True):
+        path = manifest.path(shard)
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != shard.sha256:
+            raise DataError(f"{path}: sha256 is {found}, {FILE_NAME} says {shard.sha256}; copy or write it again")
+
+
+def index_shards(where: str | Path, progress: bool = False) -> Manifest:
+    """Scan shards made elsewhere and write their manifest beside them, over one that is there.
+
+    `where`: a directory, or a pattern (`*`, `?`, `{000..099}`). Raises DataError naming what can't be used.
+    """
+    paths = find_shards(str(where))
+    directory = Path(os.path.commonpath([path.parent for path in paths]))
+    bar = tqdm(paths, desc="indexing", unit="shard", disable=None if progress else True)
+    names = [path.relative_to(directory).as_posix() for path in paths]
+    manifest = assemble(directory, names, [scan_shard(path) for path in bar])
+    manifest.save()
+    return manifest
+
+
+def find_shards(where: str) -> list[Path]:
+    patterns = [f"{glob.escape(where)}/*.tar"] if Path(where).is_dir() else list(braceexpand(where))
+    paths = sorted({Path(p) for pattern in patterns for p in glob.glob(pattern)})
+    missing = [p for p in patterns if not glob.glob(p)]
+    if missing:
+        raise DataError(f"no shards: nothing matches {missing[0]}; give a directory of .tar files or a pattern")
+    return paths
+
+
+def assemble(directory: Path, names: list[str], scans: list) -> Manifest:
+    """A manifest of scanned shards; all their first images must have one shape. Raises DataError."""
+    for name, scan in zip(names, scans, strict=True):
+        if scan.shape != scans[0].shape:
+            raise DataError(
+                f"{directory / name} begins with an image of {scan.shape} (channels, height, width), {names[0]} "
+                f"with {scans[0].shape}: all images must have one shape; write shards with --size"
+            )
+    labelled = all(scan.unlabelled == 0 for scan in scans)
+    shards = [
+        Shard(name=name, samples=scan.samples, bytes=scan.bytes, sha256=scan.sha256, offsets=scan.offsets)
+        for name, scan in zip(names, scans, strict=True)
+    ]
+    return Manifest(
+        shape=scans[0].shape,
+        num_classes=1 + max(scan.max_label for scan in scans) if labelled else None,
+        shards=shards,
+        directory=directory,
+    )

@@ -1,0 +1,186 @@
+"""The resumable reader: batches that are a pure function of (seed, stream, position), decoded in worker processes."""
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ebm.config import DataConfig
+from ebm.data.manifest import Manifest, check_files, load_manifest
+from ebm.data.order import Order, Window
+from ebm.data.processes import init_worker, worker_context
+from ebm.data.samples import Decoded, SampleReader, WindowDataset
+from ebm.errors import DataError
+
+MAX_PIXELS = DataConfig.model_fields["max_pixels"].default
+AHEAD = 2  # windows decoded or being decoded ahead, a worker
+
+
+class Batch(NamedTuple):
+    """S streams times n samples, stream by stream in the order of the reader's `streams`."""
+
+    images: Tensor  # (S * n, C, H, W) uint8
+    labels: Tensor  # (S * n,) int64, -1 where there is none
+    keys: list[tuple[int, str]]  # (stream, key)
+    skipped: int  # unreadable samples passed over to fill this batch
+
+
+class ShardReader:
+    """An endless iterator of batches over the streams that one rank owns.
+
+    After `next` returns, `positions` (samples gone through, a stream) is the state after that batch; a reader built
+    with it goes on exactly there, whatever its workers and world size. `per_stream`: samples of each stream a batch.
+    `on_error="skip"` passes over unreadable samples and counts them; `"fail"` raises DataError naming shard and key.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        shape: tuple[int, int, int],
+        *,
+        seed: int,
+        num_streams: int,
+        streams: list[int],
+        per_stream: int,
+        window: int,
+        workers: int,
+        positions: dict[int, int] | None = None,
+        on_error: Literal["fail", "skip"] = "fail",
+        max_pixels: int = MAX_PIXELS,
+        num_classes: int | None = None,
+    ):
+        self.manifest, self.streams, self.per_stream = manifest, list(streams), per_stream
+        self.order = Order([s.samples for s in manifest.shards], seed=seed, num_streams=num_streams, window=window)
+        self.positions = {v: (positions or {}).get(v, 0) for v in self.streams}
+        self._asked = dict(self.positions)  # the position up to which windows were given to the workers
+        self._ready: dict[int, deque[Decoded]] = {v: deque() for v in self.streams}
+        reader = SampleReader(manifest, tuple(shape), max_pixels, num_classes)
+        self._loader = make_loader(WindowDataset(reader, self.order, on_error), self._windows(), workers)
+        self._decoded: Iterator[Decoded | DataError] | None = None
+
+    @property
+    def epoch(self) -> float:
+        """Epochs that the first owned stream has gone through, with its fraction."""
+        return self.positions[self.streams[0]] / self.order.length(self.streams[0])
+
+    def __iter__(self) -> "ShardReader":
+        return self
+
+    def __next__(self) -> Batch:
+        before = sum(self.positions.values())
+        for stream in self.streams:
+            while sum(len(part.keys) for part in self._ready[stream]) < self.per_stream:
+                self._receive()
+        images, labels, keys = [], [], []
+        for stream in self.streams:
+            for part in self._take(stream):
+                images.append(torch.from_numpy(part.images))
+                labels.append(torch.from_numpy(part.labels))
+                keys += [(stream, key) for key in part.keys]
+        skipped = sum(self.positions.values()) - before - len(keys)
+        return Batch(torch.cat(images), torch.cat(labels), keys, skipped)
+
+    def close(self) -> None:
+        """End the workers. The positions stay valid."""
+        self._decoded = self._loader = None
+
+    def _windows(self) -> Iterator[Window]:
+        """What to decode next: a window of the stream that has the fewest samples ahead.
+
+        Drawn by the loader as it goes, so streams that skip samples, and need their windows sooner, get them.
+        """
+        while True:
+            stream = min(self.streams, key=lambda v: (self._asked[v] - self.positions[v], v))
+            window = self.order.window(stream, self._asked[stream])
+            self._asked[stream] = self.order.end(window)
+            yield window
+
+    def _receive(self) -> None:
+        if self._decoded is None:
+            self._decoded = iter(self._loader)
+        try:
+            part = next(self._decoded)
+        except RuntimeError as error:
+            if "worker" not in str(error) or "exited unexpectedly" not in str(error):
+                raise
+            raise DataError(f"{error}. Out of memory? Lower data.window or data.workers") from error
+        if isinstance(part, DataError):
+            raise part
+        queue = self._ready[part.stream]
+        if not queue and not part.keys and part.end - self.positions[part.stream] >= self.order.length(part.stream):
+            raise DataError(
+                f"stream {part.stream} of data.streams={self.order.num_streams} has no readable sample in a whole "
+                f"epoch of {self.manifest.directory}; data.on_error=fail names the first error"
+            )
+        if part.keys:
+            queue.append(part)
+
+    def _take(self, stream: int) -> Iterator[Decoded]:
+        """The stream's next `per_stream` samples, in parts; advances its position past them."""
+        queue, wanted = self._ready[stream], self.per_stream
+        while wanted:
+            part = queue.popleft()
+            head, rest = _split(part, wanted)
+            wanted -= len(head.keys)
+            self.positions[stream] = int(head.ends[-1])
+            if rest.keys:
+                queue.appendleft(rest)
+            yield head
+
+
+def _split(part: Decoded, n: int) -> tuple[Decoded, Decoded]:
+    """The first n samples and the others, as views."""
+    fields = ("images", "labels", "keys", "ends")
+    head = part._replace(**{name: getattr(part, name)[:n] for name in fields})
+    return head, part._replace(**{name: getattr(part, name)[n:] for name in fields})
+
+
+def make_loader(dataset: WindowDataset, windows: Iterator[Window], workers: int) -> DataLoader:
+    """Decodes `windows` in order. Arrays travel through pipes: /dev/shm is 64 MiB in many containers."""
+    options = {}
+    if workers:
+        options = {
+            "multiprocessing_context": worker_context(),
+            "prefetch_factor": AHEAD,
+            "worker_init_fn": init_worker,
+        }
+    return DataLoader(
+        dataset,
+        sampler=windows,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        generator=torch.Generator(),  # the loader draws a seed for its workers: not from the global generator
+        **options,
+    )
+
+
+def _as_it_is(value):
+    return value
+
+
+def read_all(
+    shards, shape: tuple[int, int, int], *, batch: int = 1024, max_pixels: int = MAX_PIXELS
+) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+    """Every sample once, in the shards' order: (images (m, C, H, W) uint8, labels (m,) int64, keys), m <= batch.
+
+    `shards`: a directory, a manifest.json, or a Manifest. Raises DataError at the first sample that can't be read.
+    """
+    manifest = shards if isinstance(shards, Manifest) else load_manifest(shards)
+    check_files(manifest)
+    reader = SampleReader(manifest, tuple(shape), max_pixels)
+    for shard, entry in enumerate(manifest.shards):
+        for start in range(0, entry.samples, batch):
+            images, labels, keys = [], [], []
+            for sample in reader.samples(shard, start, min(start + batch, entry.samples)):
+                if isinstance(sample, DataError):
+                    raise sample
+                image, label, key = reader.decode(shard, sample)
+                images.append(image)
+                labels.append(label)
+                keys.append(key)
+            yield torch.from_numpy(np.stack(images)), torch.tensor(labels), keys

@@ -1,0 +1,150 @@
+"""From shards to decoded samples: what the reader's workers run. Every sample is either decoded or accounted for."""
+
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from ebm.data.decode import decode, read_header, show
+from ebm.data.manifest import Manifest
+from ebm.data.order import Order, Window
+from ebm.data.tars import BLOCK, image_suffix, parse_label, read_block
+from ebm.errors import DataError
+
+
+class Decoded(NamedTuple):
+    """A window's readable samples in shuffled order. `ends`: the stream's position after each."""
+
+    stream: int
+    images: np.ndarray  # (m, C, H, W) uint8
+    labels: np.ndarray  # (m,) int64, -1 where there is none
+    keys: list[str]
+    ends: np.ndarray  # (m,) int64
+    end: int  # the stream's position after the window
+
+
+@dataclass(frozen=True)
+class SampleReader:
+    """Reads and checks samples of one shape. Its errors name shard, key and reason."""
+
+    manifest: Manifest
+    shape: tuple[int, int, int]
+    max_pixels: int
+    num_classes: int | None = None
+
+    def samples(self, shard: int, start: int, stop: int) -> Iterator[dict | DataError]:
+        """Samples [start, stop) of a shard, still encoded; a DataError in the place of each that can't be reached."""
+        entry = self.manifest.shards[shard]
+        path = self.manifest.path(entry)
+        try:
+            with open(path, "rb") as file:
+                for block in range(start // BLOCK, -(-stop // BLOCK)):
+                    low = block * BLOCK
+                    found = self._block(file, shard, block)
+                    yield from found[max(start - low, 0) : stop - low]
+        except OSError as error:
+            raise DataError(f"{path}: can't be read ({error})") from error
+
+    def _block(self, file, shard: int, block: int) -> list[dict | DataError]:
+        entry = self.manifest.shards[shard]
+        expected = min(BLOCK, entry.samples - block * BLOCK)
+        begin, end = (*entry.offsets, entry.bytes)[block : block + 2]
+        found, reason = [], "the tar ends early, or a header in it is damaged"
+        try:
+            for sample in read_block(file, begin, end):
+                found.append(sample)
+        except (tarfile.TarError, ValueError) as error:
+            reason = str(error.args[0]) if error.args else type(error).__name__
+        path = self.manifest.path(entry)
+        if len(found) > expected:
+            raise DataError(
+                f"{path}: holds more samples than the manifest says; write the manifest anew with "
+                f"`python -m ebm index {self.manifest.directory}`"
+            )
+        first = block * BLOCK + len(found)
+        lost = DataError(
+            f"{path}: holds {entry.samples} samples by its manifest, but from sample {first} on (of this block of "
+            f"{BLOCK}) none can be read: {reason}. Copy or write the shard again, or set data.on_error=skip"
+        )
+        return found + [lost] * (expected - len(found))
+
+    def decode(self, shard: int, sample: dict) -> tuple[np.ndarray, int, str]:
+        """(uint8 image of `shape`, label or -1, key). Raises DataError."""
+        key = sample["__key__"]
+        try:
+            suffix = image_suffix(name for name in sample if not name.startswith("__"))
+            if suffix is None:
+                raise ValueError("has no image")
+            return self._image(sample[suffix]), self._label(sample.get("cls")), key
+        except ValueError as error:
+            path = self.manifest.path(self.manifest.shards[shard])
+            raise DataError(f"{path}: key {key}: {error}") from error
+
+    def _image(self, data: bytes) -> np.ndarray:
+        header = read_header(data)
+        if header.height * header.width > self.max_pixels:
+            raise ValueError(f"image has {header.width}x{header.height} pixels, more than {self.max_pixels}")
+        if header.shape != tuple(self.shape):
+            raise ValueError(
+                f"image is {show(header.shape)}, data.shape is {list(self.shape)}; set data.shape="
+                f"[{','.join(map(str, header.shape))}], or write the shards with --size, --grayscale or --rgb"
+            )
+        return decode(data, header)
+
+    def _label(self, data: bytes | None) -> int:
+        if data is None:
+            # Where all were labelled when the manifest was made, one without has lost its .cls to damage.
+            if self.num_classes is not None or self.manifest.num_classes is not None:
+                raise ValueError("has no .cls")
+            return -1
+        label = parse_label(data)
+        if self.num_classes is not None and label >= self.num_classes:
+            raise ValueError(f".cls is {label}, not below num_classes={self.num_classes}")
+        return label
+
+
+@dataclass(frozen=True)
+class WindowDataset:
+    """A map from windows to their decoded samples, for a DataLoader. Returns a DataError as a value: raised in a
+    worker, it would arrive as another type and with a traceback."""
+
+    reader: SampleReader
+    order: Order
+    on_error: Literal["fail", "skip"]
+
+    def __getitem__(self, window: Window) -> Decoded | DataError:
+        try:
+            return self._read(window)
+        except DataError as error:
+            return error
+
+    def _read(self, window: Window) -> Decoded:
+        ranks = self.order.ranks(window)
+        count = len(ranks) - window.first
+        images = np.empty((count, *self.reader.shape), np.uint8)
+        labels, keys, good = np.empty(count, np.int64), [""] * count, np.zeros(count, bool)
+        for rank, (shard, sample) in zip(ranks, self._samples(window), strict=True):
+            place = rank - window.first
+            if place < 0:
+                continue
+            try:
+                if isinstance(sample, DataError):
+                    raise sample
+                images[place], labels[place], keys[place] = self.reader.decode(shard, sample)
+                good[place] = True
+            except DataError:
+                if self.on_error == "fail":
+                    raise
+        end = self.order.end(window)
+        ends = np.arange(end - count + 1, end + 1)
+        if good.all():
+            return Decoded(window.stream, images, labels, keys, ends, end)
+        kept = [key for key, ok in zip(keys, good, strict=True) if ok]
+        return Decoded(window.stream, images[good], labels[good], kept, ends[good], end)
+
+    def _samples(self, window: Window) -> Iterator[tuple[int, dict | DataError]]:
+        for shard, start, stop in self.order.segments(window):
+            for sample in self.reader.samples(shard, start, stop):
+                yield shard, sample

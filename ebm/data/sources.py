@@ -1,0 +1,196 @@
+"""Where images come from before they are shards: built-in data sets, folders, arrays."""
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ebm.data.decode import CHANNELS, FORMATS, IMAGE_SUFFIXES, to_array
+from ebm.errors import DataError
+
+KINDS = "digits, mnist, cifar10, svhn, celeba, folder:PATH, npy:PATH"
+
+
+class Item(NamedTuple):
+    """One image. `image`: uint8 (H, W, C). `encoded`: the file as it is and its suffix, where it can be kept so."""
+
+    key: str
+    name: str  # for error messages
+    image: np.ndarray
+    label: int | None
+    encoded: tuple[bytes, str] | None = None
+
+
+class Source(Protocol):
+    """Images in a fixed order; sent to worker processes, so it must be picklable."""
+
+    def __len__(self) -> int: ...
+
+    def item(self, i: int) -> Item: ...
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """`images`: uint8 (N, H, W, C); `labels`: (N,) or None."""
+
+    name: str
+    images: np.ndarray
+    labels: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def item(self, i: int) -> Item:
+        label = None if self.labels is None else int(self.labels[i])
+        return Item(f"{i:06d}", f"{self.name}, image {i}", self.images[i], label)
+
+
+@dataclass(frozen=True)
+class NpySource:
+    """uint8 (N, H, W) or (N, H, W, C) in a .npy file, which is mapped, not loaded."""
+
+    path: str
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def item(self, i: int) -> Item:
+        image = np.array(_open_npy(self.path)[i])
+        image = image[:, :, None] if image.ndim == 2 else image
+        return Item(f"{i:06d}", f"{self.path}, image {i}", image, None)
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """Image files below `root`, as (relative path, key, label)."""
+
+    root: str
+    files: list[tuple[str, str, int | None]]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def item(self, i: int) -> Item:
+        name, key, label = self.files[i]
+        path = Path(self.root) / name
+        try:
+            data = path.read_bytes()
+            with Image.open(path, formats=FORMATS) as image:
+                turned = image.getexif().get(0x0112, 1) != 1  # the reader knows no EXIF orientation
+                as_it_is = image.format in ("PNG", "JPEG") and image.mode in ("L", "RGB") and not turned
+                suffix = "png" if image.format == "PNG" else "jpg"
+                if image.mode not in CHANNELS:
+                    raise ValueError(f"pixels of Pillow's mode {image.mode}")
+                array = to_array(ImageOps.exif_transpose(image))
+        except Exception as error:  # Pillow's plugins raise almost anything on a broken file
+            raise DataError(f"{path}: can't be read as an image ({error}); mend or remove it") from error
+        return Item(key, str(path), array, label, (data, suffix) if as_it_is else None)
+
+
+def open_source(spec: str, split: str = "train") -> Source:
+    """A source by its name. `split`: `train` or `test`, or another that the data set has; for a folder, its
+    subdirectory of that name if there is one; a .npy file has none. Raises DataError."""
+    kind, _, path = spec.partition(":")
+    if kind == "folder" and path:
+        return open_folder(Path(path), split)
+    if kind == "npy" and path:
+        return open_npy(path)
+    if spec == "digits":
+        return open_digits(split)
+    if spec in ("mnist", "cifar10", "svhn", "celeba"):
+        return open_torchvision(spec, split)
+    raise DataError(f"source {spec!r} is not known; use one of {KINDS}")
+
+
+def open_digits(split: str) -> ArraySource:
+    """scikit-learn's 1,797 digits, 8x8, a fixed stratified split: 1,437 train, 360 test."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    if split not in ("train", "test"):
+        raise DataError(f"split {split!r}: digits has train and test")
+    digits = load_digits()
+    images = np.rint(digits.images * 255 / 16).astype(np.uint8)[..., None]
+    train, test, y_train, y_test = train_test_split(
+        images, digits.target, test_size=0.2, random_state=0, stratify=digits.target
+    )
+    return ArraySource("digits", *((train, y_train) if split == "train" else (test, y_test)))
+
+
+def open_torchvision(name: str, split: str) -> Source:
+    """Downloads below $EBM_DATASETS, or ~/.cache/ebm, where the files are not there yet."""
+    from torchvision import datasets
+
+    root = Path(os.environ.get("EBM_DATASETS", "~/.cache/ebm")).expanduser()
+    splits = {"celeba": ("train", "valid", "test"), "svhn": ("train", "test", "extra")}.get(name, ("train", "test"))
+    if split not in splits:
+        raise DataError(f"split {split!r}: {name} has {', '.join(splits)}")
+    try:
+        if name == "mnist":
+            data = datasets.MNIST(root, train=split == "train", download=True)
+            return ArraySource(name, data.data.numpy()[..., None], data.targets.numpy())
+        if name == "cifar10":
+            data = datasets.CIFAR10(root / name, train=split == "train", download=True)
+            return ArraySource(name, data.data, np.array(data.targets))
+        if name == "svhn":
+            data = datasets.SVHN(root / name, split=split, download=True)
+            return ArraySource(name, np.ascontiguousarray(data.data.transpose(0, 2, 3, 1)), data.labels)
+        data = datasets.CelebA(root, split=split, target_type=[], download=True)
+    except Exception as error:  # network, archive and checksum errors are of many types
+        folder = root / {"mnist": "MNIST/raw"}.get(name, name)
+        raise DataError(
+            f"{name}: download failed ({type(error).__name__}: {error}). Place the files that "
+            f"torchvision.datasets expects in {folder} by hand (set EBM_DATASETS for another place than {root})"
+        ) from error
+    files = [(file, Path(file).stem, None) for file in data.filename]
+    return FileSource(str(root / "celeba" / "img_align_celeba"), files)
+
+
+def open_folder(root: Path, split: str) -> FileSource:
+    """Images below a folder, sorted by path; the class is the rank of the first-level subdirectory, if any."""
+    root = root / split if (root / split).is_dir() else root
+    if not root.is_dir():
+        raise DataError(f"folder:{root}: no such directory")
+    paths = sorted(
+        path.relative_to(root)
+        for path in root.rglob("*")
+        if path.suffix[1:].lower() in IMAGE_SUFFIXES and path.is_file()
+    )
+    if not paths:
+        raise DataError(f"folder:{root}: no images below it (.{', .'.join(IMAGE_SUFFIXES)})")
+    nested = [path for path in paths if len(path.parts) > 1]
+    if nested and len(nested) < len(paths):
+        loose = next(path for path in paths if len(path.parts) == 1)
+        raise DataError(f"folder:{root}: {loose} is in no class folder, {nested[0]} is; move it, or point at one level")
+    classes = {name: i for i, name in enumerate(sorted({path.parts[0] for path in nested}))}
+    files, keys = [], set()
+    for path in paths:
+        key = path.with_suffix("").as_posix().replace(".", "_")  # webdataset's keys end at the first dot
+        key = f"x{key}" if key.startswith("__") else key  # which it takes for its own
+        while key in keys:
+            key += "_"
+        keys.add(key)
+        files.append((path.as_posix(), key, classes.get(path.parts[0])))
+    return FileSource(str(root), files)
+
+
+def open_npy(path: str) -> NpySource:
+    try:
+        array = _open_npy(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"npy:{path}: not a readable .npy file without pickles ({error})") from error
+    if array.dtype != np.uint8 or array.ndim not in (3, 4) or 0 in array.shape:
+        raise DataError(f"npy:{path}: is {array.dtype} {array.shape}; must be uint8 (N, H, W) or (N, H, W, C)")
+    if array.ndim == 4 and array.shape[3] not in (1, 2, 3, 4):
+        raise DataError(f"npy:{path}: is {array.shape}; channels come last, (N, H, W, C), and are 1 to 4")
+    return NpySource(path, len(array))
+
+
+@lru_cache(maxsize=1)
+def _open_npy(path: str) -> np.ndarray:
+    return np.load(path, mmap_mode="r", allow_pickle=False)

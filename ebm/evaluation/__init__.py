@@ -1,0 +1,21 @@
+"""How good a trained energy is: functions of images, features and energies, which know nothing of runs."""
+
+from ebm.evaluation.classifier import Classifier, train_classifier
+from ebm.evaluation.frechet import frechet_distance
+from ebm.evaluation.levels import from_levels, to_levels
+from ebm.evaluation.metrics import class_metrics, energy_metrics, frechet_metrics, ood_metrics
+from ebm.evaluation.ood import auroc, ood_sets
+
+__all__ = [
+    "Classifier",
+    "auroc",
+    "class_metrics",
+    "energy_metrics",
+    "frechet_distance",
+    "frechet_metrics",
+    "from_levels",
+    "ood_metrics",
+    "ood_sets",
+    "to_levels",
+    "train_classifier",
+]

@@ -1,0 +1,122 @@
+"""Whole runs under `accelerate launch`: one result whatever the ranks, the workers and the interruptions."""
+
+import random
+import signal
+from collections import Counter
+
+import pytest
+from runs import Run, command, final_hashes, finish, last_step, records
+
+from ebm.data.shards import ensure_shards
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """Real shards of the digits' training part."""
+    path = tmp_path_factory.mktemp("digits") / "train"
+    ensure_shards(str(path), "digits", "train")
+    return path
+
+
+@pytest.fixture(scope="module")
+def reference(digits, tmp_path_factory):
+    """200 uninterrupted steps on one rank, decoding in the training process."""
+    path = tmp_path_factory.mktemp("reference")
+    finish(command(1, path / "run", digits, train__steps=200, checkpoint__every=1000), path / "log")
+    return path / "run"
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 1), (1, 3), (2, 0), (2, 1)])
+def test_trace_does_not_depend_on_ranks_or_workers(digits, reference, tmp_path, ranks, workers):
+    finish(
+        command(ranks, tmp_path / "run", digits, train__steps=200, checkpoint__every=1000, data__workers=workers),
+        tmp_path / "log",
+    )
+    assert (tmp_path / "run/trace.jsonl").read_bytes() == (reference / "trace.jsonl").read_bytes()
+    for ours, theirs in zip(
+        records(tmp_path / "run/metrics.jsonl"), records(reference / "metrics.jsonl")[:10], strict=False
+    ):
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], abs=1e-4)
+
+
+def test_trace_of_a_run_stopped_three_times_on_other_ranks(digits, reference, tmp_path):
+    run_dir = tmp_path / "run"
+    for ranks, step in ((1, 40), (2, 90), (1, 150)):
+        run = Run(command(ranks, run_dir, digits, train__steps=200, checkpoint__every=1000), tmp_path / "log")
+        assert run.until_step(run_dir, step)
+        (run_dir / "STOP").touch()
+        run.wait()
+        assert not (run_dir / "DONE").exists()
+        assert "stopped at step" in run.log.read_text()
+    finish(command(2, run_dir, digits, train__steps=200, checkpoint__every=1000), tmp_path / "log")
+    assert (run_dir / "trace.jsonl").read_bytes() == (reference / "trace.jsonl").read_bytes()
+    assert [r["step"] for r in records(run_dir / "metrics.jsonl")] == list(range(1, 201))
+
+
+def test_each_epoch_sees_each_sample_once(reference):
+    seen = {}
+    for record in records(reference / "trace.jsonl"):
+        for stream, key in record["samples"]:
+            seen.setdefault(stream, []).append(key)
+    parts = {stream: 1437 * (stream + 1) // 4 - 1437 * stream // 4 for stream in seen}
+    whole = min(len(keys) // parts[stream] for stream, keys in seen.items())
+    assert whole == 8
+    for epoch in range(whole):
+        keys = Counter(k for s, ks in seen.items() for k in ks[epoch * parts[s] : (epoch + 1) * parts[s]])
+        assert len(keys) == 1437 and set(keys.values()) == {1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_ten_times_ends_bit_identical(digits, tmp_path, ranks):
+    settings = {"train__steps": 250, "data__workers": 1, "sampler__num_steps": 5}
+    finish(command(ranks, tmp_path / "whole", digits, **settings), tmp_path / "log")
+    rng, kills = random.Random(ranks), 0
+    while kills < 10:
+        run = Run(command(ranks, tmp_path / "run", digits, **settings), tmp_path / "log")
+        saved = last_step(tmp_path / "run") // 10 * 10
+        if not run.until_step(tmp_path / "run", saved + rng.randint(1, 20)):
+            break
+        kills += not _wait_a_moment(run, rng)
+        run.kill()
+    assert kills == 10
+    finish(command(ranks, tmp_path / "run", digits, **settings), tmp_path / "log")
+    assert final_hashes(tmp_path / "run") == final_hashes(tmp_path / "whole")
+    assert (tmp_path / "run/trace.jsonl").read_bytes() == (tmp_path / "whole/trace.jsonl").read_bytes()
+
+
+def _wait_a_moment(run: Run, rng: random.Random) -> bool:
+    """Up to 50 ms, so that kills fall anywhere in a step or a save; whether the run ended meanwhile."""
+    import time
+
+    time.sleep(rng.uniform(0, 0.05))
+    return run.process.poll() is not None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signals_stop_with_a_checkpoint(digits, tmp_path, number):
+    """Sent to the training process itself; `python train.py` keeps its exit code, which the launcher does not."""
+    arguments = command(1, tmp_path / "run", digits, train__steps=100000)
+    arguments = [arguments[0], *arguments[arguments.index(next(a for a in arguments if a.endswith("train.py"))) :]]
+    run = Run(arguments, tmp_path / "log")
+    assert run.until_step(tmp_path / "run", 15)
+    run.process.send_signal(number)
+    assert run.wait() == 75
+    hashes = final_hashes(tmp_path / "run")
+    assert int(hashes["step"].removeprefix("step_")) == last_step(tmp_path / "run")
+
+
+def test_sigterm_to_the_launcher_of_two_ranks_loses_no_step(digits, tmp_path):
+    run = Run(command(2, tmp_path / "run", digits, train__steps=100000), tmp_path / "log")
+    assert run.until_step(tmp_path / "run", 15)
+    run.process.send_signal(signal.SIGTERM)
+    run.wait()
+    assert "stopped at step" in run.log.read_text()
+    assert int(final_hashes(tmp_path / "run")["step"].removeprefix("step_")) == last_step(tmp_path / "run")
+
+
+def test_time_limit(digits, tmp_path):
+    arguments = command(1, tmp_path / "run", digits, train__steps=100000, train__time_limit=15)
+    log = finish(arguments, tmp_path / "log", expect=1)
+    assert "train.time_limit is over" in log
+    assert last_step(tmp_path / "run") > 0
