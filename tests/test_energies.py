@@ -45,7 +45,7 @@ def reach_fixed_point(energy, *inputs):
 
 
 @pytest.mark.parametrize("kind", SMALL)
-@pytest.mark.parametrize(("side", "channels"), product((8, 12, 20, 28, 30, 32), (1, 3)))
+@pytest.mark.parametrize(("side", "channels"), list(product((8, 12, 20, 28, 30, 32), (1, 3))))
 def test_any_size(kind, side, channels):
     shape = (channels, side, side)
     energy, x = small(kind, shape).eval(), images(3, shape)
@@ -285,7 +285,7 @@ def assert_same_function(folded, energy, x, **tolerance):
     energy.train(training)
 
 
-@pytest.mark.parametrize("make", folded_cases())
+@pytest.mark.parametrize("make", list(folded_cases()))
 def test_folded_is_the_module_and_follows_it(make):
     energy, x = make().train(), images(4, (3, 8, 8))
     folded = FoldedEnergy(energy).refresh()
@@ -302,7 +302,7 @@ def test_folded_is_the_module_and_follows_it(make):
     assert energy.training and all(module.training for module in energy.modules())
 
 
-@pytest.mark.parametrize("make", folded_cases())
+@pytest.mark.parametrize("make", list(folded_cases()))
 def test_folded_is_frozen_plain_and_separate(make):
     energy, x = make().train(), images(4, (3, 8, 8))
     state = {name: tensor.clone() for name, tensor in energy.state_dict().items()}
@@ -331,7 +331,7 @@ def test_folded_labels():
     assert torch.allclose(FoldedEnergy(energy).refresh()(x, y), energy(x, y), atol=1e-6)
 
 
-@pytest.mark.parametrize("make", folded_cases())
+@pytest.mark.parametrize("make", list(folded_cases()))
 def test_folded_in_bfloat16(make):
     energy, x = make().eval(), images(8, (3, 8, 8))
     folded = FoldedEnergy(energy, torch.bfloat16).refresh()

@@ -21,8 +21,8 @@ class FoldedEnergy:
         self.dtype = dtype
         self.module = copy.deepcopy(energy).eval().requires_grad_(False)
         for layer in list(self.module.modules()):
-            for name in list(getattr(layer, "parametrizations", ())):
-                parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
+            if parametrize.is_parametrized(layer):
+                _unparametrise(layer)
         for parameter in self.module.parameters():
             if parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
@@ -59,12 +59,21 @@ class FoldedEnergy:
             return self.module(x, *labels).float()
 
 
+def _unparametrise(layer: nn.Module) -> None:
+    """Put the parametrised tensors themselves in place. A copy shares its class with the module it was made of, and
+    torch's `remove_parametrizations` deletes the class's property: it would take the weight away from both."""
+    shown = {name: getattr(layer, name).detach().clone() for name in layer.parametrizations}
+    del layer.parametrizations
+    layer.__class__ = type(layer).__bases__[0]
+    for name, tensor in shown.items():
+        layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+
 def _tensors(energy: nn.Module):
     """(layer, attribute, path without parametrisations) of each parameter and buffer as the layer shows it."""
     for path, layer in energy.named_modules():
         if path.endswith("parametrizations") or ".parametrizations." in f".{path}.":
             continue
-        names = [*layer._parameters, *layer._buffers, *getattr(layer, "parametrizations", ())]
-        for name in names:
-            if getattr(layer, name, None) is not None:
-                yield layer, name, f"{path}.{name}".lstrip(".")
+        own = [name for name, tensor in (*layer._parameters.items(), *layer._buffers.items()) if tensor is not None]
+        for name in (*own, *getattr(layer, "parametrizations", ())):  # by name: a read would run a power iteration
+            yield layer, name, f"{path}.{name}".lstrip(".")

@@ -1,0 +1,38 @@
+"""Pictures of images: grids, and grids side by side."""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torchvision.utils import make_grid
+
+
+def grid(images: Tensor, min_pixels: int = 256) -> np.ndarray:
+    """Images (N, C, H, W) in [-1, 1] as one picture, uint8 (height, width, 3), about square, small images enlarged.
+
+    One channel is shown grey, three as colours, any other number by its first channel.
+    """
+    images = images.detach().float().cpu()
+    if images.shape[1] != 3:
+        images = images[:, :1].expand(-1, 3, -1, -1)
+    columns = max(1, math.ceil(math.sqrt(len(images))))
+    factor = max(1, round(min_pixels / (columns * images.shape[-1])))
+    images = F.interpolate(images, scale_factor=factor, mode="nearest")
+    picture = make_grid(images, nrow=columns, padding=2, normalize=True, value_range=(-1, 1), pad_value=0.5)
+    return (picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def side_by_side(pictures: dict[str, np.ndarray], gap: int = 8, title: int = 16) -> Image.Image:
+    """Pictures in a row, their titles above."""
+    width = sum(p.shape[1] for p in pictures.values()) + gap * (len(pictures) + 1)
+    height = max(p.shape[0] for p in pictures.values()) + title + 2 * gap
+    sheet = Image.new("RGB", (width, height), "white")
+    draw, left = ImageDraw.Draw(sheet), gap
+    for name, picture in pictures.items():
+        draw.text((left, gap // 2), name, fill="black")
+        sheet.paste(Image.fromarray(picture), (left, gap + title))
+        left += picture.shape[1] + gap
+    return sheet
