@@ -209,8 +209,13 @@ GOOD = {"name": "a.tar", "samples": 1, "bytes": 1024, "sha256": "0" * 64, "offse
 
 @pytest.mark.parametrize(
     "change",
-    [{"name": "../a.tar"}, {"name": "/etc/a.tar"}, {"name": "x/../../a.tar"}, {"name": "pipe:rm"}, {"samples": 0}]
-    + [{"samples": 65}, {"offsets": [2048]}, {"offsets": [-512]}, {"sha256": "x"}, {"surprise": 1}, {"offsets": []}],
+    [
+        *[{"name": name} for name in ("../a.tar", "/etc/a.tar", "x/../../a.tar", "pipe:rm")],
+        *[{"samples": samples} for samples in (0, 65)],
+        *[{"offsets": offsets} for offsets in ([2048], [-512], [])],
+        {"sha256": "x"},
+        {"surprise": 1},
+    ],
 )
 def test_bad_manifest_entries(tmp_path, change):
     import json

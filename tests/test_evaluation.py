@@ -35,7 +35,7 @@ def digits():
     """Training and held-out digits, uint8 (N, 1, 8, 8), with labels: the split that the embedded source makes."""
     bunch = load_digits()
     images = np.round(bunch.images * 255 / 16).astype(np.uint8)[:, None]
-    parts = train_test_split(images, bunch.target, test_size=0.2, random_state=0, stratify=bunch.target)
+    parts = train_test_split(images, bunch.target, test_size=0.2, random_state=0)
     train, heldout, train_labels, heldout_labels = (torch.from_numpy(part) for part in parts)
     return SimpleNamespace(
         train=train, heldout=heldout, train_labels=train_labels.long(), heldout_labels=heldout_labels.long()
