@@ -116,6 +116,7 @@ class WandbRun:
             if self.mode == "online":
                 self._say(f"W&B can't be reached ({_first_line(error)}); logging offline instead")
                 self.mode = "offline"
+                self._wandb.teardown()  # its service still holds the run's id for the attempt that failed
                 return self._start(config, run_dir)
             self._say(f"W&B could not start ({_first_line(error)}); metrics.jsonl has everything")
             return None

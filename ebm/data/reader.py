@@ -1,7 +1,10 @@
 """The resumable reader: batches that are a pure function of (seed, stream, position), decoded in worker processes."""
 
+import atexit
+import multiprocessing
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -61,6 +64,7 @@ class ShardReader:
         reader = SampleReader(manifest, tuple(shape), max_pixels, num_classes)
         self._loader = make_loader(WindowDataset(reader, self.order, on_error), self._windows(), workers)
         self._decoded: Iterator[Decoded | DataError] | None = None
+        self._kill = partial(_kill, [])
 
     @property
     def epoch(self) -> float:
@@ -87,6 +91,8 @@ class ShardReader:
     def close(self) -> None:
         """End the workers. The positions stay valid."""
         self._decoded = self._loader = None
+        self._kill()
+        atexit.unregister(self._kill)
 
     def _windows(self) -> Iterator[Window]:
         """What to decode next: a window of the stream that has the fewest samples ahead.
@@ -99,9 +105,16 @@ class ShardReader:
             self._asked[stream] = self.order.end(window)
             yield window
 
+    def _start(self) -> None:
+        others = set(multiprocessing.active_children())
+        self._decoded = iter(self._loader)
+        # A process that ends without close() would wait for ever for workers that ignore SIGTERM.
+        self._kill = partial(_kill, list(set(multiprocessing.active_children()) - others))
+        atexit.register(self._kill)
+
     def _receive(self) -> None:
         if self._decoded is None:
-            self._decoded = iter(self._loader)
+            self._start()
         try:
             part = next(self._decoded)
         except RuntimeError as error:
@@ -157,6 +170,12 @@ def make_loader(dataset: WindowDataset, windows: Iterator[Window], workers: int)
         generator=torch.Generator(),  # the loader draws a seed for its workers: not from the global generator
         **options,
     )
+
+
+def _kill(workers: list) -> None:
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
 
 
 def _as_it_is(value):
