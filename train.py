@@ -8,7 +8,6 @@ import time
 from ebm.config import DEFAULT_CONFIG, Config, describe, load_config
 from ebm.errors import ConfigError, UserError
 
-
 # Idle OpenMP threads sleep instead of spinning: where a core is shared (loader workers, other jobs), spinning makes a
 # chain of small convolutions 10 to 20 times slower. Read when torch loads, so it is set before.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -56,7 +55,6 @@ def all_keys() -> str:
 
 def run(config: Config, started: float) -> int:
     from ebm.data.shards import ensure_shards  # torch and its libraries load from here on: --help needs none of them
-
     from ebm.distributed import World
     from ebm.trainer import train
 

@@ -77,10 +77,10 @@ def measure(run: Path) -> dict:
     }
     result["passed"] = (
         result["skipped_steps"] == 0
-        and 0.4 <= result["auc_range"][0]
+        and result["auc_range"][0] >= 0.4
         and result["auc_range"][1] <= 0.9
         and result["saturated_max"] < 0.2
-        and 0.95 <= result["sigma_range"][0]
+        and result["sigma_range"][0] >= 0.95
         and result["sigma_range"][1] <= 1.05
     )
     return result

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,7 @@ DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "digits.yaml"
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
 class RunConfig(Section):
@@ -221,6 +222,13 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_energy(cls, values):
+        if isinstance(values, dict) and isinstance(values.get("energy"), dict) and "kind" not in values["energy"]:
+            values = {**values, "energy": {"kind": ResNetConfig().kind, **values["energy"]}}
+        return values
+
     @model_validator(mode="after")
     def _divisible(self):
         streams, batch, parts = self.data.streams, self.train.batch_size, self.train.accumulate
@@ -300,25 +308,25 @@ def validate(values: Any, where: str) -> Config:
         raise ConfigError(f"{where}:\n" + "\n".join(f"  {_explain(item)}" for item in error.errors())) from error
 
 
+_KINDS = {"mlp", "conv", "resnet", "import", "langevin", "contrastive"}  # pydantic names the union's member too
+
+
 def _explain(item: dict) -> str:
     """One line of a validation error: the key, the value, what is allowed."""
-    kinds = {"mlp", "conv", "resnet", "import", "langevin", "contrastive"}
-    key = ".".join(str(part) for i, part in enumerate(item["loc"]) if not (i == 1 and part in kinds)) or "config"
+    location = [str(part) for i, part in enumerate(item["loc"]) if not (i == 1 and part in _KINDS)]
+    key = ".".join(location) or "config"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
-        return f"{key}: unknown key{_nearest(item['loc'])}; train.py --help lists them all"
+        return f"{key}: unknown key{_nearest(key)}; train.py --help lists them all"
     if item["type"] == "missing":
         return f"{key}: required"
     shown = "" if isinstance(item["input"], dict | BaseModel) else f"={item['input']!r}"
     return f"{key}{shown}: {message}"
 
 
-def _nearest(location: tuple) -> str:
-    import difflib
-
-    known = [key for key, *_ in describe()]
-    wanted = ".".join(str(part) for part in location if part not in ("mlp", "conv", "resnet", "langevin"))
-    close = difflib.get_close_matches(wanted, known, n=1)
+def _nearest(key: str) -> str:
+    known = [*Config.model_fields, *(row[0].split(" ")[0] for row in describe())]
+    close = get_close_matches(key, known, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 

@@ -24,7 +24,7 @@ def learning_rate(config: Config, step: int) -> float:
     optim, steps = config.optim, config.train.steps
     warm = min(1.0, step / (optim.warmup_steps + 1))
     start = optim.decay_start * steps
-    done = (step - start) / max(steps - start, 1)
+    done = (step - start) / (steps - start) if steps > start else 0.0
     cosine = optim.lr_end + (1 - optim.lr_end) * (1 + math.cos(math.pi * min(max(done, 0.0), 1.0))) / 2
     return optim.lr * warm * cosine
 

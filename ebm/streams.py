@@ -52,6 +52,7 @@ def _parts(x: Tensor, generators: Generators):
     Writing through the dense memory makes the numbers a function of the generator alone and lets torch take its
     fast contiguous path for channels-last tensors too.
     """
+    assert torch.ops.aten.is_non_overlapping_and_dense(x) and x.stride(0) == max(x.stride()), x.stride()
     flat = x.as_strided((x.numel(),), (1,))
     if generators is None or isinstance(generators, torch.Generator):
         return [(flat, generators)]

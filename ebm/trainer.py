@@ -121,7 +121,13 @@ def initial_states(state: TrainState, x_pos: Tensor, y_pos: Tensor | None, step:
     if state.config.loss.negatives == "data":
         return None, x_pos, y_pos
     if state.config.loss.negatives == "noise":
-        return None, uniform_(torch.empty_like(x_pos), state.random("start", step), -1, 1), y_pos
+        return (
+            None,
+            uniform_(
+                torch.empty_like(x_pos), state.random("start", step), *(state.config.sampler.bounds or (-1.0, 1.0))
+            ),
+            y_pos,
+        )
     per_stream = len(x_pos) // len(state.random.streams)
     draw = state.buffer.draw(per_stream, step, state.config.buffer.reinit_prob)
     if y_pos is None:

@@ -1,5 +1,6 @@
 """Real runs for the tests: the command users type, in processes of its own."""
 
+import contextlib
 import json
 import os
 import signal
@@ -72,10 +73,8 @@ class Run:
 
     def kill(self) -> None:
         """SIGKILL to the launcher, the ranks and their workers at once."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
 
     def until_step(self, run_dir: Path, step: int, timeout: float = 120) -> bool:

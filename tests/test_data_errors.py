@@ -224,7 +224,10 @@ def test_workers_survive_the_signals_of_a_batch_system(shards):
 ENDINGS = {"forgets": "", "raises": "raise ValueError", "is killed": "os.kill(os.getpid(), 9)"}
 
 
-@pytest.mark.parametrize("ending", ENDINGS.values(), ids=ENDINGS)
+@pytest.mark.parametrize(
+    "ending",
+    [pytest.param(code, id=name, marks=[] if name == "raises" else pytest.mark.slow) for name, code in ENDINGS.items()],
+)
 def test_no_worker_outlives_a_process_that_does_not_close_its_reader(shards, tmp_path, ending):
     script = tmp_path / "script.py"
     script.write_text(

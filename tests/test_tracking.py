@@ -25,7 +25,7 @@ def own_wandb_home(tmp_path, monkeypatch):
 
 def config(tmp_path, *overrides: str):
     (tmp_path / "run").mkdir(exist_ok=True)
-    return load_config(None, [f"run.dir={tmp_path / 'run'}", "tracking.wandb_timeout=20", *overrides])
+    return load_config(None, [f"run.dir={tmp_path / 'run'}", "tracking.wandb_timeout=60", *overrides])
 
 
 def test_records_are_cut_back_to_the_checkpoint(tmp_path):
@@ -102,7 +102,7 @@ def test_disabled(tmp_path):
 def test_an_unreachable_server_leaves_the_run_offline(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
-    tracker = Tracker(config(tmp_path, "tracking.wandb_timeout=5"), tmp_path / "run", 0)
+    tracker = Tracker(config(tmp_path, "tracking.wandb_timeout=15"), tmp_path / "run", 0)
     assert "logging offline instead" in capsys.readouterr().out
     tracker.log(1, {"train/loss": 1.0})
     tracker.close(0)

@@ -27,7 +27,7 @@ def build_energy(config, shape: tuple[int, int, int], seed: int) -> BaseEnergyFu
     """The energy of `config.energy` for images of `shape` (C, H, W), its weights a function of `seed` alone."""
     channels, height, width = shape
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "init"))
+        torch.default_generator.manual_seed(derive_seed(seed, "init"))
         if isinstance(config, ImportConfig):
             return refuse_mixing_layers(_import(config), config.path)
         settings = config.model_dump(exclude={"kind"})
@@ -40,10 +40,11 @@ def build_energy(config, shape: tuple[int, int, int], seed: int) -> BaseEnergyFu
 
 def _import(config: ImportConfig) -> BaseEnergyFunction:
     module, name = config.path.split(":")
+    where = f"energy.path={config.path!r} with energy.settings={config.settings}"
     try:
-        return getattr(importlib.import_module(module), name)(**config.settings)
-    except (ImportError, AttributeError, TypeError) as error:
-        raise ConfigError(
-            f"energy.path={config.path!r} with energy.settings={config.settings}: {error}; the module "
-            "must be importable from where the command runs"
-        ) from error
+        energy = getattr(importlib.import_module(module), name)(**config.settings)
+    except (ImportError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{where}: {error}; the module must be importable from where the command runs") from error
+    if not isinstance(energy, torch.nn.Module):
+        raise ConfigError(f"{where}: {type(energy).__name__} is no torch.nn.Module; derive it from BaseEnergyFunction")
+    return energy

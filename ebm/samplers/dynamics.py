@@ -32,6 +32,12 @@ class LangevinDynamics:
         if noise_scale is not None and temperature is not None:
             raise ValueError("give noise_scale or temperature, not both")
         self.energy_function, self.step_size = energy_function, step_size
+        if min(noise_scale or 0, temperature or 0) < 0:
+            raise ValueError(f"noise_scale={noise_scale} and temperature={temperature} must be at least 0")
+        if bounds is not None and not bounds[0] < bounds[1]:
+            raise ValueError(f"bounds={bounds} must be (low, high) with low < high")
+        if boundary not in ("clamp", "reflect"):
+            raise ValueError(f"boundary={boundary!r} must be 'clamp' or 'reflect'")
         if noise_scale is None:
             noise_scale = (2 * step_size * (1.0 if temperature is None else temperature)) ** 0.5
         self.noise_scale = noise_scale

@@ -82,7 +82,7 @@ def _keep_inside_(x: Tensor, bounds: tuple[float, float], boundary: str) -> None
         x.clamp_(low, high)
     elif boundary == "reflect":  # a triangle wave of period 2 (high - low): exact for steps of any length
         width = high - low
-        x.sub_(low).remainder_(2 * width).sub_(width).abs_().neg_().add_(width + low)
+        x.sub_(low).remainder_(2 * width).sub_(width).abs_().neg_().add_(width + low).clamp_(low, high)
     else:
         raise ValueError(f"boundary={boundary!r} must be 'clamp' or 'reflect'")
 
@@ -117,10 +117,14 @@ def schedule(kind: str, start: float, end: float | None, num_steps: int) -> list
 def settings_of(config: LangevinConfig, num_steps: int | None = None) -> dict:
     """The keyword arguments of `langevin` that a config asks for, with another number of steps where given."""
     num_steps = config.num_steps if num_steps is None else num_steps
+    steps = schedule(config.schedule, config.step_size, config.step_size_end, num_steps)
+    noises = schedule(config.schedule, config.noise, config.noise_scale_end, num_steps)
+    if config.temperature is not None and config.noise_scale_end is None:
+        noises = [math.sqrt(2 * step * config.temperature) for step in steps]
     return {
         "num_steps": num_steps,
-        "step_size": schedule(config.schedule, config.step_size, config.step_size_end, num_steps),
-        "noise_scale": schedule(config.schedule, config.noise, config.noise_scale_end, num_steps),
+        "step_size": steps,
+        "noise_scale": noises,
         "grad_clamp": config.grad_clamp,
         "bounds": config.bounds,
         "boundary": config.boundary,
