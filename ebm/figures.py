@@ -11,15 +11,14 @@ from torchvision.utils import make_grid
 
 
 def grid(images: Tensor, min_pixels: int = 256) -> np.ndarray:
-    """Images (N, C, H, W) in [-1, 1] as one picture, uint8 (height, width, 3), about square, small images enlarged.
+    """Images (N, C, H, W) in [-1, 1] as one picture, uint8 (height, width, 3): about square, `min_pixels` wide or more.
 
-    One channel is shown grey, three as colours, any other number by its first channel.
+    The first three channels are shown as colours; where there are fewer, the first as grey.
     """
     images = images.detach().float().cpu()
-    if images.shape[1] != 3:
-        images = images[:, :1].expand(-1, 3, -1, -1)
+    images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
     columns = max(1, math.ceil(math.sqrt(len(images))))
-    factor = max(1, round(min_pixels / (columns * images.shape[-1])))
+    factor = math.ceil(min_pixels / (columns * images.shape[-1]))
     images = F.interpolate(images, scale_factor=factor, mode="nearest")
     picture = make_grid(images, nrow=columns, padding=2, normalize=True, value_range=(-1, 1), pad_value=0.5)
     return (picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()

@@ -6,10 +6,13 @@ import math
 import netrc
 import os
 import secrets
+import shlex
 import sys
 import threading
 import time
 from collections.abc import Callable
+from io import BytesIO
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -43,12 +46,30 @@ class Records:
 def _cut(path: Path, keep_until: int) -> None:
     temporary = path.with_suffix(".tmp")
     with path.open("rb") as lines, temporary.open("wb") as kept:
-        for line in lines:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > keep_until:
-                break
-            kept.write(line)
+        kept.writelines(takewhile(lambda line: _step(line) <= keep_until, lines))
         kept.flush()
         os.fsync(kept.fileno())
+    if temporary.stat().st_size < path.stat().st_size:
+        os.replace(temporary, path)
+    else:
+        temporary.unlink()
+
+
+def _step(line: bytes) -> float:
+    """The step of a record; infinite where a crash left no whole record."""
+    try:
+        return json.loads(line.decode())["step"] if line.endswith(b"\n") else math.inf
+    except ValueError:
+        return math.inf
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
@@ -96,18 +117,20 @@ class WandbRun:
 
     def __init__(self, config: Config, run_dir: Path, say: Callable[[str], None]):
         self._say, self._timeout, self._failures = say, config.tracking.wandb_timeout, 0
+        self._run_dir, self._uploaded = run_dir, True
         self._run, self._wandb, self.mode = None, None, config.tracking.wandb
         if self.mode == "disabled":
             return
         try:
-            import wandb
-        except ImportError as error:
-            say(f"W&B is not installed ({error}); metrics.jsonl has everything")
+            import wandb  # takes a second: only runs that use it wait for it
+
+            logging.getLogger("wandb").setLevel(logging.ERROR)
+            self._wandb, self.mode = wandb, _mode(config.tracking, wandb)
+        except Exception as error:  # not installed, or installed beside a package it does not work with
+            say(f"W&B can't be used ({_first_line(error)}); metrics.jsonl has everything")
             return
-        self._wandb = wandb
-        logging.getLogger("wandb").setLevel(logging.ERROR)
-        self.mode = _mode(config.tracking)
-        self._run = self._start(config, run_dir)
+        if self.mode != "disabled":
+            self._run = self._start(config, run_dir)
 
     def _start(self, config: Config, run_dir: Path):
         try:
@@ -116,7 +139,7 @@ class WandbRun:
             if self.mode == "online":
                 self._say(f"W&B can't be reached ({_first_line(error)}); logging offline instead")
                 self.mode = "offline"
-                self._wandb.teardown()  # its service still holds the run's id for the attempt that failed
+                self._bounded(self._wandb.teardown)  # its service still holds the run's id for the failed attempt
                 return self._start(config, run_dir)
             self._say(f"W&B could not start ({_first_line(error)}); metrics.jsonl has everything")
             return None
@@ -134,6 +157,8 @@ class WandbRun:
             settings=wandb.Settings(**settings))  # fmt: skip
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
+        if self.mode == "online":
+            self._say(f"W&B: {run.url}")
         return run
 
     def log(self, step: int, values: dict[str, Any]) -> None:
@@ -160,41 +185,56 @@ class WandbRun:
         """Close the W&B run, waiting `wandb_timeout` at most: a server that died would hold it for minutes."""
         if self._run is None:
             return
-        thread = threading.Thread(target=lambda: self._try(lambda: self._run.finish(exit_code)), daemon=True)
+        ended = self._bounded(lambda: self._run.finish(exit_code))
+        if not ended:
+            self._say(f"W&B did not finish in {self._timeout:.0f} s")
+        if self._failures > 1:
+            self._say(f"W&B: {self._failures} calls failed; metrics.jsonl has everything")
+        self._uploaded = ended and self.mode == "online"
+
+    def _bounded(self, action: Callable[[], None]) -> bool:
+        """Whether `action` ended within `wandb_timeout`; if not, it goes on in a thread that ends with the process."""
+        thread = threading.Thread(target=lambda: self._try(action), daemon=True)
         thread.start()
         thread.join(self._timeout)
-        if thread.is_alive():
-            self._say(f"W&B did not finish in {self._timeout:.0f} s; its files can be synced later")
+        return not thread.is_alive()
 
-    def sync_hint(self, run_dir: Path) -> str | None:
-        if self._run is None or self.mode != "offline":
+    def sync_hint(self) -> str | None:
+        """The command that uploads what the finished run could not; the parts of a resumed run join under its id."""
+        if self._run is None or self._uploaded:
             return None
-        return f"W&B was offline; to upload: wandb login && wandb sync {run_dir}/wandb/offline-run-*"
+        files = "offline-run-*" if self.mode == "offline" else "run-*"
+        folder = shlex.quote(str(self._run_dir / "wandb"))
+        return f"not uploaded to W&B; to do so: wandb login && wandb sync --id {self._run.id} {folder}/{files}"
 
 
-def _mode(tracking: TrackingConfig) -> str:
+def _mode(tracking: TrackingConfig, wandb) -> str:
     """auto: online with a login, else offline; WANDB_MODE decides where it is set."""
     if tracking.wandb != "auto":
         return tracking.wandb
     if os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
         return os.environ["WANDB_MODE"]
-    return "online" if os.environ.get("WANDB_API_KEY") or _in_netrc() else "offline"
+    settings = wandb.setup(wandb.Settings(silent=True)).settings
+    return "online" if settings.api_key or _in_netrc(settings) else "offline"
 
 
-def _in_netrc() -> bool:
+def _in_netrc(settings) -> bool:
     """Whether `wandb login` left a key in the netrc file. The client itself would prompt, or ask the server."""
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    hosts = [urlparse(settings.base_url).netloc]
+    if settings.base_url == type(settings).model_fields["base_url"].default:
+        hosts.append("api.wandb.ai")  # the public server, whatever name this version calls it by
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+        keys = netrc.netrc(os.environ.get("NETRC") or Path.home() / ".netrc")
     except (OSError, netrc.NetrcParseError):
         return False
+    return any(keys.authenticators(host) for host in hosts)
 
 
 def _run_id(run_dir: Path) -> str:
     """The run's W&B id, made once and kept in RUN/wandb_id: a resumed run is the same W&B run."""
     path = run_dir / "wandb_id"
-    if not path.exists():
-        path.write_text(secrets.token_hex(4))
+    if not path.exists() or not path.read_text().strip():
+        _replace(path, secrets.token_hex(4).encode())
     return path.read_text().strip()
 
 
@@ -224,10 +264,9 @@ class Tracker:
     def panels(self, step: int, images: dict[str, Tensor]) -> None:
         """Images (N, C, H, W) in [-1, 1] by panel: side by side in samples/step_N.png, each in W&B."""
         pictures = {name: grid(x) for name, x in images.items()}
-        path = self._run_dir / "samples" / f"step_{step:08d}.png"
-        temporary = path.with_suffix(".tmp")
-        side_by_side(pictures).save(temporary, format="png")
-        os.replace(temporary, path)
+        file = BytesIO()
+        side_by_side(pictures).save(file, format="png")
+        _replace(self._run_dir / "samples" / f"step_{step:08d}.png", file.getvalue())
         self._wandb.log_images(step, pictures)
 
     def histograms(self, step: int, values: dict[str, Tensor]) -> None:
@@ -239,7 +278,7 @@ class Tracker:
     def close(self, exit_code: int) -> None:
         self._progress.close()
         self._wandb.finish(exit_code)
-        hint = self._wandb.sync_hint(self._run_dir)
+        hint = self._wandb.sync_hint()
         if hint:
             print(hint, flush=True)
         for records in (self._metrics, self._trace):

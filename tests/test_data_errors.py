@@ -226,7 +226,10 @@ ENDINGS = {"forgets": "", "raises": "raise ValueError", "is killed": "os.kill(os
 
 @pytest.mark.parametrize(
     "ending",
-    [pytest.param(code, id=name, marks=[] if name == "raises" else pytest.mark.slow) for name, code in ENDINGS.items()],
+    [
+        pytest.param(code, id=name, marks=[] if name == "forgets" else pytest.mark.slow)
+        for name, code in ENDINGS.items()
+    ],
 )
 def test_no_worker_outlives_a_process_that_does_not_close_its_reader(shards, tmp_path, ending):
     script = tmp_path / "script.py"

@@ -135,7 +135,7 @@ def test_folder_with_classes_keeps_files_and_makes_keys_unique(tmp_path):
     save(tmp_path / "in/dog/__x.jpg", PHOTO)
     manifest = write_shards(open_source(f"folder:{tmp_path}/in"), tmp_path / "out", progress=False)
     ((images, labels, keys),) = read_all(manifest, (3, 24, 36))
-    assert keys == ["cat/a_b", "cat/a_b_", "dog/__x"] or len(set(keys)) == 3
+    assert keys == ["cat/a_b", "cat/a_b_", "dog/__x"]
     assert labels.tolist() == [0, 0, 1] and manifest.num_classes == 2
     assert np.array_equal(images[0].permute(1, 2, 0), PHOTO)
     with tarfile.open(tmp_path / "out/shard-000000.tar") as tar:
