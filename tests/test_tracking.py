@@ -1,17 +1,22 @@
 """Records, panels, progress, and the real W&B client."""
 
 import json
+import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from wandb_reader import history
+from wandb_reader import history, records
 
 from ebm.config import load_config
-from ebm.figures import grid
-from ebm.tracking import Progress, Records, Tracker
+from ebm.figures import grid, side_by_side
+from ebm.tracking import Progress, Records, Tracker, WandbRun
+
+KEY = "0123456789" * 4
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +26,10 @@ def own_wandb_home(tmp_path, monkeypatch):
     monkeypatch.setenv("NETRC", str(tmp_path / "home" / "netrc"))
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
+    (tmp_path / "home").mkdir()
+    yield
+    if sys.modules.get("wandb"):
+        sys.modules["wandb"].teardown()  # it remembers the settings it first saw
 
 
 def config(tmp_path, *overrides: str):
@@ -44,6 +53,17 @@ def test_records_are_cut_back_to_the_checkpoint(tmp_path):
     assert len(path.read_text().splitlines()) == 20
 
 
+@pytest.mark.parametrize("torn", [b'{"step": 3, "x\n', b"\0" * 20, b"\0" * 20 + b"\n", b'{"step": 3}'])
+def test_what_a_crash_leaves_is_cut_off(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + torn)
+    Records(path, 10).close()
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+    before = path.stat().st_ino
+    Records(path, 10).close()
+    assert path.stat().st_ino == before and [p.name for p in tmp_path.glob("metrics*")] == ["metrics.jsonl"]
+
+
 def test_progress_lines(capsys):
     progress = Progress(1000, 100)
     time.sleep(0.05)
@@ -59,6 +79,15 @@ def test_grids_show_every_image_and_any_channels():
     assert picture.dtype == np.uint8 and picture.shape[2] == 3
     assert (picture == 255).sum() == (picture == 0).sum() == 3 * 8 * 8
     assert grid(torch.zeros(5, 3, 8, 8)).shape[2] == grid(torch.zeros(5, 2, 8, 8)).shape[2] == 3
+
+
+def test_colours_survive_and_small_images_are_enlarged():
+    red = torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1).expand(25, 3, 36, 36)
+    for images in (red, torch.cat([red, red[:, :1]], dim=1)):  # a fourth channel is left out
+        assert (grid(images).reshape(-1, 3) == [255, 0, 0]).all(axis=1).any()
+    assert min(grid(red).shape[:2]) >= 256 and grid(torch.zeros(1, 1, 8, 8)).shape == (256, 256, 3)
+    sheet = side_by_side({"one": grid(red), "two": grid(red)})
+    assert sheet.width > 2 * grid(red).shape[1] and sheet.height > grid(red).shape[0]
 
 
 def test_an_offline_run_and_its_resumption(tmp_path, capsys):
@@ -78,6 +107,8 @@ def test_an_offline_run_and_its_resumption(tmp_path, capsys):
     rows = history(file)
     assert [r["step"] for r in rows if "train/loss" in r] == list(range(1, 31))
     assert [r["train/loss"] for r in rows if "train/loss" in r] == [s / 10 for s in range(1, 31)]
+    axes = [(r.metric.name or r.metric.glob_name, r.metric.step_metric) for r in records(file) if r.HasField("metric")]
+    assert ("*", "step") in axes
     last = {key.split("/_type")[0] for row in rows if row["step"] == 30 for key in row}
     for key in ("samples/fresh", "samples/data", "energy/pos", "energy/neg"):
         assert any(k.startswith(key) for k in last), (key, last)
@@ -108,3 +139,87 @@ def test_an_unreachable_server_leaves_the_run_offline(tmp_path, monkeypatch, cap
     tracker.close(0)
     (file,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
     assert [r["train/loss"] for r in history(file)] == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("host", "env", "mode"),
+    [
+        (None, {}, "offline"),
+        (None, {"WANDB_API_KEY": KEY}, "online"),
+        (None, {"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, "offline"),
+        ("api.wandb.ai", {}, "online"),
+        ("api.wandb.ai", {"WANDB_BASE_URL": "http://localhost:8080"}, "offline"),
+        ("localhost:8080", {"WANDB_BASE_URL": "http://localhost:8080"}, "online"),
+    ],
+)
+def test_auto_is_online_with_a_login(tmp_path, monkeypatch, host, env, mode):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    if host:
+        (tmp_path / "home" / "netrc").write_text(f"machine {host} login user password {KEY}\n")
+    monkeypatch.setattr(WandbRun, "_start", lambda self, config, run_dir: None)  # the choice alone, no connection
+    assert WandbRun(config(tmp_path), tmp_path / "run", print).mode == mode
+
+
+@pytest.mark.parametrize("absent", [True, False])
+def test_training_goes_on_without_the_client(tmp_path, monkeypatch, capsys, absent):
+    if absent:
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    else:
+        monkeypatch.setenv("WANDB_MODE", "disabled")
+    tracker = Tracker(config(tmp_path), tmp_path / "run", 0)
+    assert ("W&B can't be used" in capsys.readouterr().out) == absent
+    tracker.log(1, {"train/loss": 0.0})
+    tracker.close(0)
+    assert not (tmp_path / "run/wandb").exists() and (tmp_path / "run/metrics.jsonl").read_text()
+
+
+def test_what_w_and_b_refuses_is_said_once(tmp_path, capsys):
+    tracker = Tracker(config(tmp_path, "tracking.wandb=offline"), tmp_path / "run", 0)
+    for step in (1, 2, 3):
+        tracker.histograms(step, {"energy/pos": torch.tensor([0.0, float("nan")])})
+    assert capsys.readouterr().out.count("not finite") == 1
+    tracker.close(0)
+    assert "3 calls failed" in capsys.readouterr().out
+
+
+class StandIn(BaseHTTPRequestHandler):
+    """A W&B server that knows no more than how to start a run."""
+
+    def do_POST(self):
+        asked = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        project = {"id": "p", "name": "ebm", "entity": {"id": "e", "name": "user"}}
+        data = {"model": {**project, "bucket": None}}
+        if b"UpsertBucket" in asked:
+            bucket = {"id": "b", "name": "n", "displayName": "n", "config": "{}", "project": project}
+            data = {"upsertBucket": {"bucket": bucket, "inserted": True}}
+        answer = json.dumps({"data": data}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    do_GET = do_POST
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_server_that_dies_holds_the_end_of_a_run_no_longer_than_the_timeout(tmp_path, monkeypatch, capsys):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    tracker = Tracker(config(tmp_path, "tracking.wandb_timeout=10"), tmp_path / "run", 0)
+    assert "W&B: http" in capsys.readouterr().out
+    tracker.log(1, {"train/loss": 1.0})
+    server.shutdown()
+    server.server_close()
+    tracker.log(2, {"train/loss": 2.0})
+    began = time.monotonic()
+    tracker.close(0)
+    said = capsys.readouterr().out
+    assert time.monotonic() - began < 15
+    assert "did not finish in 10 s" in said and "/wandb/run-*" in said
+    (file,) = (tmp_path / "run/wandb").glob("run-*/*.wandb")
+    assert [row["train/loss"] for row in history(file)] == [1.0, 2.0]

@@ -1,0 +1,58 @@
+"""The README tells the truth: its tree, its snippets, its commands."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from runs import ROOT, command, environment, finish
+
+from ebm.data.shards import ensure_shards
+
+TEXT = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+def test_the_tree_names_every_file():
+    tree = re.search(r"## The tree\n\n```\n(.*?)```", TEXT, re.DOTALL)[1]
+    for path in (ROOT / "ebm").iterdir():
+        if path.name in ("__init__.py", "__main__.py", "__pycache__"):
+            continue
+        assert f"\n  {path.name}{'/' if path.is_dir() else ''} " in tree, path.name
+    for name in re.findall(r"^(\S+)", tree, re.MULTILINE):
+        assert (ROOT / name).exists(), name
+
+
+def test_local_links_and_commands_exist():
+    for link in re.findall(r"\]\(([^)]+)\)", TEXT):
+        assert (ROOT / link).exists(), link
+    for name in re.findall(r"python -m ebm (\w+)", TEXT):
+        assert (ROOT / "ebm" / "commands" / f"{name}.py").exists(), name
+
+
+def test_ci_runs_the_readme_commands():
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "pip install -r requirements-dev.txt && pytest" in TEXT
+    assert "-r requirements-dev.txt" in script and "\npytest" in script
+
+
+@pytest.fixture
+def user(tmp_path):
+    (tmp_path / "my_energy.py").write_text(PYTHON[0])
+    return tmp_path
+
+
+def test_the_python_snippets_run(user):
+    for snippet in PYTHON[1:]:
+        subprocess.run([sys.executable, "-c", snippet + "\nassert x.shape == (16, 1, 8, 8)"], cwd=user, check=True,
+                       env=environment(PYTHONPATH=f"{user}:{ROOT}"))  # fmt: skip
+
+
+def test_a_network_of_ones_own_trains_on_two_ranks(user):
+    ensure_shards(str(user / "shards"), "digits", "train")
+    settings = {"energy.kind": "import", "energy.path": "my_energy:MyEnergy", "energy.settings.hidden": 128}
+    assert all(f"{key}={value}" in TEXT for key, value in settings.items())
+    arguments = command(2, user / "run", user / "shards", train__steps=5)
+    arguments = [a for a in arguments if not a.startswith("energy.")] + [f"{k}={v}" for k, v in settings.items()]
+    finish(arguments, user / "log", PYTHONPATH=f"{user}:{ROOT}")
+    assert (user / "run" / "DONE").exists()
