@@ -185,12 +185,16 @@ class WandbRun:
         """Close the W&B run, waiting `wandb_timeout` at most: a server that died would hold it for minutes."""
         if self._run is None:
             return
-        ended = self._bounded(lambda: self._run.finish(exit_code))
+        ended = self._bounded(lambda: self._end(exit_code))
         if not ended:
             self._say(f"W&B did not finish in {self._timeout:.0f} s")
         if self._failures > 1:
             self._say(f"W&B: {self._failures} calls failed; metrics.jsonl has everything")
         self._uploaded = ended and self.mode == "online"
+
+    def _end(self, exit_code: int) -> None:
+        self._run.finish(exit_code)
+        self._wandb.teardown(exit_code)  # `finish` may return before the service has written the offline file
 
     def _bounded(self, action: Callable[[], None]) -> bool:
         """Whether `action` ended within `wandb_timeout`; if not, it goes on in a thread that ends with the process."""

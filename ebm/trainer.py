@@ -51,7 +51,6 @@ def train_step(state: TrainState, batch: Batch) -> tuple[Draw | None, dict[str, 
     """One optimizer step on this rank's part of the global batch. Reads no device memory on the host."""
     config, world, random, step = state.config, state.world, state.random, state.step + 1
     parts = config.train.accumulate
-    state.model.train()
 
     # Data: uint8 -> [-1, 1], dequantised, augmented, noised.
     x_pos = positives(config, batch.images.to(world.device, non_blocking=True), random, step)
@@ -121,13 +120,8 @@ def initial_states(state: TrainState, x_pos: Tensor, y_pos: Tensor | None, step:
     if state.config.loss.negatives == "data":
         return None, x_pos, y_pos
     if state.config.loss.negatives == "noise":
-        return (
-            None,
-            uniform_(
-                torch.empty_like(x_pos), state.random("start", step), *(state.config.sampler.bounds or (-1.0, 1.0))
-            ),
-            y_pos,
-        )
+        low, high = state.config.sampler.bounds or (-1.0, 1.0)
+        return None, uniform_(torch.empty_like(x_pos), state.random("start", step), low, high), y_pos
     per_stream = len(x_pos) // len(state.random.streams)
     draw = state.buffer.draw(per_stream, step, state.config.buffer.reinit_prob)
     if y_pos is None:
@@ -152,7 +146,7 @@ def build_state(config: Config, world: World) -> TrainState:
     streams = owned_streams(config.data.streams, world.rank, world.size)
     manifest = load_manifest(config.data.shards)
     check_files(manifest)
-    energy = build_energy(config.energy, config.data.shape, config.run.seed).to(world.device)
+    energy = build_energy(config.energy, config.data.shape, config.run.seed).to(world.device).train()
     # Copies before `prepare`: accelerate replaces the forward of the module it is given.
     ema = AveragedModel(energy, multi_avg_fn=get_ema_multi_avg_fn(config.optim.ema_decay)).requires_grad_(False)
     folded = FoldedEnergy(energy, world.autocast_dtype())

@@ -1,0 +1,128 @@
+"""The step itself, in this process: every variant trains, resumes exactly, and survives a NaN."""
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from runs import TINY
+
+from ebm.config import load_config
+from ebm.data.shards import ensure_shards
+from ebm.distributed import World
+from ebm.run_directory import RunDirectory
+from ebm.trainer import build_state, load, save, train_step
+
+VARIANTS = {
+    "default": [],
+    "accumulated": ["train.accumulate=2"],
+    "conditional": ["energy.num_classes=10"],
+    "from_data": ["loss.negatives=data"],
+    "from_noise": ["loss.negatives=noise"],
+    "bf16": ["train.mixed_precision=bf16"],
+    "mlp": ["energy.kind=mlp"],
+    "resnet": ["energy.kind=resnet", "energy.features=[8,8]", "energy.blocks=1", "optim.weight_decay=0.01"],
+    "annealed": ["sampler.schedule=cosine", "sampler.step_size_end=1.0", "sampler.boundary=reflect"],
+    "exact_noise": ["sampler.temperature=1e-5", "sampler.grad_clamp=null"],
+    "augmented": ["data.augment_flip=true", "data.augment_crop=1", "data.dequantize=false"],
+}
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    path = tmp_path_factory.mktemp("digits") / "train"
+    ensure_shards(str(path), "digits", "train")
+    return path
+
+
+@pytest.fixture
+def new_state(digits, tmp_path):
+    """Builds the state of a tiny run, as often as wanted; `name` keeps run directories apart."""
+    made = []
+
+    def build(*overrides: str):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        settings = [f"{key}={value}" for key, value in TINY.items() if key != "energy.features"]
+        if not any("energy.kind" in o for o in overrides):
+            settings.append("energy.features=[8,16]")
+        else:
+            settings = [s for s in settings if not s.startswith("energy.")]
+        config = load_config(None, [*settings, f"data.shards={digits}", f"run.dir={tmp_path / 'run'}", *overrides])
+        made.append(build_state(config, World(config.train)))
+        return made[-1]
+
+    yield build
+    for state in made:
+        state.reader.close()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def advance(state, steps: int):
+    for _ in range(steps):
+        train_step(state, next(state.reader))
+    return state
+
+
+def everything(state) -> dict[str, torch.Tensor]:
+    tensors = {f"model.{k}": v for k, v in state.energy.state_dict().items()}
+    tensors |= {f"ema.{k}": v for k, v in state.ema.module.state_dict().items()}
+    for i, values in state.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{k}": v for k, v in values.items()}
+    if state.buffer is not None:
+        tensors |= {"x": state.buffer.x, "age": state.buffer.age}
+    return tensors
+
+
+def differing(a: dict, b: dict) -> list[str]:
+    assert a.keys() == b.keys()
+    return [key for key in a if not torch.equal(a[key], b[key])]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_train_and_resume_exactly(new_state, variant):
+    whole = advance(new_state(*VARIANTS[variant]), 6)
+    assert int(whole.skipped_steps) == 0
+    expected = {k: v.clone() for k, v in everything(whole).items()}
+
+    first = new_state(*VARIANTS[variant])
+    begin = {k: v.clone() for k, v in first.energy.state_dict().items()}
+    advance(first, 3)
+    run = RunDirectory(first.config, first.world)
+    path = save(first, run)
+    second = new_state(*VARIANTS[variant])
+    load(second, path)
+    assert second.step == 3
+    advance(second, 3)
+    assert differing(everything(second), expected) == []
+    assert second.reader.positions == whole.reader.positions
+    assert any(not torch.equal(v, begin[k]) for k, v in second.energy.state_dict().items())
+
+
+def test_parts_of_a_batch_add_up_to_the_whole(new_state):
+    """Without chain noise, whose order depends on the parts, accumulation changes nothing but rounding."""
+    settings = ["sampler.noise_scale=0", "optim.grad_clip=null"]
+    a, b = (advance(new_state(*settings, f"train.accumulate={parts}"), 1) for parts in (1, 4))
+    torch.testing.assert_close(a.buffer.x, b.buffer.x, atol=1e-5, rtol=0)
+    for one, other in zip(a.optimizer.state_dict()["state"].values(), b.optimizer.state_dict()["state"].values(),
+                          strict=True):  # fmt: skip
+        torch.testing.assert_close(one["exp_avg_sq"], other["exp_avg_sq"], atol=1e-9, rtol=1e-3)
+
+
+def test_a_nan_makes_the_step_void(new_state):
+    state = advance(new_state(), 2)
+    before = {k: v.clone() for k, v in everything(state).items()}
+    draw = state.buffer.draw(16, state.step + 1, state.config.buffer.reinit_prob)
+    chosen = draw.rows[~draw.fresh][0]
+    state.buffer.x[chosen, 0, 0, 0] = float("nan")
+    before["x"] = state.buffer.x.clone()
+    train_step(state, next(state.reader))
+    after = everything(state)
+    before["x"][chosen], after["x"] = 0, after["x"].clone()
+    after["x"][chosen] = 0
+    changed = [key for key in differing(before, after) if not key.startswith("ema.")]
+    assert changed == []
+    assert (int(state.skipped_steps), int(state.skipped_in_row)) == (1, 1)
+    state.buffer.x[chosen] = 0
+    advance(state, 1)
+    assert (int(state.skipped_steps), int(state.skipped_in_row)) == (1, 0)
+    assert differing(before, everything(state))
