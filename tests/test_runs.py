@@ -68,6 +68,20 @@ def test_each_epoch_sees_each_sample_once(reference):
         assert len(keys) == 1437 and set(keys.values()) == {1}
 
 
+def test_metrics_have_the_keys_that_dashboards_rely_on(reference):
+    """To the letter: scripts and dashboards outside the project read them."""
+    keys = """step train/loss energy/pos_mean energy/neg_mean energy/gap energy/auc sampler/grad_norm
+        sampler/displacement sampler/saturated sampler/temperature buffer/age_mean buffer/reinit_frac optim/lr
+        optim/grad_norm perf/step_s perf/chain_steps_per_s perf/data_wait_frac data/epoch data/skipped
+        health/rollbacks health/skipped_steps""".split()
+    rows = records(reference / "metrics.jsonl")
+    assert all(set(keys) <= row.keys() for row in rows)
+    last = rows[-1]
+    assert last["energy/gap"] == pytest.approx(last["energy/neg_mean"] - last["energy/pos_mean"])
+    assert last["data/epoch"] == pytest.approx(200 * 16 / (1437 // 4))
+    assert last["sampler/temperature"] == pytest.approx(0.005**2 / 20)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_at_random_ends_bit_identical(digits, tmp_path, ranks):
