@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from yaml import YAMLError
 
 from ebm.errors import ConfigError
@@ -172,6 +172,11 @@ class TrainConfig(Section):
     log_every: int = Field(50, ge=1, description="steps between lines of metrics")
     collective_timeout: float = Field(600.0, gt=0, description="seconds a rank waits for the others before it gives up")
     time_limit: float | None = Field(None, gt=0, description="seconds of wall time, then a clean stop (exit 75)")
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value):
+        return "no" if value is False else value  # YAML 1.1 reads a bare `no` as false
 
 
 class HealthConfig(Section):

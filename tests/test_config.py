@@ -228,3 +228,8 @@ def test_same_run(config_file):
         assert f"  {key}: " in str(caught.value) and f"{value!r} now" in str(caught.value)
         assert str(caught.value).count(" there, ") == 1
         assert fingerprint(new) != fingerprint(old)
+
+
+def test_mixed_precision_no_is_a_word_although_yaml_reads_it_as_false(config_file):
+    assert load_config(config_file("train: {mixed_precision: no}\n")).train.mixed_precision == "no"
+    assert load_config(config_file(""), ["train.mixed_precision=no"]).train.mixed_precision == "no"
