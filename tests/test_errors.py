@@ -81,10 +81,11 @@ def test_run_directory_of_another_config(tmp_path, digits):
     (tmp_path / "run").mkdir()
     from ebm.config import load_config, to_yaml
 
-    settings = [f"{k}={v}" for k, v in TINY.items()] + [f"run.dir={tmp_path / 'run'}", f"data.shards={digits}"]
+    values = TINY | {"optim.lr": 0.25, "run.dir": tmp_path / "run", "data.shards": digits}
+    settings = [f"{key}={value}" for key, value in values.items()]
     (tmp_path / "run" / "config.yaml").write_text(to_yaml(load_config(None, settings)))
     message = fail(tmp_path, digits, 2, optim__lr=0.5, sampler__num_steps=3)
-    assert "optim.lr: 0.0005 there, 0.5 now" in message and "sampler.num_steps: 2 there, 3 now" in message
+    assert "optim.lr: 0.25 there, 0.5 now" in message and "sampler.num_steps: 2 there, 3 now" in message
     assert "train.steps" not in message
 
 
