@@ -1,4 +1,4 @@
-"""Checkpoints: written under a temporary name, verified, agreed by all ranks, then renamed.
+"""Checkpoints: written in the background under a temporary name, agreed by all ranks, then renamed.
 
 `step_00001000/` holds safetensors files (shared ones by rank 0, one a stream by its owner), `state.json`, and last
 `manifest.json` with the size and sha256 of each. Nothing in it can run code.
@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import torch
@@ -25,46 +26,124 @@ def directory_of(root: Path, step: int) -> Path:
     return root / f"step_{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name)[1])
+
+
+def _temporary(root: Path, step: int) -> Path:
+    return directory_of(root, step).with_suffix(".tmp")
+
+
 def checkpoints(root: Path) -> list[Path]:
     """The finished checkpoints under `root`, oldest first, by number."""
     found = [(int(m[1]), p) for p in root.glob("step_*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
     return [path for _, path in sorted(found)]
 
 
-def save(root: Path, step: int, files: dict[str, dict[str, Tensor]], state: dict, world, keep: int) -> Path:
-    """Write one checkpoint together with all ranks; the older ones go, but for the newest `keep`.
+class Saver:
+    """Writes checkpoints behind the training's back, all ranks together.
+
+    The ranks call `start` and `finish` at the same steps; in between a thread writes what this rank owns. A checkpoint
+    that one rank could not write is given up by all, and the one before stays.
 
     Args:
-        files: this rank's tensors by file name (`model`, `ema`, `optimizer` on rank 0; `stream_0003` on its owner).
-        state: what `state.json` holds, from rank 0.
+        root: the directory of checkpoints.
         world: the run's `ebm.distributed.World`.
+        say: hears why a checkpoint was given up.
     """
-    final, temporary = directory_of(root, step), directory_of(root, step).with_suffix(".tmp")
-    if world.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    world.barrier()
-    written, error = {}, None
-    try:
-        for name, tensors in files.items():
-            written[f"{name}.safetensors"] = _write_tensors(temporary / f"{name}.safetensors", tensors)
-        if world.is_main:
-            written["state.json"] = _write_json(temporary / "state.json", state)
-    except (OSError, SafetensorError) as caught:
-        error = DataError(f"{temporary}: the checkpoint of step {step} could not be written: {caught}")
-    world.raise_together(error)
-    parts = world.gather(written)
-    if world.is_main:
-        entries = {name: entry for part in parts for name, entry in sorted(part.items())}
-        _write_json(temporary / "manifest.json", {"version": 1, "step": step, "files": entries})
+
+    def __init__(self, root: Path, world, say):
+        self._root, self._world, self._say = root, world, say
+        self._step, self._thread, self._written, self._error = 0, None, {}, None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is under way; the same on every rank."""
+        return self._thread is not None
+
+    @property
+    def ended(self) -> bool:
+        """Whether this rank has no part left to write."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def start(self, step: int, files: dict[str, dict[str, Tensor]], state: dict) -> None:
+        """Begin the checkpoint of `step`; training may change the tensors as soon as this returns.
+
+        `files`: this rank's tensors by file name (`model`, `ema`, `optimizer` on rank 0; `stream_0003` on its owner).
+        `state`: what `state.json` holds; rank 0 writes it.
+        """
+        assert not self.busy
+        snapshot = {name: {key: _on_host(t) for key, t in tensors.items()} for name, tensors in files.items()}
+        self._step, self._written, self._error = step, {}, None
+        self._thread = threading.Thread(target=self._write, args=(snapshot, state), daemon=True)
+        self._thread.start()
+
+    def _write(self, files: dict[str, dict[str, Tensor]], state: dict) -> None:
+        try:
+            temporary = _temporary(self._root, self._step)
+            temporary.mkdir(parents=True, exist_ok=True)
+            for name, tensors in files.items():
+                save_file(tensors, temporary / f"{name}.safetensors")
+                self._written[f"{name}.safetensors"] = _entry(temporary / f"{name}.safetensors")
+            if self._world.is_main:
+                self._written["state.json"] = _write_json(temporary / "state.json", state)
+        except Exception as error:  # the thread's end must be seen by the training, whatever it was
+            self._error = error
+
+    def finish(self, keep: int, protect: int | None = None) -> Path | None:
+        """Wait for all ranks' parts and make the checkpoint final; None, and said, where a rank could not write its.
+
+        Of the older checkpoints the newest go on to be kept, `keep` with this one, and the one of step `protect`.
+        """
+        self._thread.join()
+        self._thread = None
+        parts = self._world.gather((self._written, None if self._error is None else str(self._error)))
+        error = next((error for _, error in parts if error is not None), None)
+        if self._world.is_main:
+            try:
+                if error is None:
+                    self._commit({name: entry for files, _ in parts for name, entry in sorted(files.items())})
+            except OSError as caught:
+                error = str(caught)
+            if error is not None:
+                shutil.rmtree(_temporary(self._root, self._step), ignore_errors=True)
+            else:
+                self._prune(keep, protect)
+        error = self._world.gather(error)[0]
+        if error is not None:
+            self._say(f"the checkpoint of step {self._step} could not be written ({error}); the one before is kept")
+            return None
+        return directory_of(self._root, self._step)
+
+    def _commit(self, entries: dict[str, dict]) -> None:
+        final, temporary = directory_of(self._root, self._step), _temporary(self._root, self._step)
+        _write_json(temporary / "manifest.json", {"version": 1, "step": self._step, "files": entries})
         _sync(temporary)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():  # damaged, or of a branch that was rolled back
+            set_aside(final)
         os.replace(temporary, final)
-        _sync(root)
-        for old in checkpoints(root)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
-    world.barrier()
-    return final
+        _sync(self._root)
+
+    def _prune(self, keep: int, protect: int | None) -> None:
+        old = [path for path in checkpoints(self._root)[:-keep] if step_of(path) != protect]
+        newest = directory_of(self._root, self._step).name
+        old += [path for path in self._root.glob("step_*.aside") if path.stem <= newest]
+        gone = [path.rename(path.with_suffix(".gone.tmp")) for path in old]
+        # Big files take long to unlink, and nobody need wait for it.
+        threading.Thread(target=lambda: [shutil.rmtree(path, ignore_errors=True) for path in gone]).start()
+
+
+def set_aside(path: Path) -> None:
+    """Take a checkpoint out of those that can be resumed from; it stays until a newer one is final."""
+    aside = path.with_suffix(".aside")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(path, aside)
+
+
+def sweep(root: Path) -> None:
+    """Remove what earlier runs left unfinished. Before the first `Saver.start`, by one process."""
+    for path in root.glob("step_*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def problem_of(path: Path) -> str | None:
@@ -126,9 +205,9 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict:
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
-    return _entry(path)
+def _on_host(tensor: Tensor) -> Tensor:
+    """A copy of its own, in host memory."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _write_json(path: Path, value: dict) -> dict:

@@ -170,7 +170,9 @@ class TrainConfig(Section):
     accumulate: int = Field(1, ge=1, description="parts a batch is computed in, one after the other, to save memory")
     mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="compute type of the network")
     log_every: int = Field(50, ge=1, description="steps between lines of metrics")
-    collective_timeout: float = Field(600.0, gt=0, description="seconds a rank waits for the others before it gives up")
+    collective_timeout: float = Field(
+        600.0, gt=0, description="seconds without a step after which every rank shows its stacks and the job ends"
+    )
     time_limit: float | None = Field(None, gt=0, description="seconds of wall time, then a clean stop (exit 75)")
 
     @field_validator("mixed_precision", mode="before")
@@ -185,6 +187,9 @@ class HealthConfig(Section):
         ge=1,
         description="non-finite steps in a row after which the run gives up "
         "(exit 3); counted when metrics are read, each log_every steps",
+    )
+    max_restarts: int = Field(
+        10, ge=0, description="starts in a row that reach no newer checkpoint, before one is refused"
     )
 
 

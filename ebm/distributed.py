@@ -66,13 +66,16 @@ class World:
     def scaler(self):
         return self.accelerator.scaler
 
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` is true on any rank."""
+    def any_of(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is true on any rank."""
         if self.size == 1:
-            return flag
-        value = torch.tensor(int(flag))
-        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._host_group)
-        return bool(value)
+            return list(flags)
+        values = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._host_group)
+        return [bool(value) for value in values]
+
+    def any(self, flag: bool) -> bool:
+        return self.any_of(flag)[0]
 
     def all(self, flag: bool) -> bool:
         return not self.any(not flag)
@@ -105,6 +108,11 @@ class World:
         if self.any(error is not None):
             first = next(e for e in self.gather(error) if e is not None)
             raise first
+
+    def lost_peer(self, error: BaseException) -> bool:
+        """Whether `error` says that another rank is gone, rather than what went wrong here."""
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)
+        return self.size > 1 and isinstance(error, RuntimeError) and lost
 
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():

@@ -19,6 +19,10 @@ class DivergenceError(UserError):
     exit_code = 3
 
 
+class LostPeerError(UserError):
+    """Another rank of the job is gone."""
+
+
 class DataError(UserError):
     """A shard, manifest, image or checkpoint that can't be used."""
 

@@ -1,50 +1,29 @@
-"""The trainer: its state, one step, and the loop."""
+"""The trainer: one step, and the loop."""
 
 import time
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
 
-from ebm import checkpoint, optimisation
+from ebm import optimisation
+from ebm.checkpoint import Saver
 from ebm.config import Config
-from ebm.data import Batch, ShardReader, augment, load_manifest
-from ebm.data.manifest import check_files
+from ebm.data import Batch, augment
 from ebm.distributed import World
-from ebm.energies import FoldedEnergy, build_energy
-from ebm.errors import EXIT_STOPPED, DivergenceError
-from ebm.health import Meters, auc
+from ebm.energies import FoldedEnergy
+from ebm.errors import EXIT_STOPPED, DataError, DivergenceError, LostPeerError
+from ebm.health import auc
 from ebm.losses import contrastive_divergence
-from ebm.replay_buffer import Draw, ReplayBuffer
+from ebm.replay_buffer import Draw
 from ebm.run_directory import RunDirectory
 from ebm.samplers import fresh_chains, langevin, settings_of
+from ebm.state import TrainState, build_state, load, snapshot
 from ebm.stopping import StopRequest
-from ebm.streams import StreamGenerators, owned_streams, uniform_
+from ebm.streams import StreamGenerators, uniform_
 from ebm.tracking import Tracker
-
-
-@dataclass
-class TrainState:
-    """All that a step reads and changes. `energy` is the bare module, `model` its wrapping for several ranks."""
-
-    config: Config
-    world: World
-    energy: nn.Module
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    ema: AveragedModel
-    folded: FoldedEnergy
-    buffer: ReplayBuffer | None
-    reader: ShardReader
-    random: StreamGenerators
-    step: int = 0
-    skipped_steps: Tensor = None  # non-finite steps so far, and in a row; on the device
-    skipped_in_row: Tensor = None
-    skipped_samples: int = 0
-    meters: Meters = field(default_factory=Meters)
+from ebm.watchdog import Watchdog
 
 
 def train_step(state: TrainState, batch: Batch) -> tuple[Draw | None, dict[str, Tensor]]:
@@ -141,109 +120,6 @@ def _join(xs: list[Tensor], streams: int) -> Tensor:
     return torch.cat([x.unflatten(0, (streams, -1)) for x in xs], dim=1).flatten(0, 1)
 
 
-def build_state(config: Config, world: World) -> TrainState:
-    """The state of a run at step 0: a function of the config alone."""
-    streams = owned_streams(config.data.streams, world.rank, world.size)
-    manifest = load_manifest(config.data.shards)
-    check_files(manifest)
-    energy = build_energy(config.energy, config.data.shape, config.run.seed).to(world.device).train()
-    # Copies before `prepare`: accelerate replaces the forward of the module it is given.
-    ema = AveragedModel(energy, multi_avg_fn=get_ema_multi_avg_fn(config.optim.ema_decay)).requires_grad_(False)
-    folded = FoldedEnergy(energy, world.autocast_dtype())
-    model, optimizer = world.prepare(energy, optimisation.build_optimizer(config.optim, energy))
-    buffer = None
-    if config.loss.negatives == "persistent":
-        low, high = config.sampler.bounds or (-1.0, 1.0)
-        buffer = ReplayBuffer(
-            config.data.shape,
-            config.buffer.size // config.data.streams,
-            streams,
-            config.run.seed,
-            device=world.device,
-            low=low,
-            high=high,
-        )
-    zero = torch.zeros((), dtype=torch.int64, device=world.device)
-    return TrainState(
-        config,
-        world,
-        energy,
-        model,
-        optimizer,
-        ema,
-        folded,
-        buffer,
-        reader=open_reader(config, manifest, streams, {}),
-        random=StreamGenerators(config.run.seed, streams, world.device),
-        skipped_steps=zero,
-        skipped_in_row=zero,
-    )
-
-
-def open_reader(config: Config, manifest, streams: list[int], positions: dict[int, int]) -> ShardReader:
-    data = config.data
-    return ShardReader(
-        manifest,
-        data.shape,
-        seed=config.run.seed,
-        num_streams=data.streams,
-        streams=streams,
-        per_stream=config.train.batch_size // data.streams,
-        window=data.window,
-        workers=data.workers,
-        positions=positions,
-        on_error=data.on_error,
-        max_pixels=data.max_pixels,
-        num_classes=config.energy.num_classes,
-    )
-
-
-def save(state: TrainState, run: RunDirectory) -> Path:
-    files = {}
-    if state.world.is_main:
-        files = {
-            "model": state.energy.state_dict(),
-            "ema": state.ema.module.state_dict(),
-            "optimizer": checkpoint.pack_optimizer(optimisation.bare(state.optimizer)),
-        }
-    if state.buffer is not None:
-        files |= {f"stream_{v:04d}": state.buffer.stream_state(i) for i, v in enumerate(state.buffer.streams)}
-    per_rank = state.world.gather((state.reader.positions, state.skipped_samples))
-    positions = {str(v): p for positions, _ in per_rank for v, p in sorted(positions.items())}
-    scaler = state.world.scaler
-    meta = {
-        "step": state.step,
-        "positions": positions,
-        "skipped_samples": sum(n for _, n in per_rank),
-        "skipped_steps": int(state.skipped_steps),
-        "skipped_in_row": int(state.skipped_in_row),
-        "world_size": state.world.size,
-        "scaler": scaler.state_dict() if scaler is not None else None,
-    }
-    return checkpoint.save(run.checkpoints, state.step, files, meta, state.world, state.config.checkpoint.keep)
-
-
-def load(state: TrainState, path: Path) -> None:
-    """Take over a checkpoint; every rank reads what its streams need, whatever the world size it was written by."""
-    meta = checkpoint.read_state(path)
-    state.energy.load_state_dict(checkpoint.read_tensors(path, "model"))
-    state.ema.module.load_state_dict(checkpoint.read_tensors(path, "ema"))
-    state.step = meta["step"]
-    state.ema.n_averaged.fill_(state.step)
-    checkpoint.unpack_optimizer(optimisation.bare(state.optimizer), checkpoint.read_tensors(path, "optimizer"))
-    if state.buffer is not None:
-        for i, v in enumerate(state.buffer.streams):
-            state.buffer.load_stream(i, checkpoint.read_tensors(path, f"stream_{v:04d}"))
-    state.skipped_steps = state.skipped_steps + meta["skipped_steps"]
-    state.skipped_in_row = state.skipped_in_row + meta["skipped_in_row"]
-    state.skipped_samples = meta["skipped_samples"] if state.world.is_main else 0
-    if meta["scaler"] is not None:
-        state.world.scaler.load_state_dict(meta["scaler"])
-    positions = {v: meta["positions"][str(v)] for v in state.random.streams}
-    state.reader.close()
-    state.reader = open_reader(state.config, state.reader.manifest, state.random.streams, positions)
-
-
 def train(config: Config, world: World, started: float) -> int:
     """Run, or go on with, the training of `config`. Returns the exit code: 0 done, 75 stopped and resumable."""
     run = RunDirectory(config, world)
@@ -255,11 +131,21 @@ def train(config: Config, world: World, started: float) -> int:
     if found is not None:
         load(state, found)
         run.say(f"resuming {run.path} at step {state.step}")
-    tracker = Tracker(config, run.path, state.step) if world.is_main else None
-    code = 1
+    run.begin(state.step, config.health.max_restarts)
+    tracker, code = None, 1
     try:
-        with StopRequest(run.stop_file, config.train.time_limit, started) as stop:
-            code = loop(state, run, tracker, stop)
+        if world.is_main:
+            tracker = Tracker(config, run.path, state.step)
+        with (
+            StopRequest(run.stop_file, config.train.time_limit, started) as stop,
+            Watchdog(config.train.collective_timeout, world.rank) as dog,
+        ):
+            code = loop(state, run, tracker, stop, dog)
+    except Exception as error:
+        if not world.lost_peer(error):
+            run.failed(f"{type(error).__name__}: {error}")
+            raise
+        raise LostPeerError(f"rank {world.rank}: another rank ended; its own message says why") from error
     finally:
         state.reader.close()
         if tracker is not None:
@@ -268,61 +154,90 @@ def train(config: Config, world: World, started: float) -> int:
     return code
 
 
-def loop(state: TrainState, run: RunDirectory, tracker: Tracker | None, stop: StopRequest) -> int:
-    config, world = state.config, state.world
-    waited, reinit, window_start, window_step = 0.0, 0.0, time.perf_counter(), state.step
+@dataclass
+class Interval:
+    """What the loop adds up between two lines of metrics."""
+
+    step: int
+    started: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0  # seconds for data
+    reinit: float = 0.0  # sum of the steps' shares
+
+
+def loop(state: TrainState, run: RunDirectory, tracker: Tracker | None, stop: StopRequest, dog: Watchdog) -> int:
+    config, world, saver = state.config, state.world, Saver(run.checkpoints, state.world, run.say)
+    interval = Interval(state.step)
     while state.step < config.train.steps:
+        dog.beat()
         before = time.perf_counter()
         batch = next(state.reader)
-        waited += time.perf_counter() - before
+        interval.waited += time.perf_counter() - before
         state.skipped_samples += batch.skipped
         draw, energies = train_step(state, batch)
         step, last = state.step, state.step == config.train.steps
         if draw is not None:
-            reinit += draw.reinit.float().mean().item()
+            interval.reinit += draw.reinit.float().mean().item()
         if config.data.trace:
             trace(state, batch, draw, tracker)
         if step % config.train.log_every == 0 or last:
-            metrics = measure(state, energies, reinit / (step - window_step))
-            now = time.perf_counter()
-            metrics |= perf(config, now - window_start, waited, step - window_step)
+            metrics = measure(state, energies, interval)
             if tracker is not None:
                 tracker.log(step, metrics)
-            waited, reinit, window_start, window_step = 0.0, 0.0, now, step
+            interval = Interval(step)
             check_health(state, metrics)
         if step % config.tracking.samples_every == 0 or last:
             panels(state, batch, energies, tracker)
-        stopping = world.any(stop.asked() is not None)
-        if step % config.checkpoint.every == 0 or last or stopping:
-            save(state, run)
+        stopping, writing = world.any_of(stop.asked() is not None, not saver.ended)
+        if saver.busy and not writing:
+            saver.finish(config.checkpoint.keep)
+        if last or stopping:
+            save_now(state, saver)
+        elif step % config.checkpoint.every == 0:
+            if saver.busy:  # slower than the steps of a whole interval: training waits
+                saver.finish(config.checkpoint.keep)
+            saver.start(step, *snapshot(state))
         if stopping and not last:
             run.say(f"stopping at step {step}: {stop.reason or 'another rank was asked to'}")
             return EXIT_STOPPED
     return 0
 
 
-def measure(state: TrainState, energies: dict[str, Tensor], reinit: float) -> dict[str, float]:
-    """The metrics of the steps since the last call, equal on all ranks. Waits for the device."""
-    config, world = state.config, state.world
+def save_now(state: TrainState, saver: Saver) -> None:
+    """A checkpoint of this very step, or an error: nothing follows that could make up for one that failed."""
+    keep = state.config.checkpoint.keep
+    if saver.busy:
+        saver.finish(keep)
+    for wait in (2.0, 10.0, None):
+        saver.start(state.step, *snapshot(state))
+        if saver.finish(keep) is not None:
+            return
+        if wait is not None:
+            time.sleep(wait)
+    raise DataError(
+        f"the checkpoint of step {state.step} could not be written in three tries; make room, then run the same "
+        "command: it goes on from the checkpoint before"
+    )
+
+
+def measure(state: TrainState, energies: dict[str, Tensor], interval: Interval) -> dict[str, float]:
+    """The metrics of an interval's steps, equal on all ranks but for perf/. Waits for the device."""
+    config, world, steps = state.config, state.world, state.step - interval.step
     metrics = state.meters.read(world)
     metrics["energy/gap"] = metrics["energy/neg_mean"] - metrics["energy/pos_mean"]
     metrics["energy/auc"] = auc(*(world.concatenate(e) for e in energies.values())).item()
     metrics["sampler/temperature"] = config.sampler.noise**2 / (2 * config.sampler.step_size)
     zero = torch.zeros((), device=world.device)
     age = zero if state.buffer is None else state.buffer.age.float().mean()
-    host = torch.tensor([reinit, float(state.skipped_samples)], device=world.device)
+    host = torch.tensor([interval.reinit / steps, float(state.skipped_samples)], device=world.device)
     age, reinit, skipped = world.mean(torch.cat([age[None], host])).tolist()
     metrics |= {"buffer/age_mean": age, "buffer/reinit_frac": reinit, "data/skipped": round(skipped * world.size)}
     metrics |= {"data/epoch": state.reader.epoch, "optim/lr": optimisation.learning_rate(config, state.step)}
-    return metrics | {"health/skipped_steps": int(state.skipped_steps), "health/rollbacks": 0}
-
-
-def perf(config: Config, seconds: float, waited: float, steps: int) -> dict[str, float]:
-    per_step = seconds / steps
-    return {
-        "perf/step_s": per_step,
-        "perf/data_wait_frac": waited / seconds,
-        "perf/chain_steps_per_s": config.sampler.num_steps * config.train.batch_size / per_step,
+    metrics |= {"health/skipped_steps": int(state.skipped_steps), "health/rollbacks": 0}
+    seconds = time.perf_counter() - interval.started
+    return metrics | {
+        "perf/step_s": seconds / steps,
+        "perf/data_wait_frac": interval.waited / seconds,
+        "perf/chain_steps_per_s": config.sampler.num_steps * config.train.batch_size * steps / seconds,
     }
 
 

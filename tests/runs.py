@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).parent.parent
 TINY = {
     "data.window": 64,
@@ -29,14 +31,14 @@ TINY = {
 }
 
 
-def command(ranks: int, run_dir: Path, shards: Path, **settings) -> list[str]:
+def command(ranks: int, run_dir: Path, shards: Path, script: str = "train.py", **settings) -> list[str]:
     """The command line of a tiny digits run; keys use `__` for the dot."""
     values = TINY | {"run.dir": run_dir, "data.shards": shards}
     values |= {key.replace("__", "."): value for key, value in settings.items()}
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(free_port())]
     if ranks > 1:
         launcher += ["--config_file", str(ROOT / "launch/accelerate/cpu_2.yaml"), "--num_processes", str(ranks)]
-    return [*launcher, str(ROOT / "train.py"), *(f"{key}={value}" for key, value in values.items())]
+    return [*launcher, str(ROOT / script), *(f"{key}={value}" for key, value in values.items())]
 
 
 def free_port() -> int:
@@ -70,6 +72,12 @@ class Run:
         except subprocess.TimeoutExpired:
             self.kill()
             raise AssertionError(f"still running after {timeout} s:\n{self.log.read_text()[-3000:]}") from None
+
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks, in rank order."""
+        children = psutil.Process(self.process.pid).children()
+        ranks = [p for p in children if any(a.endswith(".py") for a in p.cmdline())]
+        return [p.pid for p in sorted(ranks, key=lambda p: int(p.environ()["RANK"]))]
 
     def kill(self) -> None:
         """SIGKILL to the launcher, the ranks and their workers at once."""

@@ -19,7 +19,8 @@ def digits(tmp_path_factory):
 def test_a_step_reads_no_device_memory(digits, tmp_path):
     from ebm.config import load_config
     from ebm.distributed import World
-    from ebm.trainer import build_state, train_step
+    from ebm.state import build_state
+    from ebm.trainer import train_step
 
     settings = [f"{key}={value}" for key, value in TINY.items()]
     config = load_config(None, [*settings, f"data.shards={digits}", f"run.dir={tmp_path}"])

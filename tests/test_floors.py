@@ -19,11 +19,17 @@ FLOORS = (
         "distributed",
         "stopping",
         "run_directory",
+        "watchdog",
     ),
-    ("trainer", "trained", "evaluation", "dry_run"),
+    ("trainer", "state", "trained", "evaluation", "dry_run"),
     ("commands", "__main__", "train"),
 )
-WITHIN_A_FLOOR = {("run_directory", "checkpoint"), ("tracking", "figures"), ("evaluation", "trained")}
+WITHIN_A_FLOOR = {
+    ("run_directory", "checkpoint"),
+    ("trainer", "state"),
+    ("tracking", "figures"),
+    ("evaluation", "trained"),
+}
 WITHIN_A_FLOOR |= {("streams", "errors"), ("config", "errors"), ("__main__", "commands")}
 ONLY_IN = {"accelerate": "distributed", "wandb": "tracking", "webdataset": "data"}
 SEEDS_GLOBALLY = {("energies", "build_energy"), ("evaluation", "train_classifier")}  # and restores what it found

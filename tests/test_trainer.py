@@ -5,11 +5,13 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from runs import TINY
 
+from ebm.checkpoint import Saver
 from ebm.config import load_config
 from ebm.data.shards import ensure_shards
 from ebm.distributed import World
 from ebm.run_directory import RunDirectory
-from ebm.trainer import build_state, load, save, train_step
+from ebm.state import build_state, load, snapshot
+from ebm.trainer import train_step
 
 VARIANTS = {
     "default": [],
@@ -88,7 +90,9 @@ def test_variants_train_and_resume_exactly(new_state, variant):
     begin = {k: v.clone() for k, v in first.energy.state_dict().items()}
     advance(first, 3)
     run = RunDirectory(first.config, first.world)
-    path = save(first, run)
+    saver = Saver(run.checkpoints, first.world, run.say)
+    saver.start(first.step, *snapshot(first))
+    path = saver.finish(keep=2)
     second = new_state(*VARIANTS[variant])
     load(second, path)
     assert second.step == 3

@@ -1,0 +1,142 @@
+"""The state of a run: all that a step reads and changes, built from the config, taken to and from checkpoints."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ebm import checkpoint, optimisation
+from ebm.config import Config
+from ebm.data import ShardReader, load_manifest
+from ebm.data.manifest import check_files
+from ebm.distributed import World
+from ebm.energies import FoldedEnergy, build_energy
+from ebm.health import Meters
+from ebm.replay_buffer import ReplayBuffer
+from ebm.streams import StreamGenerators, owned_streams
+
+
+@dataclass
+class TrainState:
+    """All that a step reads and changes. `energy` is the bare module, `model` its wrapping for several ranks."""
+
+    config: Config
+    world: World
+    energy: nn.Module
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: AveragedModel
+    folded: FoldedEnergy
+    buffer: ReplayBuffer | None
+    reader: ShardReader
+    random: StreamGenerators
+    step: int = 0
+    skipped_steps: Tensor = None  # non-finite steps so far, and in a row; on the device
+    skipped_in_row: Tensor = None
+    skipped_samples: int = 0
+    meters: Meters = field(default_factory=Meters)
+
+
+def build_state(config: Config, world: World) -> TrainState:
+    """The state of a run at step 0: a function of the config alone."""
+    streams = owned_streams(config.data.streams, world.rank, world.size)
+    manifest = load_manifest(config.data.shards)
+    check_files(manifest)
+    energy = build_energy(config.energy, config.data.shape, config.run.seed).to(world.device).train()
+    # Copies before `prepare`: accelerate replaces the forward of the module it is given.
+    ema = AveragedModel(energy, multi_avg_fn=get_ema_multi_avg_fn(config.optim.ema_decay)).requires_grad_(False)
+    folded = FoldedEnergy(energy, world.autocast_dtype())
+    model, optimizer = world.prepare(energy, optimisation.build_optimizer(config.optim, energy))
+    buffer = None
+    if config.loss.negatives == "persistent":
+        low, high = config.sampler.bounds or (-1.0, 1.0)
+        buffer = ReplayBuffer(
+            config.data.shape,
+            config.buffer.size // config.data.streams,
+            streams,
+            config.run.seed,
+            device=world.device,
+            low=low,
+            high=high,
+        )
+    zero = torch.zeros((), dtype=torch.int64, device=world.device)
+    return TrainState(
+        config,
+        world,
+        energy,
+        model,
+        optimizer,
+        ema,
+        folded,
+        buffer,
+        reader=open_reader(config, manifest, streams, {}),
+        random=StreamGenerators(config.run.seed, streams, world.device),
+        skipped_steps=zero,
+        skipped_in_row=zero,
+    )
+
+
+def open_reader(config: Config, manifest, streams: list[int], positions: dict[int, int]) -> ShardReader:
+    data = config.data
+    return ShardReader(
+        manifest,
+        data.shape,
+        seed=config.run.seed,
+        num_streams=data.streams,
+        streams=streams,
+        per_stream=config.train.batch_size // data.streams,
+        window=data.window,
+        workers=data.workers,
+        positions=positions,
+        on_error=data.on_error,
+        max_pixels=data.max_pixels,
+        num_classes=config.energy.num_classes,
+    )
+
+
+def snapshot(state: TrainState) -> tuple[dict[str, dict[str, Tensor]], dict]:
+    """(this rank's tensors by file name, what state.json holds): the arguments of `Saver.start`. All ranks together."""
+    files = {}
+    if state.world.is_main:
+        files = {
+            "model": state.energy.state_dict(),
+            "ema": state.ema.module.state_dict(),
+            "optimizer": checkpoint.pack_optimizer(optimisation.bare(state.optimizer)),
+        }
+    if state.buffer is not None:
+        files |= {f"stream_{v:04d}": state.buffer.stream_state(i) for i, v in enumerate(state.buffer.streams)}
+    per_rank = state.world.gather((state.reader.positions, state.skipped_samples))
+    positions = {str(v): p for positions, _ in per_rank for v, p in sorted(positions.items())}
+    scaler = state.world.scaler
+    return files, {
+        "step": state.step,
+        "positions": positions,
+        "skipped_samples": sum(n for _, n in per_rank),
+        "skipped_steps": int(state.skipped_steps),
+        "skipped_in_row": int(state.skipped_in_row),
+        "world_size": state.world.size,
+        "scaler": scaler.state_dict() if scaler is not None else None,
+    }
+
+
+def load(state: TrainState, path: Path) -> None:
+    """Take over a checkpoint; every rank reads what its streams need, whatever the world size it was written by."""
+    meta = checkpoint.read_state(path)
+    state.energy.load_state_dict(checkpoint.read_tensors(path, "model"))
+    state.ema.module.load_state_dict(checkpoint.read_tensors(path, "ema"))
+    state.step = meta["step"]
+    state.ema.n_averaged.fill_(state.step)
+    checkpoint.unpack_optimizer(optimisation.bare(state.optimizer), checkpoint.read_tensors(path, "optimizer"))
+    if state.buffer is not None:
+        for i, v in enumerate(state.buffer.streams):
+            state.buffer.load_stream(i, checkpoint.read_tensors(path, f"stream_{v:04d}"))
+    state.skipped_steps = state.skipped_steps + meta["skipped_steps"]
+    state.skipped_in_row = state.skipped_in_row + meta["skipped_in_row"]
+    state.skipped_samples = meta["skipped_samples"] if state.world.is_main else 0
+    if meta["scaler"] is not None:
+        state.world.scaler.load_state_dict(meta["scaler"])
+    positions = {v: meta["positions"][str(v)] for v in state.random.streams}
+    state.reader.close()
+    state.reader = open_reader(state.config, state.reader.manifest, state.random.streams, positions)

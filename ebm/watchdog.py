@@ -1,0 +1,48 @@
+"""The watchdog: a rank that hangs shows where, and the job ends."""
+
+import faulthandler
+import os
+import sys
+import threading
+
+GRACE = 5.0  # seconds between the stacks and the end, for the other ranks to show theirs
+
+
+class Watchdog:
+    """Within a `with` block, `beat()` must be called at least every `timeout` seconds; else this process writes the
+    stack of each of its threads to stderr and ends with exit code 1.
+
+    A rank that waits for one that hangs stops beating at the same step, so every rank shows where it stands.
+    """
+
+    def __init__(self, timeout: float, rank: int):
+        self._timeout, self._rank = timeout, rank
+        self._beaten, self._ended = threading.Event(), False
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def beat(self) -> None:
+        # The thread below needs the interpreter; should a library hang while holding it, this one does not.
+        faulthandler.dump_traceback_later(self._timeout + GRACE, exit=True)
+        self._beaten.set()
+
+    def __enter__(self):
+        self.beat()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._ended = True
+        self._beaten.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        while self._beaten.wait(self._timeout):
+            self._beaten.clear()
+            if self._ended:
+                return
+        print(f"rank {self._rank}: no step in {self._timeout:.0f} s (train.collective_timeout); its stacks:",
+              file=sys.stderr, flush=True)  # fmt: skip
+        faulthandler.dump_traceback(all_threads=True)
+        threading.Event().wait(GRACE)
+        os._exit(1)

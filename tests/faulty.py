@@ -1,0 +1,74 @@
+"""train.py with a fault injected, for tests: EBM_FAULT='{"kind": ..., "rank": ..., ...}' in the environment.
+
+kinds, each on one rank (or on all: "rank": null):
+    kill_in_save: SIGKILL at the `event`-th file operation inside checkpoints/; with "all" the whole job dies
+    raise, hang: an error, or a sleep without end, before step `step`
+    nan_weight, nan_chain: a NaN in the first weight, or in every chain of the buffer, before step `step`; `once`
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+import train
+from ebm import trainer
+
+FAULT = json.loads(os.environ["EBM_FAULT"])
+HERE = FAULT.get("rank") in (None, int(os.environ.get("RANK", 0)))
+FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+
+
+def kill_in_save() -> None:
+    left = [FAULT["event"]]
+
+    def on_event(name: str, arguments: tuple) -> None:
+        if name in FILE_EVENTS and "checkpoints/step_" in str(arguments[0]):
+            left[0] -= 1
+            if left[0] == 0:
+                os.killpg(0, signal.SIGKILL) if FAULT["all"] else os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(on_event)
+
+
+def before_step(action) -> None:
+    real, done = trainer.train_step, []
+
+    def train_step(state, batch):
+        if state.step + 1 == FAULT["step"] and not (FAULT.get("once") and done):
+            done.append(True)
+            action(state)
+        return real(state, batch)
+
+    trainer.train_step = train_step
+
+
+def fail(state) -> None:
+    raise RuntimeError(f"injected at step {state.step + 1}")
+
+
+def hang(state) -> None:
+    time.sleep(3600)
+
+
+@torch.no_grad()
+def nan_weight(state) -> None:
+    next(state.energy.parameters()).view(-1)[0] = float("nan")
+
+
+def nan_chain(state) -> None:
+    state.buffer.x[:, 0, 0, 0] = float("nan")
+
+
+if __name__ == "__main__":
+    if HERE and FAULT["kind"] == "kill_in_save":
+        kill_in_save()
+    elif HERE:
+        before_step({"raise": fail}.get(FAULT["kind"]) or globals()[FAULT["kind"]])
+    sys.exit(train.main())
