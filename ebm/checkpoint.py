@@ -90,10 +90,10 @@ class Saver:
         except Exception as error:  # the thread's end must be seen by the training, whatever it was
             self._error = error
 
-    def finish(self, keep: int, protect: int | None = None) -> Path | None:
+    def finish(self, keep: int) -> Path | None:
         """Wait for all ranks' parts and make the checkpoint final; None, and said, where a rank could not write its.
 
-        Of the older checkpoints the newest go on to be kept, `keep` with this one, and the one of step `protect`.
+        Kept are the newest `keep` with this one, and the newest that is good to roll back to.
         """
         self._thread.join()
         self._thread = None
@@ -108,7 +108,7 @@ class Saver:
             if error is not None:
                 shutil.rmtree(_temporary(self._root, self._step), ignore_errors=True)
             else:
-                self._prune(keep, protect)
+                self._prune(keep)
         error = self._world.gather(error)[0]
         if error is not None:
             self._say(f"the checkpoint of step {self._step} could not be written ({error}); the one before is kept")
@@ -124,8 +124,9 @@ class Saver:
         os.replace(temporary, final)
         _sync(self._root)
 
-    def _prune(self, keep: int, protect: int | None) -> None:
-        old = [path for path in checkpoints(self._root)[:-keep] if step_of(path) != protect]
+    def _prune(self, keep: int) -> None:
+        good = newest_good(self._root)
+        old = [path for path in checkpoints(self._root)[:-keep] if path != good]
         newest = directory_of(self._root, self._step).name
         old += [path for path in self._root.glob("step_*.aside") if path.stem <= newest]
         gone = [path.rename(path.with_suffix(".gone.tmp")) for path in old]
@@ -175,6 +176,21 @@ def newest_valid(root: Path, say=print) -> Path | None:
             return path
         say(f"checkpoint {path} is damaged ({problem}); going back to the one before")
     return None
+
+
+def newest_good(root: Path, before: Path | None = None) -> Path | None:
+    """The newest checkpoint, older than `before`, whose state.json says that training was well."""
+    for path in reversed(checkpoints(root)):
+        if (before is None or path < before) and _is_good(path):
+            return path
+    return None
+
+
+def _is_good(path: Path) -> bool:
+    try:
+        return read_state(path).get("good") is True
+    except DataError:
+        return False
 
 
 def read_tensors(path: Path, name: str) -> dict[str, Tensor]:

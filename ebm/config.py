@@ -126,6 +126,11 @@ class LangevinConfig(Section):
             raise ValueError("a geometric schedule needs noise scales above 0; use linear or cosine")
         return self
 
+    def scaled(self, factor: float) -> "LangevinConfig":
+        """With step sizes times `factor`; the noise follows where a temperature sets it."""
+        end = None if self.step_size_end is None else self.step_size_end * factor
+        return self.model_copy(update={"step_size": self.step_size * factor, "step_size_end": end})
+
     @property
     def noise(self) -> float:
         """The noise scale, given or from the temperature: sqrt(2 step_size T)."""
@@ -182,12 +187,19 @@ class TrainConfig(Section):
 
 
 class HealthConfig(Section):
-    max_skipped_steps: int = Field(
-        50,
-        ge=1,
-        description="non-finite steps in a row after which the run gives up "
-        "(exit 3); counted when metrics are read, each log_every steps",
-    )
+    every: int = Field(10, ge=1, description="steps between two checks of the run's health")
+    ladder: bool = Field(True, description="cut steps and roll back where training diverges; false: stop (exit 3)")
+    patience: int = Field(5, ge=1, description="bad checks, less good ones, before something is done")
+    max_skipped_steps: int = Field(20, ge=1, description="steps in a row without a finite gradient that are too many")
+    min_auc: float = Field(0.05, ge=0, lt=0.5, description="P(E(x_neg) > E(x_pos)) below this is bad")
+    max_auc: float = Field(0.995, gt=0.5, le=1, description="P(E(x_neg) > E(x_pos)) above this is bad, after grace")
+    grace: int = Field(500, ge=0, description="steps in which chains, begun as noise, may lie above all data")
+    max_saturated: float = Field(0.5, gt=0, description="share of chain pixels at the bounds beyond data's that is bad")
+    max_drift: float = Field(0.5, gt=0, description="step_size * |dE/dx| as a share of the bounds' width that is bad")
+    gap_deviations: float = Field(8.0, gt=0, description="robust deviations of the energy gap that are bad")
+    cut: float = Field(0.25, gt=0, lt=1, description="factor of a cut of the learning rate or the step size")
+    recover: int = Field(10, ge=1, description="good checks in a row after which half of a cut learning rate is back")
+    max_rollbacks: int = Field(6, ge=0, description="rollbacks of a run, before it gives up (exit 3)")
     max_restarts: int = Field(
         10, ge=0, description="starts in a row that reach no newer checkpoint, before one is refused"
     )

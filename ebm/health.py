@@ -12,6 +12,13 @@ def auc(e_pos: Tensor, e_neg: Tensor) -> Tensor:
     return (ranks + through).double().mean() / (2 * len(e_pos))
 
 
+def saturated(x: Tensor, bounds: tuple[float, float] | None) -> Tensor:
+    """The share of components of `x` at a bound or beyond."""
+    if bounds is None:
+        return x.new_zeros(())
+    return ((x <= bounds[0]) | (x >= bounds[1])).float().mean()
+
+
 class Meters:
     """Means of scalars over the steps between two reads. They add up on the device; only `read` waits for it."""
 

@@ -29,9 +29,9 @@ def learning_rate(config: Config, step: int) -> float:
     return optim.lr * warm * cosine
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: int) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: int, scale: float = 1.0) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step)
+        group["lr"] = learning_rate(config, step) * scale
 
 
 def bare(optimizer) -> torch.optim.Optimizer:

@@ -13,6 +13,7 @@ class Draw(NamedTuple):
     """The chains of one step, stream-major: S streams times n chains. `slots` and `reinit` are known to the host."""
 
     x: Tensor  # (S * n, *shape) float32, on the device
+    noise: Tensor  # (S * n, *shape): where each would start, or did
     rows: Tensor  # (S * n,) rows of the storage, on the device
     fresh: Tensor  # (S * n,) bool, on the device: started again from noise at this draw
     slots: Tensor  # (S, n) slot numbers inside each stream's slice, on the host
@@ -59,13 +60,19 @@ class ReplayBuffer:
         x = self.x[rows]
         noise = uniform_(torch.empty_like(x), self._noise("reinit", step), *self.range)
         x = torch.where(fresh.view(-1, *[1] * (x.ndim - 1)), noise, x)
-        return Draw(x, rows, fresh, slots, reinit)
+        return Draw(x, noise, rows, fresh, slots, reinit)
 
-    def write(self, draw: Draw, x: Tensor, num_steps: int, ok: Tensor) -> None:
-        """Put the advanced chains back where they came from, `num_steps` older, unless `ok` (bool scalar) is false."""
+    def write(self, draw: Draw, x: Tensor, num_steps: int, ok: Tensor, sick: Tensor) -> None:
+        """Put the advanced chains back where they came from, `num_steps` older, unless `ok` (bool scalar) is false.
+        Those that are `sick` (S * n,) start again from noise in any case."""
         age = torch.where(draw.fresh, 0, self.age[draw.rows]) + num_steps
-        self.x[draw.rows] = torch.where(ok, x, self.x[draw.rows])
-        self.age[draw.rows] = torch.where(ok, age, self.age[draw.rows]).to(torch.int32)
+        x = torch.where(ok, x, self.x[draw.rows])
+        self.x[draw.rows] = torch.where(sick.view(-1, *[1] * (x.ndim - 1)), draw.noise, x)
+        self.age[draw.rows] = torch.where(sick, 0, torch.where(ok, age, self.age[draw.rows])).to(torch.int32)
+
+    def reseed(self, seed: int) -> None:
+        """Draw and restart by another seed from now on."""
+        self.seed = self._noise.seed = seed
 
     def stream_state(self, index: int) -> dict[str, Tensor]:
         """The tensors of the `index`-th owned stream, views of the storage."""

@@ -14,12 +14,13 @@ LOCK_WAIT = 60.0  # seconds for ranks that lost their launcher to notice it, sav
 
 
 class RunDirectory:
-    """RUN/: config.yaml, checkpoints/, attempts.json, STOP, DONE. Made, or checked against the config, by rank 0."""
+    """RUN/: config.yaml, checkpoints/, attempts.json, rollbacks.json, STOP, DONE. Rank 0 makes it, or checks that it
+    was made with this config."""
 
     def __init__(self, config: Config, world):
         self.path, self.world = Path(config.run.dir), world
         self.checkpoints, self.stop_file = self.path / "checkpoints", self.path / "STOP"
-        self._attempts = self.path / "attempts.json"
+        self._attempts, self._rollback_file = self.path / "attempts.json", self.path / "rollbacks.json"
         self._together(lambda: self._enter(config))
         self.done = world.any(world.is_main and (self.path / "DONE").exists())
 
@@ -66,17 +67,52 @@ class RunDirectory:
         if self.world.is_main:
             print(text, flush=True)
 
-    def newest_checkpoint(self) -> Path | None:
-        """The newest checkpoint that verifies, found by rank 0 and agreed by all; damaged ones go out of its way."""
+    def resume_point(self) -> tuple[Path | None, dict | None]:
+        """(the newest checkpoint that verifies, what the ladder remembers instead of it after a rollback), found by
+        rank 0 and agreed by all. Newer ones, damaged or given up by a rollback, go out of its way."""
+        return self._together(self._resume_point)
 
-        def find():
-            found = checkpoint.newest_valid(self.checkpoints, self.say)
-            for path in checkpoint.checkpoints(self.checkpoints):
-                if found is None or path > found:
-                    checkpoint.set_aside(path)
-            return found
+    def _resume_point(self) -> tuple[Path | None, dict | None]:
+        past = self._rollbacks()
+        last = past[-1] if past else {"rollbacks": 0, "to": 0}
+        while (path := checkpoint.newest_valid(self.checkpoints, self.say)) is not None:
+            for newer in checkpoint.checkpoints(self.checkpoints):
+                if newer > path:
+                    checkpoint.set_aside(newer)
+            if checkpoint.read_state(path)["ladder"]["rollbacks"] >= last["rollbacks"]:
+                return path, None
+            if checkpoint.step_of(path) <= last["to"]:
+                return path, last["ladder"]
+            checkpoint.set_aside(path)
+        for damaged in checkpoint.checkpoints(self.checkpoints):
+            checkpoint.set_aside(damaged)
+        return None, None
 
-        return self._together(find)
+    def roll_back(self, step: int, ladder: dict, reason: str) -> bool:
+        """Decide where to go back to, and record it before anything changes: a job killed from here on resumes as if
+        it had gone on. Further back where the last rollback went to the same. False: there is no checkpoint."""
+
+        def record() -> bool:
+            past = self._rollbacks()
+            target = checkpoint.newest_good(self.checkpoints)
+            if target is not None and past and checkpoint.step_of(target) == past[-1]["to"]:
+                target = checkpoint.newest_good(self.checkpoints, before=target) or target
+            if target is None:
+                return False
+            to = checkpoint.step_of(target)
+            event = {"from": step, "to": to, "rollbacks": ladder["rollbacks"], "reason": reason, "ladder": ladder}
+            _replace(self._rollback_file, json.dumps([*past, event], indent=1))
+            return True
+
+        return self._together(record)
+
+    def _rollbacks(self) -> list[dict]:
+        if not self._rollback_file.exists():
+            return []
+        try:
+            return json.loads(self._rollback_file.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{self._rollback_file}: {error}; restore it, or choose another run.dir") from error
 
     def begin(self, step: int, max_restarts: int) -> None:
         """Count this start from `step`. Raises ConfigError at the start after `max_restarts` that got no further."""

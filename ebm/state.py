@@ -8,14 +8,15 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ebm import checkpoint, optimisation
-from ebm.config import Config
+from ebm.config import Config, LangevinConfig
 from ebm.data import ShardReader, load_manifest
 from ebm.data.manifest import check_files
 from ebm.distributed import World
 from ebm.energies import FoldedEnergy, build_energy
 from ebm.health import Meters
+from ebm.ladder import Ladder
 from ebm.replay_buffer import ReplayBuffer
-from ebm.streams import StreamGenerators, owned_streams
+from ebm.streams import StreamGenerators, derive_seed, owned_streams
 
 
 @dataclass
@@ -32,11 +33,18 @@ class TrainState:
     buffer: ReplayBuffer | None
     reader: ShardReader
     random: StreamGenerators
+    ladder: Ladder
     step: int = 0
     skipped_steps: Tensor = None  # non-finite steps so far, and in a row; on the device
     skipped_in_row: Tensor = None
+    quarantined: Tensor = None  # chains of this rank that were started again for not being finite
     skipped_samples: int = 0
     meters: Meters = field(default_factory=Meters)
+
+    @property
+    def sampler(self) -> LangevinConfig:
+        """The chain's settings, with the step size that the ladder has left."""
+        return self.config.sampler.scaled(self.ladder.step_scale)
 
 
 def build_state(config: Config, world: World) -> TrainState:
@@ -73,8 +81,10 @@ def build_state(config: Config, world: World) -> TrainState:
         buffer,
         reader=open_reader(config, manifest, streams, {}),
         random=StreamGenerators(config.run.seed, streams, world.device),
+        ladder=Ladder(config.health),
         skipped_steps=zero,
         skipped_in_row=zero,
+        quarantined=zero,
     )
 
 
@@ -107,36 +117,50 @@ def snapshot(state: TrainState) -> tuple[dict[str, dict[str, Tensor]], dict]:
         }
     if state.buffer is not None:
         files |= {f"stream_{v:04d}": state.buffer.stream_state(i) for i, v in enumerate(state.buffer.streams)}
-    per_rank = state.world.gather((state.reader.positions, state.skipped_samples))
-    positions = {str(v): p for positions, _ in per_rank for v, p in sorted(positions.items())}
+    per_rank = state.world.gather((state.reader.positions, state.skipped_samples, int(state.quarantined)))
+    positions = {str(v): p for positions, _, _ in per_rank for v, p in sorted(positions.items())}
     scaler = state.world.scaler
     return files, {
         "step": state.step,
         "positions": positions,
-        "skipped_samples": sum(n for _, n in per_rank),
+        "skipped_samples": sum(n for _, n, _ in per_rank),
+        "quarantined": sum(n for _, _, n in per_rank),
         "skipped_steps": int(state.skipped_steps),
         "skipped_in_row": int(state.skipped_in_row),
+        "ladder": state.ladder.state(),
+        "good": state.step == 0 or state.ladder.good,
         "world_size": state.world.size,
         "scaler": scaler.state_dict() if scaler is not None else None,
     }
 
 
-def load(state: TrainState, path: Path) -> None:
-    """Take over a checkpoint; every rank reads what its streams need, whatever the world size it was written by."""
+def load(state: TrainState, path: Path, ladder: dict | None = None) -> None:
+    """Take over a checkpoint; every rank reads what its streams need, whatever the world size it was written by.
+
+    `ladder`: what the ladder remembers instead, of a rollback to this checkpoint.
+    """
     meta = checkpoint.read_state(path)
     state.energy.load_state_dict(checkpoint.read_tensors(path, "model"))
     state.ema.module.load_state_dict(checkpoint.read_tensors(path, "ema"))
-    state.step = meta["step"]
+    state.step, state.meters = meta["step"], Meters()
     state.ema.n_averaged.fill_(state.step)
     checkpoint.unpack_optimizer(optimisation.bare(state.optimizer), checkpoint.read_tensors(path, "optimizer"))
     if state.buffer is not None:
         for i, v in enumerate(state.buffer.streams):
             state.buffer.load_stream(i, checkpoint.read_tensors(path, f"stream_{v:04d}"))
-    state.skipped_steps = state.skipped_steps + meta["skipped_steps"]
-    state.skipped_in_row = state.skipped_in_row + meta["skipped_in_row"]
+    state.skipped_steps = torch.full_like(state.skipped_steps, meta["skipped_steps"])
+    state.skipped_in_row = torch.full_like(state.skipped_in_row, meta["skipped_in_row"])
+    # Sums over the ranks go on from rank 0.
     state.skipped_samples = meta["skipped_samples"] if state.world.is_main else 0
+    state.quarantined = torch.full_like(state.quarantined, meta["quarantined"] if state.world.is_main else 0)
     if meta["scaler"] is not None:
         state.world.scaler.load_state_dict(meta["scaler"])
+    state.ladder.load(ladder or meta["ladder"])
+    seed, salt = state.config.run.seed, state.ladder.rollbacks
+    noise_seed = derive_seed(seed, "rollback", step=salt) if salt else seed  # the reader's order keeps the run's
+    state.random.seed = noise_seed
+    if state.buffer is not None:
+        state.buffer.reseed(noise_seed)
     positions = {v: meta["positions"][str(v)] for v in state.random.streams}
     state.reader.close()
     state.reader = open_reader(state.config, state.reader.manifest, state.random.streams, positions)

@@ -262,6 +262,13 @@ class Tracker:
         self._wandb.log(step, metrics)
         self._progress.update(step, metrics)
 
+    def rewind(self, step: int) -> None:
+        """Training went back to `step`: the records after it go, so that every step stands once."""
+        for name, records in (("metrics", self._metrics), ("trace", self._trace)):
+            if records is not None:
+                records.close()
+                setattr(self, f"_{name}", Records(self._run_dir / f"{name}.jsonl", step))
+
     def trace(self, step: int, samples: list, chains: list) -> None:
         self._trace.append({"step": step, "samples": samples, "chains": chains})
 

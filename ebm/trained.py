@@ -13,7 +13,7 @@ from ebm.errors import DataError
 
 
 class TrainedRun(NamedTuple):
-    config: Config
+    config: Config  # with the step size that training has left
     energy: FoldedEnergy  # with the averaged weights, float32
     checkpoint: Path
     device: torch.device
@@ -63,6 +63,8 @@ def open_run(path: str | Path, device: str | None = None) -> TrainedRun:
     if chosen is None:
         raise DataError(f"{run}/checkpoints holds no valid checkpoint yet; train on, or lower checkpoint.every")
     config = load_config(run / "config.yaml")
+    step_scale = checkpoint.read_state(chosen)["ladder"]["step_scale"]
+    config = config.model_copy(update={"sampler": config.sampler.scaled(step_scale)})
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     energy = build_energy(config.energy, config.data.shape, config.run.seed)
     energy.load_state_dict(checkpoint.read_tensors(chosen, "ema"))

@@ -1,8 +1,10 @@
 """The trainer: one step, and the loop."""
 
+import math
 import time
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +16,8 @@ from ebm.data import Batch, augment
 from ebm.distributed import World
 from ebm.energies import FoldedEnergy
 from ebm.errors import EXIT_STOPPED, DataError, DivergenceError, LostPeerError
-from ebm.health import auc
+from ebm.health import auc, saturated
+from ebm.ladder import Reading
 from ebm.losses import contrastive_divergence
 from ebm.replay_buffer import Draw
 from ebm.run_directory import RunDirectory
@@ -26,7 +29,16 @@ from ebm.tracking import Tracker
 from ebm.watchdog import Watchdog
 
 
-def train_step(state: TrainState, batch: Batch) -> tuple[Draw | None, dict[str, Tensor]]:
+class StepResult(NamedTuple):
+    """What one step did on this rank; tensors stay on the device."""
+
+    draw: Draw | None
+    e_pos: Tensor  # (n,) float32
+    e_neg: Tensor  # (n,)
+    scalars: dict[str, Tensor]  # by metric
+
+
+def train_step(state: TrainState, batch: Batch) -> StepResult:
     """One optimizer step on this rank's part of the global batch. Reads no device memory on the host."""
     config, world, random, step = state.config, state.world, state.random, state.step + 1
     parts = config.train.accumulate
@@ -41,7 +53,7 @@ def train_step(state: TrainState, batch: Batch) -> tuple[Draw | None, dict[str, 
     # Part by part (one, unless train.accumulate says more): chain, then loss and gradient of both phases together.
     state.folded.refresh()
     noise = random("chain", step)
-    settings = settings_of(config.sampler) | {"grad_scale": 1024.0 if state.folded.dtype == torch.float16 else 1.0}
+    settings = settings_of(state.sampler) | {"grad_scale": 1024.0 if state.folded.dtype == torch.float16 else 1.0}
     x_neg, scalars, energies = [], [], []
     for part in range(parts):
         take = partial(_part, part=part, parts=parts, streams=len(random.streams))
@@ -60,26 +72,30 @@ def train_step(state: TrainState, batch: Batch) -> tuple[Draw | None, dict[str, 
     # torch's fused Adam leaves weights and state alone where found_inf is 1, without the host having to look.
     grad_norm = world.clip_grad_norm(state.model, config.optim.grad_clip)
     finite = torch.isfinite(grad_norm)
-    optimisation.set_learning_rate(state.optimizer, config, step)
+    optimisation.set_learning_rate(state.optimizer, config, step, state.ladder.lr_scale)
     optimisation.step_if(state.optimizer, finite)
     state.optimizer.zero_grad()
     state.ema.update_parameters(state.energy)
 
-    # Chains go back to their slots.
+    # Chains go back to their slots; those that are not finite start again.
+    joined = partial(_join, streams=len(random.streams))
+    x_neg, e_neg = joined(x_neg), joined([terms["e_neg"] for terms in energies])
     if draw is not None:
-        state.buffer.write(draw, _join(x_neg, len(random.streams)), config.sampler.num_steps, finite)
+        sick = ~(torch.isfinite(x_neg).flatten(1).all(1) & torch.isfinite(e_neg))
+        state.buffer.write(draw, x_neg, config.sampler.num_steps, finite, sick)
+        state.quarantined = state.quarantined + sick.sum()
 
     # Meters, on the device.
     state.step = step
     state.skipped_steps = state.skipped_steps + ~finite
     state.skipped_in_row = torch.where(finite, 0, state.skipped_in_row + 1)
-    e_pos, e_neg = (torch.cat([terms[name] for terms in energies]) for name in ("e_pos", "e_neg"))
+    e_pos = torch.cat([terms["e_pos"] for terms in energies])
     names = ("train/loss", "sampler/grad_norm", "sampler/displacement", "sampler/saturated")
-    state.meters.add(
-        dict(zip(names, torch.stack(scalars).mean(0), strict=True))
-        | {"energy/pos_mean": e_pos.mean(), "energy/neg_mean": e_neg.mean(), "optim/grad_norm": grad_norm}
-    )
-    return draw, {"energy/pos": e_pos, "energy/neg": e_neg}
+    values = dict(zip(names, torch.stack(scalars).mean(0), strict=True))
+    values |= {"energy/pos_mean": e_pos.mean(), "energy/neg_mean": e_neg.mean(), "optim/grad_norm": grad_norm}
+    values["data/saturated"] = saturated(x_pos, config.sampler.bounds)
+    state.meters.add(values)
+    return StepResult(draw, e_pos, e_neg, values)
 
 
 def positives(config: Config, images: Tensor, random: StreamGenerators, step: int) -> Tensor:
@@ -127,9 +143,7 @@ def train(config: Config, world: World, started: float) -> int:
         run.say(f"{run.path} is done already; another run.dir begins a new run")
         return 0
     state = build_state(config, world)
-    found = run.newest_checkpoint()
-    if found is not None:
-        load(state, found)
+    if resume(state, run):
         run.say(f"resuming {run.path} at step {state.step}")
     run.begin(state.step, config.health.max_restarts)
     tracker, code = None, 1
@@ -166,6 +180,8 @@ class Interval:
 
 def loop(state: TrainState, run: RunDirectory, tracker: Tracker | None, stop: StopRequest, dog: Watchdog) -> int:
     config, world, saver = state.config, state.world, Saver(run.checkpoints, state.world, run.say)
+    if state.step == 0:
+        saver.start(0, *snapshot(state))  # so that there is always one to roll back to
     interval = Interval(state.step)
     while state.step < config.train.steps:
         dog.beat()
@@ -173,20 +189,24 @@ def loop(state: TrainState, run: RunDirectory, tracker: Tracker | None, stop: St
         batch = next(state.reader)
         interval.waited += time.perf_counter() - before
         state.skipped_samples += batch.skipped
-        draw, energies = train_step(state, batch)
+        result = train_step(state, batch)
         step, last = state.step, state.step == config.train.steps
-        if draw is not None:
-            interval.reinit += draw.reinit.float().mean().item()
+        if result.draw is not None:
+            interval.reinit += result.draw.reinit.float().mean().item()
         if config.data.trace:
-            trace(state, batch, draw, tracker)
+            trace(state, batch, result.draw, tracker)
+        if (step % config.health.every == 0 or last) and heal(state, result, run, saver):
+            interval = Interval(state.step)
+            if tracker is not None:
+                tracker.rewind(state.step)
+            continue
         if step % config.train.log_every == 0 or last:
-            metrics = measure(state, energies, interval)
+            metrics = measure(state, result, interval)
             if tracker is not None:
                 tracker.log(step, metrics)
             interval = Interval(step)
-            check_health(state, metrics)
         if step % config.tracking.samples_every == 0 or last:
-            panels(state, batch, energies, tracker)
+            panels(state, batch, result, tracker)
         stopping, writing = world.any_of(stop.asked() is not None, not saver.ended)
         if saver.busy and not writing:
             saver.finish(config.checkpoint.keep)
@@ -200,6 +220,57 @@ def loop(state: TrainState, run: RunDirectory, tracker: Tracker | None, stop: St
             run.say(f"stopping at step {step}: {stop.reason or 'another rank was asked to'}")
             return EXIT_STOPPED
     return 0
+
+
+def resume(state: TrainState, run: RunDirectory) -> bool:
+    """Go on from the newest checkpoint, if there is one."""
+    path, ladder = run.resume_point()
+    if path is not None:
+        load(state, path, ladder)
+    return path is not None
+
+
+def heal(state: TrainState, result: StepResult, run: RunDirectory, saver: Saver) -> bool:
+    """Judge the run's health and do what the ladder says. Whether the state is an earlier one now."""
+    verdict = state.ladder.judge(state.step, read_health(state, result))
+    if verdict.action == "go on":
+        return False
+    if verdict.action == "stop":
+        raise DivergenceError(
+            f"training diverged at {verdict.reason}. In a new run, lower optim.lr or sampler.step_size or raise loss.l2"
+        )
+    scales = f"learning rate x {state.ladder.lr_scale:g}, step size x {state.ladder.step_scale:g}"
+    if verdict.action == "cut":
+        run.say(f"diverging at {verdict.reason}: {scales} from here on")
+        return False
+    if saver.busy:
+        saver.finish(state.config.checkpoint.keep)
+    if not run.roll_back(state.step, state.ladder.state(), verdict.reason):
+        raise DivergenceError(f"training diverged at {verdict.reason}, and there is no checkpoint to go back to")
+    resume(state, run)
+    run.say(f"diverged at {verdict.reason}: back to step {state.step} with new noise, {scales}")
+    return True
+
+
+def read_health(state: TrainState, result: StepResult) -> Reading:
+    """This step's numbers over all ranks. Waits for the device."""
+    world, sampler, step = state.world, state.sampler, result.scalars
+    e_pos, e_neg = world.concatenate(torch.stack([result.e_pos, result.e_neg], dim=1)).unbind(1)
+    weights = torch.stack([p.detach().double().sum() for p in state.energy.parameters()]).sum()
+    weights = world.concatenate(weights[None])
+    excess = step["sampler/saturated"] - step["data/saturated"]
+    excess, grad_norm = world.mean(torch.stack([excess, step["sampler/grad_norm"]])).tolist()
+    low, high = sampler.bounds or (-math.inf, math.inf)
+    size = math.prod(state.config.data.shape)
+    return Reading(
+        gap=(e_neg.mean() - e_pos.mean()).item(),
+        spread=torch.cat([e_pos, e_neg]).std().item(),
+        auc=auc(e_pos, e_neg).item(),
+        saturated=excess,
+        drift=settings_of(sampler)["step_size"][-1] * grad_norm / size**0.5 / (high - low),
+        void_in_row=int(state.skipped_in_row),
+        replicas_agree=bool(torch.isfinite(weights).all() and (weights == weights[0]).all()),
+    )
 
 
 def save_now(state: TrainState, saver: Saver) -> None:
@@ -219,35 +290,28 @@ def save_now(state: TrainState, saver: Saver) -> None:
     )
 
 
-def measure(state: TrainState, energies: dict[str, Tensor], interval: Interval) -> dict[str, float]:
+def measure(state: TrainState, result: StepResult, interval: Interval) -> dict[str, float]:
     """The metrics of an interval's steps, equal on all ranks but for perf/. Waits for the device."""
-    config, world, steps = state.config, state.world, state.step - interval.step
+    config, world, ladder, steps = state.config, state.world, state.ladder, state.step - interval.step
     metrics = state.meters.read(world)
     metrics["energy/gap"] = metrics["energy/neg_mean"] - metrics["energy/pos_mean"]
-    metrics["energy/auc"] = auc(*(world.concatenate(e) for e in energies.values())).item()
-    metrics["sampler/temperature"] = config.sampler.noise**2 / (2 * config.sampler.step_size)
-    zero = torch.zeros((), device=world.device)
-    age = zero if state.buffer is None else state.buffer.age.float().mean()
-    host = torch.tensor([interval.reinit / steps, float(state.skipped_samples)], device=world.device)
-    age, reinit, skipped = world.mean(torch.cat([age[None], host])).tolist()
+    metrics["energy/auc"] = auc(world.concatenate(result.e_pos), world.concatenate(result.e_neg)).item()
+    metrics["sampler/temperature"] = state.sampler.noise**2 / (2 * state.sampler.step_size)
+    age = torch.zeros((), device=world.device) if state.buffer is None else state.buffer.age.float().mean()
+    sums = torch.tensor([interval.reinit / steps, float(state.skipped_samples)], device=world.device)
+    age, reinit, skipped, sick = world.mean(torch.cat([age[None], sums, state.quarantined[None].float()])).tolist()
     metrics |= {"buffer/age_mean": age, "buffer/reinit_frac": reinit, "data/skipped": round(skipped * world.size)}
-    metrics |= {"data/epoch": state.reader.epoch, "optim/lr": optimisation.learning_rate(config, state.step)}
-    metrics |= {"health/skipped_steps": int(state.skipped_steps), "health/rollbacks": 0}
+    metrics["data/epoch"] = state.reader.epoch
+    metrics["optim/lr"] = optimisation.learning_rate(config, state.step) * ladder.lr_scale
+    metrics |= {"health/skipped_steps": int(state.skipped_steps), "health/quarantined": round(sick * world.size)}
+    metrics |= {"health/warning": min(ladder.warning, 1e6), "health/rollbacks": ladder.rollbacks}
+    metrics |= {"health/lr_scale": ladder.lr_scale, "health/step_scale": ladder.step_scale}
     seconds = time.perf_counter() - interval.started
     return metrics | {
         "perf/step_s": seconds / steps,
         "perf/data_wait_frac": interval.waited / seconds,
         "perf/chain_steps_per_s": config.sampler.num_steps * config.train.batch_size * steps / seconds,
     }
-
-
-def check_health(state: TrainState, metrics: dict[str, float]) -> None:
-    row, limit = int(state.skipped_in_row), state.config.health.max_skipped_steps
-    if row >= limit:
-        raise DivergenceError(
-            f"the loss or its gradient was not finite in the last {row} steps (health.max_skipped_steps={limit}), step "
-            f"{state.step}; lower optim.lr or sampler.step_size, or raise loss.l2; the last checkpoint is kept"
-        )
 
 
 def trace(state: TrainState, batch: Batch, draw: Draw | None, tracker: Tracker | None) -> None:
@@ -262,7 +326,7 @@ def trace(state: TrainState, batch: Batch, draw: Draw | None, tracker: Tracker |
         tracker.trace(state.step, samples, sorted((c for _, cs in per_rank for c in cs), key=lambda c: c[0]))
 
 
-def panels(state: TrainState, batch: Batch, energies: dict[str, Tensor], tracker: Tracker | None) -> None:
+def panels(state: TrainState, batch: Batch, result: StepResult, tracker: Tracker | None) -> None:
     """Pictures of fresh chains (from noise, averaged weights), persistent chains and data; energy histograms."""
     if tracker is None:
         return
@@ -270,7 +334,7 @@ def panels(state: TrainState, batch: Batch, energies: dict[str, Tensor], tracker
     folded = FoldedEnergy(state.ema.module, state.folded.dtype).refresh()
     fresh, _ = fresh_chains(
         folded,
-        config.sampler,
+        state.sampler,
         config.data.shape,
         n,
         config.tracking.sample_steps,
@@ -283,4 +347,4 @@ def panels(state: TrainState, batch: Batch, energies: dict[str, Tensor], tracker
         images["samples/buffer"] = state.buffer.x[:n]
     images["samples/data"] = batch.images[:n].float() / 127.5 - 1
     tracker.panels(state.step, images)
-    tracker.histograms(state.step, energies)
+    tracker.histograms(state.step, {"energy/pos": result.e_pos, "energy/neg": result.e_neg})

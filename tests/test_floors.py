@@ -20,6 +20,7 @@ FLOORS = (
         "stopping",
         "run_directory",
         "watchdog",
+        "ladder",
     ),
     ("trainer", "state", "trained", "evaluation", "dry_run"),
     ("commands", "__main__", "train"),

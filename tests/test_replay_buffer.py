@@ -13,6 +13,10 @@ def make(streams=range(STREAMS), seed=3, slots=SLOTS, **settings):
     return ReplayBuffer(SHAPE, slots, streams, seed, **settings)
 
 
+def none_sick(draw):
+    return torch.zeros(len(draw.x), dtype=torch.bool)
+
+
 def yes():
     return torch.tensor(True)
 
@@ -32,7 +36,7 @@ def rounds(world_size, steps=6, n=4):
         for step in range(1, steps + 1):
             draw = buffer.draw(n, step, 0.3)
             draws.append((draw.slots, draw.reinit, draw.x.view(len(streams), n, *SHAPE)))
-            buffer.write(draw, advance(draw.x), 5, yes())
+            buffer.write(draw, advance(draw.x), 5, yes(), none_sick(draw))
         for index, stream in enumerate(streams):
             state = buffer.stream_state(index)
             seen[stream] = [part[index] for draw in draws for part in draw] + [state["x"], state["age"]]
@@ -99,7 +103,7 @@ def test_chains_go_back_to_their_own_slots():
     draw = buffer.draw(4, 1, 0.5)
     written = advance(draw.x)
     assert torch.equal(buffer.x, before)  # drawing alone changes nothing
-    buffer.write(draw, written, 5, yes())
+    buffer.write(draw, written, 5, yes(), none_sick(draw))
     assert torch.equal(buffer.x[draw.rows], written)
     others = torch.ones(len(before), dtype=torch.bool)
     others[draw.rows] = False
@@ -111,7 +115,7 @@ def test_ages_count_the_steps_since_noise():
     buffer, ages = make(), [[0] * SLOTS for _ in range(STREAMS)]
     for step in range(1, 30):
         draw = buffer.draw(4, step, 0.2)
-        buffer.write(draw, draw.x, step, yes())
+        buffer.write(draw, draw.x, step, yes(), none_sick(draw))
         for stream, (slots, reinit) in enumerate(zip(draw.slots.tolist(), draw.reinit.tolist(), strict=True)):
             for slot, new in zip(slots, reinit, strict=True):
                 ages[stream][slot] = step if new else ages[stream][slot] + step
@@ -122,17 +126,17 @@ def test_ages_count_the_steps_since_noise():
 def test_a_bad_step_writes_nothing():
     buffer = make()
     draw = buffer.draw(4, 1, 0.5)
-    buffer.write(draw, advance(draw.x), 5, yes())
+    buffer.write(draw, advance(draw.x), 5, yes(), none_sick(draw))
     x, age = buffer.x.clone(), buffer.age.clone()
     draw = buffer.draw(4, 2, 0.5)
-    buffer.write(draw, torch.full_like(draw.x, torch.nan), 5, torch.tensor(False))
+    buffer.write(draw, torch.full_like(draw.x, torch.nan), 5, torch.tensor(False), none_sick(draw))
     assert torch.equal(buffer.x, x) and torch.equal(buffer.age, age)
 
 
 def test_a_stream_moves_to_another_rank():
     source = make([0, 2])
     draw = source.draw(4, 1, 0.2)
-    source.write(draw, advance(draw.x), 5, yes())
+    source.write(draw, advance(draw.x), 5, yes(), none_sick(draw))
     saved = {name: tensor.clone() for name, tensor in source.stream_state(1).items()}
     target = make([1, 2, 3])
     neighbours = [target.stream_state(index)["x"].clone() for index in (0, 2)]
@@ -141,3 +145,17 @@ def test_a_stream_moves_to_another_rank():
     assert all(torch.equal(target.stream_state(i)["x"], x) for i, x in zip((0, 2), neighbours, strict=True))
     a, b = source.draw(4, 2, 0.2), target.draw(4, 2, 0.2)
     assert torch.equal(a.x[4:8], b.x[4:8]) and torch.equal(a.slots[1], b.slots[1])
+
+
+def test_sick_chains_start_again_whatever_became_of_the_step():
+    for ok in (True, False):
+        buffer = ReplayBuffer((2,), 20, [0, 1], seed=0)
+        buffer.age += 7
+        before = buffer.x.clone()
+        draw = buffer.draw(5, 1, 0.0)
+        sick = torch.arange(10) % 3 == 0
+        buffer.write(draw, torch.full_like(draw.x, 0.5), 4, torch.tensor(ok), sick)
+        assert torch.equal(buffer.x[draw.rows[sick]], draw.noise[sick])
+        assert (buffer.age[draw.rows[sick]] == 0).all() and (draw.noise[sick] != before[draw.rows[sick]]).all()
+        assert torch.equal(buffer.x[draw.rows[~sick]], torch.full((6, 2), 0.5) if ok else before[draw.rows[~sick]])
+        assert (buffer.age[draw.rows[~sick]] == (11 if ok else 7)).all()

@@ -1,0 +1,96 @@
+"""The ladder alone: which readings make it act, and how."""
+
+import pytest
+
+from ebm.config import HealthConfig
+from ebm.ladder import Ladder, Reading
+
+WELL = Reading(gap=0.01, spread=0.02, auc=0.55, saturated=0.2, drift=0.03, void_in_row=0, replicas_agree=True)
+BAD = {
+    "chains lie below all data": {"auc": 0.0},
+    "chains lie above all data": {"auc": 1.0},
+    "chains at the bounds": {"saturated": 0.6},
+    "steps as large as the domain": {"drift": float("inf")},
+    "the energy gap left its history": {"gap": 5.0},
+}
+
+
+def ladder(**settings) -> Ladder:
+    return Ladder(HealthConfig(**settings))
+
+
+def walk(one: Ladder, readings, step: int = 1000) -> list[str]:
+    return [one.judge(step + 10 * i, reading).action for i, reading in enumerate(readings)]
+
+
+def test_a_healthy_run_is_left_alone():
+    one = ladder()
+    varied = [WELL._replace(gap=0.01 * (i % 7 - 3), auc=0.3 + 0.01 * (i % 40)) for i in range(500)]
+    assert set(walk(one, varied)) == {"go on"}
+    assert one.good and one.warning < 0.5 and (one.lr_scale, one.step_scale, one.rollbacks) == (1, 1, 0)
+
+
+@pytest.mark.parametrize("sign", BAD)
+def test_each_sign_alone_leads_to_a_cut_then_a_rollback_then_the_end(sign):
+    one = ladder(max_rollbacks=2)
+    assert set(walk(one, [WELL] * 30)) == {"go on"}
+    bad = [WELL._replace(**BAD[sign])] * 5
+    verdicts = [one.judge(1000 + i, reading) for i, reading in enumerate(bad)]
+    assert [v.action for v in verdicts] == ["go on"] * 4 + ["cut"]
+    assert sign in verdicts[-1].reason and one.warning >= 1 and not one.good
+    actions = []
+    for _ in range(3):
+        walk(one, [WELL] * 22)
+        actions += [a for a in walk(one, bad) if a != "go on"]
+    assert actions == ["roll back", "roll back", "stop"]
+
+
+def test_a_void_stretch_and_unequal_replicas_roll_back_at_once_and_cut_nothing_the_first_time():
+    for broken in (WELL._replace(void_in_row=20), WELL._replace(replicas_agree=False)):
+        one = ladder()
+        assert walk(one, [WELL, broken]) == ["go on", "roll back"]
+        assert (one.lr_scale, one.step_scale, one.rollbacks) == (1, 1, 1)
+        assert walk(one, [broken]) == ["roll back"] and one.lr_scale == 0.25
+
+
+def test_without_the_ladder_the_first_trouble_ends_the_run_with_its_reason():
+    one = ladder(ladder=False)
+    verdicts = [one.judge(i, WELL._replace(auc=0.0)) for i in range(5)]
+    assert verdicts[-1].action == "stop" and "chains lie below all data" in verdicts[-1].reason
+    assert ladder(ladder=False).judge(9, WELL._replace(replicas_agree=False)).action == "stop"
+
+
+def test_the_learning_rate_comes_back_to_half_of_where_the_trouble_began():
+    one = ladder()
+    walk(one, [WELL._replace(auc=0.0)] * 5)
+    assert one.lr_scale == 0.25
+    walk(one, [WELL] * 9)
+    assert one.lr_scale == 0.25
+    walk(one, [WELL] * 200)
+    assert one.lr_scale == 0.5 and one.remedies == 0
+
+
+def test_two_cuts_of_the_rate_then_it_is_the_chains_turn():
+    one = ladder()
+    walk(one, [WELL._replace(auc=0.0)] * 5 * 4)
+    assert (one.lr_scale, one.step_scale, one.rollbacks) == (1, 0.25**2, 3)
+
+
+def test_chains_may_lie_above_all_data_at_first():
+    one = ladder(grace=500)
+    assert set(walk(one, [WELL._replace(auc=1.0)] * 50, step=0)) == {"go on"}
+
+
+def test_bad_checks_now_and_then_are_forgotten():
+    one = ladder()
+    assert set(walk(one, [WELL._replace(auc=0.0), WELL, WELL] * 30)) == {"go on"}
+
+
+def test_the_state_of_a_checkpoint_decides_as_the_run_itself():
+    one = ladder()
+    readings = [WELL._replace(auc=0.0 if i % 5 < 4 else 0.5, gap=0.001 * i) for i in range(60)]
+    walk(one, readings[:33])
+    other = ladder()
+    other.load(one.state())
+    assert walk(one, readings[33:]) == walk(other, readings[33:])
+    assert one.state() == other.state() and one.rollbacks > 0
