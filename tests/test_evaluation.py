@@ -27,6 +27,7 @@ from ebm.evaluation import (
     to_levels,
     train_classifier,
 )
+from ebm.ladder import Ladder
 from ebm.streams import generator
 
 
@@ -219,7 +220,9 @@ def small_run(directory, shards, *overrides):
     files = {"ema": build_energy(config.energy, config.data.shape, 0).state_dict()}
     files |= {f"stream_{v:04d}": {"x": from_levels(part)} for v, part in enumerate(digits.chunk(4))}
     alone = SimpleNamespace(is_main=True, barrier=lambda: None, raise_together=lambda _: None, gather=lambda v: [v])
-    checkpoint.save(directory / "checkpoints", 1, files, {"step": 1}, alone, keep=1)
+    saver = checkpoint.Saver(directory / "checkpoints", alone, print)
+    saver.start(1, files, {"step": 1, "ladder": Ladder(config.health).state()})
+    assert saver.finish(keep=1)
     (directory / "config.yaml").write_text(to_yaml(config))
     return str(directory)
 
