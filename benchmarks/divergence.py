@@ -31,7 +31,7 @@ from ebm.trained import open_run
 
 ROOT = Path(__file__).parent.parent
 RESNET = ["energy.kind=resnet", "energy.features=[16,32]", "energy.blocks=1", "sampler.grad_clamp=null"]
-NAN = {"kind": "nan_weight", "rank": 1, "step": 150, "once": True}
+NAN = {"kind": "nan_weight", "rank": 1, "step": 150}
 RECIPES = {  # name: (overrides of configs/digits.yaml, the healthy recipe's, what is injected)
     "step_x30": ([*RESNET, "sampler.step_size=300"], RESNET, None),
     "high_lr": (["optim.lr=0.05", "loss.l2=0"], [], None),

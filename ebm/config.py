@@ -197,8 +197,8 @@ class HealthConfig(Section):
     max_saturated: float = Field(0.5, gt=0, description="share of chain pixels at the bounds beyond data's that is bad")
     max_drift: float = Field(0.5, gt=0, description="step_size * |dE/dx| as a share of the bounds' width that is bad")
     gap_deviations: float = Field(8.0, gt=0, description="robust deviations of the energy gap that are bad")
-    cut: float = Field(0.25, gt=0, lt=1, description="factor of a cut of the learning rate or the step size")
-    recover: int = Field(10, ge=1, description="good checks in a row after which half of a cut learning rate is back")
+    cut: float = Field(0.1, gt=0, lt=1, description="factor of a cut of the learning rate or the step size")
+    recover: int = Field(100, ge=1, description="good checks in a row after which half of a cut learning rate is back")
     max_rollbacks: int = Field(6, ge=0, description="rollbacks of a run, before it gives up (exit 3)")
     max_restarts: int = Field(
         10, ge=0, description="starts in a row that reach no newer checkpoint, before one is refused"

@@ -28,6 +28,9 @@ class Reading(NamedTuple):
     void_in_row: int  # steps without a finite gradient up to now
     replicas_agree: bool  # the ranks' weights are finite and equal
 
+    def __str__(self) -> str:
+        return f"gap {self.gap:.3g}, auc {self.auc:.3f}, saturated {self.saturated:+.2f}, drift {self.drift:.2g}"
+
 
 class Verdict(NamedTuple):
     action: Literal["go on", "cut", "roll back", "stop"]
@@ -40,10 +43,11 @@ class Ladder:
 
     config: HealthConfig
     lr_scale: float = 1.0
-    lr_ceiling: float = 1.0
     step_scale: float = 1.0
+    before: tuple[float, float] = (1.0, 1.0)  # both scales before the trouble that is not over yet
+    cuts: int = 0  # in that trouble
+    on_trial: bool = False  # whether the last one still has to show what it does
     rollbacks: int = 0  # also the salt of the noise
-    remedies: int = 0  # of the trouble that is not over yet
     trouble: int = 0  # bad checks, less good ones
     healthy: int = 0  # good checks in a row
     gaps: list[float] = field(default_factory=list)
@@ -69,22 +73,31 @@ class Ladder:
         signs = self._signs(step, reading)
         worst = max(signs, key=lambda name: signs[name])
         self.warning = signs[worst]
-        reason = f"step {step}: {worst} ({reading})"
-        if reading.void_in_row >= self.config.max_skipped_steps or not reading.replicas_agree:
-            return self._broken(reason)
+        reason = f"step {step}: {worst}" + ("" if math.isnan(reading.gap) else f" ({reading})")
+        broken = reading.void_in_row >= self.config.max_skipped_steps or not reading.replicas_agree
         if self.warning < 1:
-            self._remember(reading)
-            self._recover()
+            self._well(reading)
             return Verdict("go on")
         self.healthy, self.trouble = 0, self.trouble + 1
-        return self._sick(reason) if self.trouble >= self.config.patience else Verdict("go on")
+        if not self.config.ladder:
+            return Verdict("stop", reason) if broken or self.trouble >= self.config.patience else Verdict("go on")
+        if broken or self.trouble >= self.config.patience:
+            return self._roll_back(reason, cut=self.rollbacks > 0 if broken else not self.on_trial)
+        if self.trouble > self.config.patience // 2 and not self.on_trial:
+            self._cut()
+            return Verdict("cut", reason)
+        return Verdict("go on")
 
     def _signs(self, step: int, r: Reading) -> dict[str, float]:
         """Each sign as a share of its limit: 1 and above is bad."""
         c = self.config
         signs = {
+            "the ranks' weights differ or are not finite": 0.0 if r.replicas_agree else math.inf,
             "no finite gradient": r.void_in_row / c.max_skipped_steps,
-            "the ranks' weights differ or are not finite": float(not r.replicas_agree),
+        }
+        if r.void_in_row:  # the other numbers mean nothing
+            return signs
+        signs |= {
             "chains lie below all data": c.min_auc / max(r.auc, 1e-3) if r.auc <= 0.5 else 0.0,
             "chains at the bounds": r.saturated / c.max_saturated,
             "steps as large as the domain": r.drift / c.max_drift,
@@ -98,37 +111,29 @@ class Ladder:
             signs["the energy gap left its history"] = abs(r.gap - centre) / (c.gap_deviations * scale)
         return {name: value if math.isfinite(value) else math.inf for name, value in signs.items()}
 
-    def _remember(self, reading: Reading) -> None:
-        if reading.void_in_row == 0:  # a void step says nothing about the gap
-            self.gaps, self.spreads = [*self.gaps, reading.gap][-HISTORY:], [*self.spreads, reading.spread][-HISTORY:]
-
-    def _recover(self) -> None:
+    def _well(self, reading: Reading) -> None:
+        self.gaps, self.spreads = [*self.gaps, reading.gap][-HISTORY:], [*self.spreads, reading.spread][-HISTORY:]
         self.trouble, self.healthy = max(0, self.trouble - 1), self.healthy + 1
-        if self.healthy % self.config.recover == 0:
-            self.lr_scale = min(self.lr_ceiling, self.lr_scale / self.config.cut)
-        if self.healthy == 10 * self.config.recover:
-            self.remedies = 0
+        if self.trouble == 0 and self.good:
+            self.on_trial = False
+        if self.healthy == self.config.recover and self.cuts:
+            # It is over. The learning rate comes back to half of what it was when it began.
+            self.lr_scale, self.cuts = max(self.lr_scale, self.before[0] / 2), 0
 
-    def _broken(self, reason: str) -> Verdict:
-        """Only an earlier state can help. What broke it may have been chance: the first time nothing else changes."""
-        return self._act("roll back", reason, cut=self.remedies > 0)
+    def _cut(self) -> None:
+        """First the learning rate, then the step size in its place, then both, more each time."""
+        if self.cuts == 0:
+            self.before = (self.lr_scale, self.step_scale)
+        power = max(1, self.cuts - 1)
+        factors = [(power, 0), (0, power), (power, power)][min(self.cuts, 2)]
+        self.lr_scale, self.step_scale = (b * self.config.cut**f for b, f in zip(self.before, factors, strict=True))
+        self.cuts, self.on_trial = self.cuts + 1, True
 
-    def _sick(self, reason: str) -> Verdict:
-        return self._act("cut" if self.remedies == 0 else "roll back", reason, cut=True)
-
-    def _act(self, action: str, reason: str, cut: bool) -> Verdict:
-        if not self.config.ladder:
-            return Verdict("stop", f"{reason}; health.ladder=false")
-        if action == "roll back" and self.rollbacks >= self.config.max_rollbacks:
-            return Verdict("stop", f"{reason}; after health.max_rollbacks={self.rollbacks} rollbacks")
-        if cut and self.remedies % 4 < 2:
-            # More often to blame. It comes back to half of the rate at which the trouble began.
-            self.lr_ceiling = self.lr_scale / 2
-            self.lr_scale *= self.config.cut
-        elif cut:
-            self.lr_scale = self.lr_ceiling = 1.0  # was not the cause
-            self.step_scale *= self.config.cut
-        self.remedies += 1
-        self.rollbacks += action == "roll back"
-        self.trouble, self.healthy, self.gaps, self.spreads = 0, 0, [], []
-        return Verdict(action, reason)
+    def _roll_back(self, reason: str, cut: bool) -> Verdict:
+        if self.rollbacks >= self.config.max_rollbacks:
+            return Verdict("stop", f"{reason}, after health.max_rollbacks={self.rollbacks} rollbacks")
+        if cut:
+            self._cut()
+        self.rollbacks, self.trouble, self.healthy, self.on_trial = self.rollbacks + 1, 0, 0, False
+        self.gaps, self.spreads = [], []
+        return Verdict("roll back", reason)

@@ -3,7 +3,7 @@
 kinds, each on one rank (or on all: "rank": null):
     kill_in_save: SIGKILL at the `event`-th file operation inside checkpoints/; with "all" the whole job dies
     raise, hang: an error, or a sleep without end, before step `step`
-    nan_weight, nan_chain: a NaN in the first weight, or in every chain of the buffer, before step `step`; `once`
+    nan_weight, nan_chain: a NaN in the first weight, or in a chain, before step `step`, until a rollback
 """
 
 import json
@@ -38,11 +38,10 @@ def kill_in_save() -> None:
 
 
 def before_step(action) -> None:
-    real, done = trainer.train_step, []
+    real = trainer.train_step
 
     def train_step(state, batch):
-        if state.step + 1 == FAULT["step"] and not (FAULT.get("once") and done):
-            done.append(True)
+        if state.step + 1 == FAULT["step"] and state.ladder.rollbacks == 0:
             action(state)
         return real(state, batch)
 
@@ -63,7 +62,7 @@ def nan_weight(state) -> None:
 
 
 def nan_chain(state) -> None:
-    state.buffer.x[:, 0, 0, 0] = float("nan")
+    state.buffer.x[0, 0, 0, 0] = float("nan")
 
 
 if __name__ == "__main__":

@@ -150,6 +150,49 @@ def test_a_failing_step_is_not_retried_for_ever(digits, tmp_path):
     finish(command(1, tmp_path / "run", digits, **SETTINGS), tmp_path / "log")  # a higher limit lets it go on
 
 
+NAN = {"train__steps": 80, "checkpoint__every": 10, "health__every": 5, "health__patience": 2}
+
+
+@pytest.mark.parametrize("kind", ["nan_weight", "nan_chain"])
+def test_a_nan_on_one_rank(digits, tmp_path, kind):
+    """In a weight: both ranks go back to the last good checkpoint, with new noise and the same data; a job killed
+    right then resumes as if it had not been. In a chain: it starts again, and no more than the step is lost."""
+    fault = json.dumps({"kind": kind, "rank": 1, "step": 43})
+    finish(command(2, tmp_path / "sound", digits, **NAN), tmp_path / "log")
+
+    def arguments(name):
+        return command(2, tmp_path / name, digits, script="tests/faulty.py", **NAN)
+
+    said = finish(arguments("run"), tmp_path / "log", EBM_FAULT=fault)
+    last = records(tmp_path / "run/metrics.jsonl")[-1]
+    ours, theirs = (records(tmp_path / name / "trace.jsonl") for name in ("run", "sound"))
+    assert [r["samples"] for r in ours] == [r["samples"] for r in theirs]
+    if kind == "nan_chain":
+        assert [last[f"health/{name}"] for name in ("quarantined", "skipped_steps", "rollbacks")] == [1, 1, 0]
+        assert ours == theirs
+        return
+    assert "diverged at step 45: the ranks' weights differ or are not finite" in said
+    assert "back to step 40 with new noise, learning rate x 1, step size x 1" in said
+    assert last["health/rollbacks"] == 1 and ours[:40] == theirs[:40]
+    assert all(a["chains"] != b["chains"] for a, b in zip(ours[40:], theirs[40:], strict=True))
+    assert [r["step"] for r in records(tmp_path / "run/metrics.jsonl")] == list(range(1, 81))
+
+    run = Run(arguments("killed"), tmp_path / "log2", EBM_FAULT=fault)
+    while not (tmp_path / "killed/rollbacks.json").exists():
+        assert run.process.poll() is None
+    run.kill()
+    said = finish(arguments("killed"), tmp_path / "log2", EBM_FAULT=fault)
+    assert final_hashes(tmp_path / "killed") == final_hashes(tmp_path / "run")
+    assert (tmp_path / "killed/trace.jsonl").read_bytes() == (tmp_path / "run/trace.jsonl").read_bytes()
+
+
+def test_without_the_ladder_a_nan_is_the_end(digits, tmp_path):
+    arguments = command(2, tmp_path / "run", digits, script="tests/faulty.py", health__ladder="false", **NAN)
+    said = finish(arguments, tmp_path / "log", 1, EBM_FAULT='{"kind": "nan_weight", "rank": 1, "step": 43}')
+    assert "error: training diverged at step 45: the ranks' weights differ or are not finite" in said
+    assert "exitcode  : 3" in said
+
+
 class OneProcess:
     size, is_main = 1, True
 
