@@ -96,7 +96,8 @@ def score(name: str, options, ended: dict, data: Path) -> dict:
         frechet(options.out / f"{name}_{seed}", data) if ended[name, seed][0] == 0 else None for seed in seeds
     ]
     bare = [ended[f"{name}_bare", seed][1] for seed in seeds]
-    stopped = ["error: training diverged at" in said and "exitcode  : 3" in said for said in bare]
+    codes = ("exitcode  : 3", "exit status 3")  # as the launchers of one process and of several put it
+    stopped = ["error: training diverged at" in said and any(code in said for code in codes) for said in bare]
     reasons = sorted({line.split(": ")[2].split(" (")[0] for said in bare for line in said.splitlines()
                       if line.startswith("error: training diverged")})  # fmt: skip
     rollbacks = [ended[name, seed][1].count("diverged at") for seed in seeds]
