@@ -1,6 +1,5 @@
 """A disk that is full, or read-only, in a real run of two ranks: the run goes on, and nothing is lost."""
 
-import os
 import shutil
 import subprocess
 import time
