@@ -232,7 +232,8 @@ def resume(state: TrainState, run: RunDirectory) -> bool:
 
 def heal(state: TrainState, result: StepResult, run: RunDirectory, saver: Saver) -> bool:
     """Judge the run's health and do what the ladder says. Whether the state is an earlier one now."""
-    verdict = state.ladder.judge(state.step, read_health(state, result))
+    # Rank 0's numbers for all: a last bit that differs between machines must not part the ranks.
+    verdict = state.ladder.judge(state.step, state.world.gather(read_health(state, result))[0])
     if verdict.action == "go on":
         return False
     if verdict.action == "stop":
