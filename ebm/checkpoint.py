@@ -90,8 +90,9 @@ class Saver:
         except Exception as error:  # the thread's end must be seen by the training, whatever it was
             self._error = error
 
-    def finish(self, keep: int) -> Path | None:
-        """Wait for all ranks' parts and make the checkpoint final; None, and said, where a rank could not write its.
+    def finish(self, keep: int, ready: bool = True) -> Path | None:
+        """Wait for all ranks' parts and make the checkpoint final; None, and said, where a rank could not write its,
+        or rank 0 was not `ready`: a run resumed from here would not write the records before it again.
 
         Kept are the newest `keep` with this one, and the newest that is good to roll back to.
         """
@@ -101,6 +102,8 @@ class Saver:
         error = next((error for _, error in parts if error is not None), None)
         if self._world.is_main:
             try:
+                if not ready:
+                    error = error or "records of its steps are not on the disk yet"
                 if error is None:
                     self._commit({name: entry for files, _ in parts for name, entry in sorted(files.items())})
             except OSError as caught:

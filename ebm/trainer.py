@@ -195,10 +195,8 @@ def loop(state: TrainState, run: RunDirectory, tracker: Tracker | None, stop: St
             interval.reinit += result.draw.reinit.float().mean().item()
         if config.data.trace:
             trace(state, batch, result.draw, tracker)
-        if (step % config.health.every == 0 or last) and heal(state, result, run, saver):
+        if (step % config.health.every == 0 or last) and heal(state, result, run, saver, tracker):
             interval = Interval(state.step)
-            if tracker is not None:
-                tracker.rewind(state.step)
             continue
         if step % config.train.log_every == 0 or last:
             metrics = measure(state, result, interval)
@@ -209,12 +207,12 @@ def loop(state: TrainState, run: RunDirectory, tracker: Tracker | None, stop: St
             panels(state, batch, result, tracker)
         stopping, writing = world.any_of(stop.asked() is not None, not saver.ended)
         if saver.busy and not writing:
-            saver.finish(config.checkpoint.keep)
+            finish_save(state, saver, tracker)
         if last or stopping:
-            save_now(state, saver)
+            save_now(state, saver, tracker)
         elif step % config.checkpoint.every == 0:
             if saver.busy:  # slower than the steps of a whole interval: training waits
-                saver.finish(config.checkpoint.keep)
+                finish_save(state, saver, tracker)
             saver.start(step, *snapshot(state))
         if stopping and not last:
             run.say(f"stopping at step {step}: {stop.reason or 'another rank was asked to'}")
@@ -230,7 +228,7 @@ def resume(state: TrainState, run: RunDirectory) -> bool:
     return path is not None
 
 
-def heal(state: TrainState, result: StepResult, run: RunDirectory, saver: Saver) -> bool:
+def heal(state: TrainState, result: StepResult, run: RunDirectory, saver: Saver, tracker: Tracker | None) -> bool:
     """Judge the run's health and do what the ladder says. Whether the state is an earlier one now."""
     # Rank 0's numbers for all: a last bit that differs between machines must not part the ranks.
     verdict = state.ladder.judge(state.step, state.world.gather(read_health(state, result))[0])
@@ -245,10 +243,12 @@ def heal(state: TrainState, result: StepResult, run: RunDirectory, saver: Saver)
         run.say(f"diverging at {verdict.reason}: {scales} from here on")
         return False
     if saver.busy:
-        saver.finish(state.config.checkpoint.keep)
+        finish_save(state, saver, tracker)
     if not run.roll_back(state.step, state.ladder.state(), verdict.reason):
         raise DivergenceError(f"training diverged at {verdict.reason}, and there is no checkpoint to go back to")
     resume(state, run)
+    if tracker is not None:
+        tracker.rewind(state.step)
     run.say(f"diverged at {verdict.reason}: back to step {state.step} with new noise, {scales}")
     return True
 
@@ -274,14 +274,18 @@ def read_health(state: TrainState, result: StepResult) -> Reading:
     )
 
 
-def save_now(state: TrainState, saver: Saver) -> None:
+def finish_save(state: TrainState, saver: Saver, tracker: Tracker | None) -> bool:
+    """Make the checkpoint under way final, with the records of its steps on the disk before it."""
+    return saver.finish(state.config.checkpoint.keep, tracker is None or tracker.flush()) is not None
+
+
+def save_now(state: TrainState, saver: Saver, tracker: Tracker | None) -> None:
     """A checkpoint of this very step, or an error: nothing follows that could make up for one that failed."""
-    keep = state.config.checkpoint.keep
     if saver.busy:
-        saver.finish(keep)
+        finish_save(state, saver, tracker)
     for wait in (2.0, 10.0, None):
         saver.start(state.step, *snapshot(state))
-        if saver.finish(keep) is not None:
+        if finish_save(state, saver, tracker):
             return
         if wait is not None:
             time.sleep(wait)

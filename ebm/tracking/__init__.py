@@ -1,0 +1,116 @@
+"""What a run records: metrics.jsonl, trace.jsonl, sample panels, W&B, progress. For rank 0."""
+
+import sys
+import time
+from contextlib import suppress
+from io import BytesIO
+from pathlib import Path
+
+from torch import Tensor
+from tqdm import tqdm
+
+from ebm.config import Config
+from ebm.errors import UserError
+from ebm.figures import grid, side_by_side
+from ebm.tracking.records import Records, WholeFiles
+from ebm.tracking.wandb_run import WandbRun
+
+
+class Progress:
+    """A bar on a terminal, lines elsewhere: step, rate, time left, loss, AUC."""
+
+    def __init__(self, total_steps: int, first_step: int):
+        self.total, self._first, self._started = total_steps, first_step, time.monotonic()
+        on_terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=total_steps, initial=first_step, unit="step") if on_terminal else None
+
+    def update(self, step: int, metrics: dict[str, float]) -> None:
+        shown = {name: metrics[f"{group}/{name}"] for group, name in (("train", "loss"), ("energy", "gap"),
+                 ("energy", "auc")) if f"{group}/{name}" in metrics}  # fmt: skip
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
+            return
+        rate = (step - self._first) / (time.monotonic() - self._started)
+        left = int((self.total - step) / rate) if rate else 0
+        clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+        values = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
+        self.write(f"step {step}/{self.total}  {rate:.1f} it/s  left {clock}  {values}")
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):  # a log file on a full disk, a pipe that nobody reads any more
+            if self._bar is not None:
+                self._bar.write(text)
+            else:
+                print(text, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Tracker:
+    """All that rank 0 records of a run that goes on at `resume_step`. Only the start raises (UserError): a disk that is
+    full, read-only or failing later on is said, and tried again, while training goes on."""
+
+    def __init__(self, config: Config, run_dir: Path, resume_step: int):
+        self._samples_dir = run_dir / "samples"
+        self._progress = Progress(config.train.steps, resume_step)
+        try:
+            self._samples_dir.mkdir(exist_ok=True)
+            self._metrics = Records(run_dir / "metrics.jsonl", resume_step, self.say)
+            self._trace = Records(run_dir / "trace.jsonl", resume_step, self.say) if config.data.trace else None
+        except OSError as error:
+            raise UserError(
+                f"run.dir={run_dir}: {error}; free some space or make it writable, then run the same command again"
+            ) from error
+        self._records = [self._metrics] if self._trace is None else [self._metrics, self._trace]
+        self._samples = WholeFiles(str(self._samples_dir), self.say)
+        self._wandb = WandbRun(config, run_dir, self.say)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._metrics.append({"step": step, **metrics})
+        self._wandb.log(step, metrics)
+        self._progress.update(step, metrics)
+
+    def rewind(self, step: int) -> None:
+        """Training went back to `step`: the records after it go, so that every step stands once."""
+        for records in self._records:
+            records.rewind(step)
+
+    def trace(self, step: int, samples: list, chains: list) -> None:
+        self._trace.append({"step": step, "samples": samples, "chains": chains})
+
+    def panels(self, step: int, images: dict[str, Tensor]) -> None:
+        """Images (N, C, H, W) in [-1, 1] by panel: side by side in samples/step_N.png, each in W&B."""
+        pictures = {name: grid(x) for name, x in images.items()}
+        file = BytesIO()
+        side_by_side(pictures).save(file, format="png")
+        self._samples.write(self._samples_dir / f"step_{step:08d}.png", file.getvalue())
+        self._wandb.log_images(step, pictures)
+
+    def histograms(self, step: int, values: dict[str, Tensor]) -> None:
+        self._wandb.log_histograms(step, {name: v.float().cpu().numpy() for name, v in values.items()})
+
+    def flush(self) -> bool:
+        """Whether every record is on the disk for good. To be asked before a checkpoint becomes final: a run resumed
+        from it does not write the records before it again. Pictures are tried again, but hold no checkpoint back."""
+        self._samples.retry()
+        return all([records.flush() for records in self._records])
+
+    @property
+    def pending(self) -> int:
+        """How many records are in memory only; after `close`, how many are lost."""
+        return sum(records.pending for records in self._records)
+
+    def say(self, text: str) -> None:
+        self._progress.write(text)
+
+    def close(self, exit_code: int) -> None:
+        self._progress.close()
+        for file in (*self._records, self._samples):  # before W&B, which may take its time
+            file.close()
+        self._wandb.finish(exit_code)
+        hint = self._wandb.sync_hint()
+        if hint:
+            self.say(hint)
