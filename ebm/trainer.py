@@ -195,7 +195,7 @@ def loop(state: TrainState, run: RunDirectory, tracker: Tracker | None, stop: St
             interval.reinit += result.draw.reinit.float().mean().item()
         if config.data.trace:
             trace(state, batch, result.draw, tracker)
-        if (step % config.health.every == 0 or last) and heal(state, result, run, saver, tracker):
+        if step % config.health.every == 0 and heal(state, result, run, saver, tracker):
             interval = Interval(state.step)
             continue
         if step % config.train.log_every == 0 or last:

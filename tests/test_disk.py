@@ -12,7 +12,7 @@ from ebm import checkpoint
 from ebm.data.shards import ensure_shards
 
 PLACES = 20
-SETTINGS = {"train__steps": 100_000, "checkpoint__every": 10, "sampler__num_steps": 1, "optim__decay_start": 1.0}
+SETTINGS = {"train__steps": 100_000, "checkpoint__every": 10, "sampler__num_steps": 5, "optim__decay_start": 1.0}
 
 
 @pytest.fixture
