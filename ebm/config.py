@@ -1,19 +1,31 @@
 """The configuration: every key, its type, default and meaning, once. Frozen; unknown keys are errors."""
 
 import hashlib
+import io
 import json
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from yaml import YAMLError
 
 from ebm.errors import ConfigError
 
+try:  # the parser that OmegaConf takes: what one reads, the other must not read differently
+    from yaml import CSafeLoader as YAMLLoader
+except ImportError:
+    from yaml import SafeLoader as YAMLLoader
+
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "digits.yaml"
+
+
+MAX_BYTES = 1 << 16  # of a config file; the shipped ones have 2 KiB
+MAX_VALUE = 2048  # characters; Python refuses to print integers of more than 4300 digits
+MAX_DEPTH = 32  # libyaml overflows its stack on deep nesting
+TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map")}
 
 
 class Section(BaseModel):
@@ -299,11 +311,40 @@ def load_config(path: str | Path | None = None, overrides: list[str] = ()) -> Co
         if "=" not in item:
             raise ConfigError(f"{item!r} is not of the form dotted.key=value (see --help for the keys)")
     try:
-        base, given = OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))
-        values = OmegaConf.to_container(OmegaConf.merge(_superseded(base, given), given), resolve=True)
-    except (OmegaConfBaseException, YAMLError, ValueError, TypeError, OSError) as error:
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1).decode()
+        for source in (text, *(item.partition("=")[2] for item in overrides)):
+            _check_yaml(source)
+        base, given = OmegaConf.load(io.StringIO(text)), OmegaConf.from_dotlist(list(overrides))
+        values = OmegaConf.to_container(OmegaConf.merge(_superseded(base, given), given))
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, OSError) as error:
         raise ConfigError(f"{path} with {list(overrides)}: {error}") from error
     return validate(values, str(path))
+
+
+def _check_yaml(text: str) -> None:
+    """Refuse what no config needs and a hostile one uses, before anything is built from it. Raises ValueError."""
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"larger than {MAX_BYTES} bytes, which no config is")
+    depth = 0
+    for event in yaml.parse(text, YAMLLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        problem = f"more than {MAX_DEPTH} levels deep" if depth > MAX_DEPTH else _problem_of(event)
+        if problem:
+            line = event.start_mark.line
+            raise ValueError(f"line {line + 1} ({_show(text.splitlines()[line])}): {problem}")
+
+
+def _problem_of(event: yaml.Event) -> str | None:
+    if isinstance(event, yaml.AliasEvent):
+        return f"aliases (*{event.anchor}) are not supported; write the value out"
+    if isinstance(event, yaml.NodeEvent) and event.tag not in (None, "!", *TAGS):
+        return f"the tag {event.tag} is not supported; write a plain value"
+    if not isinstance(event, yaml.ScalarEvent):
+        return None
+    if "${" in event.value:  # for OmegaConf: it would read the environment, and references grow without bound
+        return "${...} is not supported; write the value out"
+    return f"a value of more than {MAX_VALUE} characters" if len(event.value) > MAX_VALUE else None
 
 
 def _superseded(base, given):
@@ -342,8 +383,13 @@ def _explain(item: dict) -> str:
         return f"{key}: unknown key{_nearest(key)}; train.py --help lists them all"
     if item["type"] == "missing":
         return f"{key}: required"
-    shown = "" if isinstance(item["input"], dict | BaseModel) else f"={item['input']!r}"
+    shown = "" if isinstance(item["input"], dict | BaseModel) else f"={_show(item['input'])}"
     return f"{key}{shown}: {message}"
+
+
+def _show(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def _nearest(key: str) -> str:
