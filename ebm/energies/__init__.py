@@ -42,9 +42,10 @@ def _import(config: ImportConfig) -> BaseEnergyFunction:
     module, name = config.path.split(":")
     where = f"energy.path={config.path!r} with energy.settings={config.settings}"
     try:
-        energy = getattr(importlib.import_module(module), name)(**config.settings)
+        made_by = getattr(importlib.import_module(module), name)
+        # Before the call: `subprocess:Popen` with its settings would be a program started by a config.
+        if not (isinstance(made_by, type) and issubclass(made_by, torch.nn.Module)):
+            raise ConfigError(f"{where}: {name} is no class of torch.nn.Module; derive it from BaseEnergyFunction")
+        return made_by(**config.settings)
     except (ImportError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{where}: {error}; the module must be importable from where the command runs") from error
-    if not isinstance(energy, torch.nn.Module):
-        raise ConfigError(f"{where}: {type(energy).__name__} is no torch.nn.Module; derive it from BaseEnergyFunction")
-    return energy
