@@ -10,7 +10,7 @@ import os
 from pathlib import Path, PurePosixPath
 
 from braceexpand import braceexpand
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 from tqdm import tqdm
 
 from ebm.data.tars import BLOCK, scan_shard
@@ -51,8 +51,8 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     version: int = Field(1, ge=1, le=1)
-    shape: tuple[int, int, int]
-    num_classes: int | None = None
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+    num_classes: PositiveInt | None = None
     shards: tuple[Shard, ...] = Field(min_length=1)
     directory: Path = Field(exclude=True)
 

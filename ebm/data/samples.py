@@ -1,6 +1,5 @@
 """From shards to decoded samples: what the reader's workers run. Every sample is either decoded or accounted for."""
 
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -10,7 +9,7 @@ import numpy as np
 from ebm.data.decode import decode, read_header, show
 from ebm.data.manifest import Manifest
 from ebm.data.order import Order, Window
-from ebm.data.tars import BLOCK, image_suffix, parse_label, read_block
+from ebm.data.tars import BLOCK, TAR_ERRORS, image_suffix, parse_label, read_block
 from ebm.errors import DataError
 
 
@@ -55,7 +54,7 @@ class SampleReader:
         try:
             for sample in read_block(file, begin, end):
                 found.append(sample)
-        except (tarfile.TarError, ValueError) as error:
+        except TAR_ERRORS as error:
             reason = str(error.args[0]) if error.args else type(error).__name__
         path = self.manifest.path(entry)
         if len(found) > expected:

@@ -12,13 +12,36 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
+from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from ebm.data.decode import IMAGE_SUFFIXES, read_header
 from ebm.errors import DataError
 
 BLOCK = 64  # samples between two offsets of the manifest
 META = re.compile(r"__[^/]*__($|/)")  # members that webdataset passes over
+MAX_HEADER = 1 << 13  # bytes of a long name or pax header; Python before 3.11.10 takes quadratic time over one
+LONG_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+TAR_ERRORS = (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError)  # tarfile's at damage
+
+
+class Member(tarfile.TarInfo):
+    """A header that leads forwards: Python before 3.11.14 goes round for ever after a negative size."""
+
+    def _block(self, count: int) -> int:
+        if count < 0:
+            raise tarfile.ReadError("a header with a negative size")
+        return super()._block(count)
+
+    def _proc_member(self, tar):  # tarfile's hook for subclasses
+        if self.type in LONG_HEADERS and self.size > MAX_HEADER:
+            raise tarfile.ReadError(f"a header of more than {MAX_HEADER} bytes")
+        return super()._proc_member(tar)
 
 
 class Scan(NamedTuple):
@@ -51,7 +74,7 @@ def scan_shard(path: Path) -> Scan:
         with open(path, "rb") as file:
             samples = _samples(path, file)
             digest = hashlib.file_digest(_rewound(file), "sha256").hexdigest()
-    except (OSError, tarfile.TarError) as error:
+    except (OSError, *TAR_ERRORS) as error:
         remedy = "only plain tars can be read from the middle: decompress .tar.gz" if path.suffix != ".tar" else ""
         raise DataError(f"{path}: not a readable tar ({error}). {remedy}".strip()) from error
     if not samples:
@@ -68,6 +91,17 @@ def scan_shard(path: Path) -> Scan:
     )
 
 
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The regular files. Raises tarfile.TarError where one claims more bytes than there are, as a sparse file does."""
+    end = tar.fileobj.seek(0, io.SEEK_END)
+    for member in tar:
+        if not member.isreg() or META.match(member.name):
+            continue
+        if member.sparse is not None or member.offset_data + member.size > end:
+            raise tarfile.ReadError(f"{member.name!r} claims more bytes than the shard holds")
+        yield member
+
+
 class _Sample(NamedTuple):
     offset: int
     shape: tuple[int, int, int] | None  # of the first sample alone
@@ -81,10 +115,10 @@ def _rewound(file):
 
 def _samples(path: Path, file) -> list[_Sample]:
     samples, key, group = [], None, {}
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
+    with tarfile.open(fileobj=file, mode="r:", tarinfo=Member) as tar:
+        for member in _members(tar):
             prefix, suffix = base_plus_ext(member.name)
-            if not member.isreg() or META.match(member.name) or prefix is None:
+            if prefix is None:
                 continue
             if prefix != key and group:
                 samples.append(_sample(path, tar, key, group, first=not samples))
@@ -126,5 +160,7 @@ def read_block(file, start: int, stop: int) -> Iterator[dict]:
     Raises tarfile.TarError, ValueError or OSError at damage; where a header is damaged it may just end early.
     """
     file.seek(start)
-    members = tar_file_iterator(io.BytesIO(file.read(stop - start)))
-    yield from group_by_keys(member | {"__url__": ""} for member in members)
+    # webdataset's own iterator would decompress what looks like gzip, to any size.
+    with tarfile.open(fileobj=io.BytesIO(file.read(stop - start)), mode="r:", tarinfo=Member) as tar:
+        members = ({"fname": m.name, "data": tar.extractfile(m).read(), "__url__": ""} for m in _members(tar))
+        yield from group_by_keys(members)
