@@ -10,9 +10,12 @@ import os
 import re
 import shutil
 import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,6 +23,21 @@ from torch import Tensor
 from ebm.errors import DataError
 
 _NAME = re.compile(r"step_(\d{8,})")
+MAX_JSON = 1 << 24  # bytes; a hundred thousand streams need less
+
+Count = Annotated[int, Field(ge=0, lt=2**62)]
+
+
+class _State(BaseModel):
+    """What resuming reads from state.json; more may stand there."""
+
+    model_config = ConfigDict(strict=True)
+    step: Count
+    positions: dict[str, Count]
+    skipped_samples: Count
+    skipped_steps: Count
+    skipped_in_row: Count
+    scaler: dict[str, FiniteFloat] | None
 
 
 def directory_of(root: Path, step: int) -> Path:
@@ -153,21 +171,32 @@ def sweep(root: Path) -> None:
 def problem_of(path: Path) -> str | None:
     """Why a checkpoint can't be trusted; None where every file has the size and sha256 of the manifest."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        files = {str(name): (int(entry["bytes"]), entry["sha256"]) for name, entry in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        manifest = _read_json(path / "manifest.json")
+        files = {name: (int(entry["bytes"]), entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         return f"manifest.json: {type(error).__name__}: {error}"
+    if "state.json" not in files:
+        return "manifest.json does not list state.json"
     for name, (size, sha256) in files.items():
         if Path(name).name != name:
             return f"manifest.json names {name!r}, which is outside the checkpoint"
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes, not {size}"
-        with file.open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != sha256:
-                return f"{name} does not have the sha256 of the manifest"
+        try:
+            problem = _problem_of_file(path / name, size, sha256)
+        except OSError as error:
+            problem = error.strerror
+        if problem:
+            return f"{name!r} {problem}"
+    return None
+
+
+def _problem_of_file(file: Path, size: int, sha256: str) -> str | None:
+    if not file.is_file():
+        return "is missing"
+    if file.stat().st_size != size:
+        return f"has {file.stat().st_size} bytes, not {size}"
+    with file.open("rb") as stream:
+        if hashlib.file_digest(stream, "sha256").hexdigest() != sha256:
+            return "does not have the sha256 of the manifest"
     return None
 
 
@@ -196,24 +225,77 @@ def _is_good(path: Path) -> bool:
         return False
 
 
-def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
+def read_tensors(path: Path, name: str, expected: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """A file's tensors; with `expected`, the same names, shapes and types as there. Raises DataError."""
+    file = path / f"{name}.safetensors"
     try:
-        return load_file(path / f"{name}.safetensors")
+        tensors = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise DataError(f"{path / name}.safetensors: {error}") from error
+        raise DataError(f"{file}: {error}") from error
+    if expected is not None:
+        _check_tensors(file, tensors, expected)
+    return tensors
 
 
-def read_state(path: Path) -> dict:
+def _check_tensors(file: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    for name in sorted(found.keys() ^ expected.keys()):
+        raise DataError(f"{file}: {name!r} is {'missing' if name in expected else 'not of this run'}")
+    for name, tensor in expected.items():
+        is_, should = ((t.dtype, list(t.shape)) for t in (found[name], tensor))
+        if is_ != should:
+            raise DataError(f"{file}: {name!r} is {is_[0]} {is_[1]}, and this run's is {should[0]} {should[1]}")
+
+
+def read_state(path: Path, streams: int | None = None) -> dict:
+    """What `save` was given as `state`, checked; with `streams`, it has a position for each. Raises DataError."""
+    file = path / "state.json"
     try:
-        return json.loads((path / "state.json").read_text())
+        values = _read_json(file)
+        state = _State(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{file}: {key!r}: {first['msg']}, found {str(first['input'])[:80]!r}") from error
     except (OSError, ValueError) as error:
-        raise DataError(f"{path / 'state.json'}: {error}") from error
+        raise DataError(f"{file}: {error}") from error
+    if streams is not None and state.positions.keys() != {str(v) for v in range(streams)}:
+        raise DataError(f"{file}: 'positions' must name the streams 0 to {streams - 1}, and no others")
+    return values
+
+
+def _read_json(file: Path) -> dict:
+    """Raises OSError or ValueError."""
+    if not file.is_file():
+        raise FileNotFoundError("is missing, or is no plain file")
+    with file.open("rb") as stream:
+        text = stream.read(MAX_JSON + 1)
+    if len(text) > MAX_JSON:
+        raise ValueError(f"larger than {MAX_JSON} bytes")
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"must be an object, found {type(value).__name__}")
+    return value
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The tensors of a torch optimizer's state, named "parameter number.name"."""
     states = optimizer.state_dict()["state"]
     return {f"{i}.{name}": torch.as_tensor(value) for i, state in states.items() for name, value in state.items()}
+
+
+def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Give a fresh Adam the state in a checkpoint. Raises DataError."""
+    tensors = read_tensors(path, "optimizer")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    expected = {}
+    for i in {key.split(".")[0] for key in tensors} & {str(i) for i in range(len(parameters))}:
+        p = parameters[int(i)]  # one that never had a gradient has no state
+        expected |= {f"{i}.step": torch.zeros(()), f"{i}.exp_avg": p, f"{i}.exp_avg_sq": p}
+    _check_tensors(path / "optimizer.safetensors", tensors, expected)
+    unpack_optimizer(optimizer, tensors)
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

@@ -26,7 +26,13 @@ class TrainedRun(NamedTuple):
                 f"{self.checkpoint} holds no persistent chains (loss.negatives="
                 f"{self.config.loss.negatives}); use fresh ones"
             )
-        return torch.cat([checkpoint.read_tensors(self.checkpoint, f.stem)["x"] for f in files]).to(self.device)
+        slots = self.config.buffer.size // self.config.data.streams
+        expected = {
+            "x": torch.empty(slots, *self.config.data.shape, device="meta"),
+            "age": torch.empty(slots, dtype=torch.int32, device="meta"),
+        }
+        parts = [checkpoint.read_tensors(self.checkpoint, file.stem, expected)["x"] for file in files]
+        return torch.cat(parts).to(self.device)
 
     @torch.no_grad()
     def energies(self, x: Tensor, labels: Tensor | None = None, block: int = 512) -> Tensor:
@@ -67,5 +73,5 @@ def open_run(path: str | Path, device: str | None = None) -> TrainedRun:
     config = config.model_copy(update={"sampler": config.sampler.scaled(step_scale)})
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     energy = build_energy(config.energy, config.data.shape, config.run.seed)
-    energy.load_state_dict(checkpoint.read_tensors(chosen, "ema"))
+    energy.load_state_dict(checkpoint.read_tensors(chosen, "ema", energy.state_dict()))
     return TrainedRun(config, FoldedEnergy(energy.to(device)).refresh(), chosen, device)
