@@ -316,7 +316,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] = ()) -> Co
         for source in (text, *(item.partition("=")[2] for item in overrides)):
             _check_yaml(source)
         base, given = OmegaConf.load(io.StringIO(text)), OmegaConf.from_dotlist(list(overrides))
-        values = OmegaConf.to_container(OmegaConf.merge(_superseded(base, given), given))
+        values = OmegaConf.to_container(OmegaConf.unsafe_merge(_superseded(base, given), given))
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, OSError) as error:
         raise ConfigError(f"{path} with {list(overrides)}: {error}") from error
     return validate(values, str(path))
@@ -366,7 +366,7 @@ def validate(values: Any, where: str) -> Config:
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: must be sections with keys, such as train.steps; found {type(values).__name__}")
     try:
-        return Config(**values)
+        return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{where}:\n" + "\n".join(f"  {_explain(item)}" for item in error.errors())) from error
 

@@ -34,7 +34,7 @@ class Shard(BaseModel):
     @classmethod
     def _stays_inside(cls, name: str) -> str:
         path = PurePosixPath(name)
-        if not name or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name:
+        if not name or path.is_absolute() or ".." in path.parts or set(name) & set("\\:") or not name.isprintable():
             raise ValueError("must be a plain name relative to the manifest, without ..")
         return name
 

@@ -1,0 +1,576 @@
+"""Hostile configs, manifests, shards and checkpoints: python tests/fuzz.py TARGET|all [--inputs N] [--seed S]
+
+Each input is a damaged copy of a good one and goes through what the commands call. It may be taken or refused with a
+UserError. A finding is all else: another exception, a crash, more than LIMIT seconds, gigabytes of memory, a file
+outside the input's directory, a program, a socket, a pickle. An input depends on (target, seed, number) alone.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import struct
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import time
+import traceback
+import warnings
+import zlib
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+from ebm import checkpoint
+from ebm.config import fingerprint, load_config, to_yaml
+from ebm.data import ShardReader, load_manifest
+from ebm.data.manifest import check_files, index_shards, verify
+from ebm.data.order import Order
+from ebm.data.shards import write_shards
+from ebm.data.sources import ArraySource
+from ebm.errors import UserError
+from ebm.replay_buffer import ReplayBuffer
+
+LIMIT = 5.0  # seconds an input
+MEMORY = 6 << 30  # bytes that all inputs together may add
+
+# ----------------------------------------------------------------------------------------------------- mutations
+
+STRINGS = [
+    *("", "\0", "a\0b", "..", ".", "../../etc/passwd", "/etc/passwd", "pipe:cat /etc/passwd", "file:///etc/passwd"),
+    *("${oc.env:HOME}", "${oc.decode:${oc.env:HOME}}", "${oc.create:{a: 1}}", "${run.seed}", "${.}", "${" * 99, "$"),
+    *("!!python/object/apply:os.system [id]", "a" * 5000, "\ud800", "é", "\u202e", "???", "*a", "&a", "-1", "1e400"),
+    *("NaN", "null", "true", "0x" + "f" * 3000, "9" * 5000, "1:" * 300 + "1", "subprocess:Popen", "F64", "BOOL"),
+    *("state.json", "manifest.json", "__key__", "__class__", "self", "directory", "kind", "import", "folder:/etc"),
+]
+NUMBERS = [
+    *(0, 1, -1, 2, 63, 64, 65, 255, 2**31 - 1, 2**31, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, -(2**63), 2**64, 10**18),
+    *(10**400, -(10**400), 0.5, -0.0, 1e-320, 1e308, float("inf"), float("-inf"), float("nan")),
+]
+CHUNKS = [
+    *(
+        b"\0",
+        b"\xff",
+        b"\0" * 512,
+        b"[" * 100_000,
+        b"{" * 3000,
+        b'{"a":' * 3000,
+        b"- " * 3000,
+        b"\n",
+        b"%",
+        b"..",
+        b"/",
+    ),
+    *(
+        b"!!python/object/apply:os.system [id]",
+        b"a: &a [1,1]\nb: &b [*a,*a]\nc: [*b,*b]\n",
+        b"<<: *a",
+        b"!!binary gA==",
+    ),
+    *(b"${oc.env:HOME}", b'"\\x24{oc.env:HOME}"', b"\\ud800", b"NaN", b"Infinity", b"1e999", b"\x1f\x8b\x08", b"BZh9"),
+    *(b"\xfd7zXZ\0", b"%!PS-Adobe", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"\x80\x04.", b"PK\3\4", b"9" * 5000, b"--- "),
+    *(struct.pack("<Q", n) for n in (0, 1, 2**31, 2**32, 10**8, 2**63, 2**64 - 1)),
+]
+
+
+def nested(rng: random.Random):
+    value = rng.choice([1, "a", []])
+    for _ in range(rng.choice([3, 30, 40, 300])):
+        value = [value] if rng.random() < 0.5 else {"a": value}
+    return value
+
+
+def hostile(rng: random.Random):
+    kinds = [lambda: rng.choice(STRINGS), lambda: rng.choice(NUMBERS), lambda: nested(rng)]
+    kinds += [lambda: rng.choice([None, True, False, [], {}, [[]], [None], {"": {}}]), lambda: rng.getrandbits(64)]
+    return rng.choice(kinds)()
+
+
+def mutate_bytes(rng: random.Random, data: bytes, most: int = 4) -> bytes:
+    out = bytearray(data)
+    for _ in range(rng.randint(1, most)):
+        at = rng.randrange(len(out) + 1)
+        end = min(len(out), at + rng.choice([1, 2, 8, 64, 512, 5000]))
+        kind = rng.randrange(8)
+        if kind == 0 and at < len(out):
+            out[at] ^= 1 << rng.randrange(8)
+        elif kind == 1 and at < len(out):
+            out[at] = rng.choice([0, 255, 128, 127, 10, 32, rng.randrange(256)])
+        elif kind == 2:
+            del out[at:end]
+        elif kind == 3:
+            out[at:at] = out[at:end]
+        elif kind == 4:
+            del out[at:]
+        elif kind == 5:
+            chunk = rng.choice(CHUNKS)
+            out[at : at + rng.choice([0, len(chunk)])] = chunk
+        elif kind == 6:
+            out[at:at] = str(rng.choice([*STRINGS, *NUMBERS])).encode("utf-8", "surrogatepass")
+        else:
+            other = rng.randrange(len(out) + 1)
+            out[at:end] = out[other : other + end - at]
+    return bytes(out)
+
+
+def mutate_tree(rng: random.Random, value, most: int = 3):
+    """A copy of a JSON value with some of its parts replaced, removed, doubled, renamed or moved."""
+    root = [json.loads(json.dumps(value))]
+    for _ in range(rng.randint(1, most)):
+        places = list(_places(root))
+        holder, key = rng.choice(places)
+        kind = rng.randrange(6)
+        if kind <= 2 or holder is root:
+            holder[key] = hostile(rng)
+        elif kind == 3:
+            del holder[key]
+        elif kind == 4:
+            other, other_key = rng.choice(places)
+            holder[key] = json.loads(json.dumps(other[other_key]))
+        elif isinstance(holder, dict):
+            new = rng.choice([*STRINGS, key + "x", key.upper()])
+            holder[new] = holder[key] if rng.random() < 0.5 else holder.pop(key)
+        else:
+            holder.insert(key, holder[key])
+    return root[0]
+
+
+def _places(node):
+    for key, value in list(node.items() if isinstance(node, dict) else enumerate(node)):
+        yield node, key
+        if isinstance(value, dict | list):
+            yield from _places(value)
+
+
+def mutate_json(rng: random.Random, value) -> bytes:
+    if rng.random() < 0.3:
+        return mutate_bytes(rng, json.dumps(value).encode())
+    return json.dumps(mutate_tree(rng, value)).encode()
+
+
+# ------------------------------------------------------------------------------------------------------- targets
+# Each is given an empty directory and returns a function that makes an input from `rng` there and runs it.
+
+
+def config_target(root: Path):
+    path, seeds = root / "config.yaml", [(text, yaml.safe_load(text)) for text in CONFIGS]
+    good = ["train.steps=3", "optim.lr=1e-4", "data.shape=[1,8,8]", "energy.kind=mlp", "sampler.temperature=0.1"]
+
+    def override(rng: random.Random) -> str:
+        if rng.random() < 0.3:
+            return rng.choice(good)
+        if rng.random() < 0.5:
+            value = hostile(rng)
+            return f"{rng.choice(good).partition('=')[0]}={value if isinstance(value, str) else json.dumps(value)}"
+        return mutate_bytes(rng, rng.choice(good).encode()).decode(errors="surrogateescape")
+
+    def run(rng: random.Random) -> None:
+        text, tree = rng.choice(seeds)
+        kind = rng.randrange(4)
+        if kind == 0:
+            text = mutate_bytes(rng, text.encode())
+        elif kind < 3:
+            tree = mutate_tree(rng, tree)
+            lines = tree.items() if isinstance(tree, dict) else enumerate([tree])
+            text = "\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in lines)
+            text = (text if kind == 1 else text.replace('"', "")).encode()
+        else:
+            text = text.encode()
+        path.write_bytes(text)
+        config = load_config(path, [override(rng) for _ in range(2 if kind == 3 else rng.randrange(2))])
+        fingerprint(config)
+        path.write_text(to_yaml(config))
+        if rng.random() < 0.1:  # slow
+            try:
+                load_config(path)
+            except UserError as error:
+                raise AssertionError("the resolved config of a run can't be read again") from error
+
+    return run
+
+
+CONFIGS = (
+    """\
+run: {dir: runs/fuzz, seed: 3}
+data:
+  shards: data/fuzz
+  shape: [1, 8, 8]
+  streams: 4
+loss: {negatives: noise}
+""",
+    """\
+data: {shards: d}
+energy: {kind: import, path: "a:B", settings: {hidden: 3, names: [a, b]}}
+sampler: {noise_scale: 0.005, bounds: [-1.0, 1.0]}
+""",
+    """\
+data: {shards: d}
+optim: {betas: [0.0, 0.9], grad_clip: null}
+train: {steps: 800, batch_size: 128, mixed_precision: no}
+tracking: {tags: [a]}
+""",
+)
+
+
+def small_shards(root: Path, samples: int, **options):
+    images = np.random.default_rng(0).integers(0, 256, (samples, 8, 8, 1), dtype=np.uint8)
+    source = ArraySource("fuzz", images, np.arange(samples) % 3)
+    return write_shards(source, root, workers=1, progress=False, **options)
+
+
+def manifest_target(root: Path):
+    manifest = small_shards(root, 80, samples_per_shard=70)
+    seed = json.loads((root / "manifest.json").read_text())
+
+    def run(rng: random.Random) -> None:
+        (root / "manifest.json").write_bytes(mutate_json(rng, seed))
+        found = load_manifest(root)
+        verify(found)
+        order = Order([s.samples for s in found.shards], seed=0, num_streams=2, window=64)
+        order.segments(order.window(1, rng.choice([0, 5, 10**9])))
+
+    assert manifest.samples == 80
+    return run
+
+
+def shard_target(root: Path):
+    seeds = []
+    for name, samples in (("few", 5), ("blocks", 70)):
+        small_shards(root / name, samples)
+        (tar,) = (root / name).glob("*.tar")
+        seeds.append((tar.read_bytes(), json.loads((root / name / "manifest.json").read_text())["shards"][0]))
+        shutil.rmtree(root / name)
+    for make in (pax_tar, sparse_tar):
+        (root / "shard.tar").write_bytes(make())
+        seeds.append((make(), {"name": "shard.tar", "samples": 5, "offsets": [0]}))
+    weights = [4, 1, 4, 2]
+
+    def run(rng: random.Random) -> None:
+        data, entry = rng.choices(seeds, weights)[0]
+        for _ in range(rng.randint(1, 2)):
+            data = rng.choice([mutate_bytes, mutate_header, mutate_header, mutate_png])(rng, data)
+        path = root / "shard.tar"
+        path.write_bytes(data)
+        (root / "manifest.json").unlink(missing_ok=True)
+        if rng.random() < 0.5:
+            index_shards(root)
+        else:
+            digest = hashlib.sha256(data).hexdigest()
+            shard = entry | {"name": path.name, "bytes": len(data), "sha256": digest}
+            manifest = {"version": 1, "shape": [1, 8, 8], "num_classes": rng.choice([None, 3]), "shards": [shard]}
+            text = mutate_json(rng, manifest) if rng.random() < 0.3 else json.dumps(manifest).encode()
+            (root / "manifest.json").write_bytes(text)
+        manifest = load_manifest(root)
+        check_files(manifest)
+        settings = {"seed": 0, "num_streams": 1, "streams": [0], "per_stream": 2, "window": 16, "workers": 0}
+        settings |= {"on_error": rng.choice(["skip", "skip", "fail"]), "max_pixels": 10_000}
+        reader = ShardReader(manifest, (1, 8, 8), **settings)
+        while reader.epoch < 1:
+            next(reader)
+
+    return run
+
+
+def pax_tar() -> bytes:
+    """Every format that is read, and headers longer than a block."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for i, suffix in enumerate(("png", "jpg", "webp", "bmp", "ppm")):
+            image = io.BytesIO()
+            Image.new("L", (8, 8), 40 * i).save(image, Image.registered_extensions()[f".{suffix}"])
+            for name, data in ((suffix, image.getvalue()), ("cls", b"1")):
+                member = tarfile.TarInfo(f"{'é' * 120}{i}.{name}")
+                member.size, member.pax_headers = len(data), {"comment": "x" * 600}
+                tar.addfile(member, io.BytesIO(data))
+    return out.getvalue()
+
+
+def sparse_tar() -> bytes:
+    """Members of every sparse kind, each of which claims a gigabyte."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for i, headers in enumerate(
+            (
+                {},
+                {"GNU.sparse.map": "0,8", "GNU.sparse.size": str(2**30)},
+                {"GNU.sparse.size": str(2**30), "GNU.sparse.offset": "0", "GNU.sparse.numbytes": "8"},
+                {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(2**30)},
+                {"size": "-512"},
+            )
+        ):
+            member = tarfile.TarInfo(f"{i}.png")
+            member.size, member.pax_headers = 512, headers
+            tar.addfile(member, io.BytesIO(b"1\n0\n8\n".ljust(512, b"\0")))
+    return out.getvalue()
+
+
+def headers(data: bytes) -> list[int]:
+    return [at for at in range(0, len(data) - 511, 512) if data[at + 257 : at + 262] == b"ustar"]
+
+
+def mutate_header(rng: random.Random, data: bytes) -> bytes:
+    """Change a field of a tar header and make its checksum right again."""
+    if not (found := headers(data)):
+        return mutate_bytes(rng, data)
+    out, at = bytearray(data), rng.choice(found)
+    start, size, value = rng.choice(
+        [
+            (124, 12, lambda: b"%011o\0" % rng.choice([0, 1, 511, 2**20, 8**11 - 1])),
+            (124, 12, lambda: rng.choice([b"\x80", b"\xff"]) + rng.choice([1, 2**40, 2**64 - 512]).to_bytes(11, "big")),
+            (124, 12, lambda: b"\xff" * 10 + rng.choice([b"\xfe\0", b"\0\0"])),
+            (156, 1, lambda: rng.choice([*b"01234567SLKxgXVDNM\0\xff"]).to_bytes(1, "big")),
+            (0, 100, lambda: rng.choice(STRINGS).encode("utf-8", "surrogatepass")[:90] + rng.choice([b"", b".png"])),
+            (0, 512, lambda: mutate_bytes(rng, bytes(out[at : at + 512]), 1)),
+        ]
+    )
+    out[at + start : at + start + size] = value().ljust(size, b"\0")[:size]
+    out[at + 148 : at + 156] = b" " * 8
+    out[at + 148 : at + 156] = b"%06o\0 " % sum(out[at : at + 512])
+    return bytes(out)
+
+
+def mutate_png(rng: random.Random, data: bytes) -> bytes:
+    """Change a chunk of a PNG and make its checksum right again."""
+    ihdr = data.find(b"IHDR", rng.randrange(len(data) + 1))
+    if ihdr < 4:
+        return mutate_bytes(rng, data)
+    out = bytearray(data)
+    if rng.random() < 0.7:
+        start, value = rng.choice([(0, 2**31 - 1), (4, 2**31 - 1), (0, 100), (4, 0), (8, 0x10060000), (8, 0x08030000)])
+        out[ihdr + 4 + start : ihdr + 8 + start] = value.to_bytes(4, "big")
+    else:
+        out[ihdr + 4 + rng.randrange(13)] = rng.randrange(256)
+    out[ihdr + 17 : ihdr + 21] = zlib.crc32(out[ihdr : ihdr + 17]).to_bytes(4, "big")
+    return bytes(out)
+
+
+class AloneWorld:
+    """A run of one process, as `checkpoint.save` sees it."""
+
+    is_main, rank, size = True, 0, 1
+
+    def barrier(self) -> None:
+        pass
+
+    def gather(self, value) -> list:
+        return [value]
+
+    def raise_together(self, error) -> None:
+        assert error is None, error
+
+
+def checkpoint_target(root: Path):
+    torch.manual_seed(0)
+    model, ema = (torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 1)) for _ in range(2))
+    optimizer, buffer = torch.optim.AdamW(model.parameters(), fused=True), ReplayBuffer((4,), 6, [0, 1], 0)
+    order = Order([100, 30], seed=0, num_streams=2, window=16)
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    files = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": checkpoint.pack_optimizer(optimizer)}
+    files |= {f"stream_{v:04d}": buffer.stream_state(v) for v in buffer.streams}
+    state = {"step": 3, "positions": {"0": 12, "1": 12}, "skipped_samples": 0, "skipped_steps": 0}
+    state |= {"skipped_in_row": 0, "world_size": 1, "scaler": {"scale": 65536.0, "_growth_tracker": 0}}
+    path = checkpoint.save(root, 3, files, state, AloneWorld(), keep=1)
+    good = {file.name: file.read_bytes() for file in path.iterdir()}
+
+    def load() -> None:
+        found = checkpoint.newest_valid(root, say=lambda text: text.encode())  # a text that can't be printed raises
+        if found is None:
+            return
+        meta = checkpoint.read_state(found, streams=2)
+        model.load_state_dict(checkpoint.read_tensors(found, "model", model.state_dict()))
+        ema.load_state_dict(checkpoint.read_tensors(found, "ema", ema.state_dict()))
+        fresh = torch.optim.AdamW(model.parameters(), fused=True)
+        checkpoint.load_optimizer(found, fresh)
+        fresh.step()
+        for i, v in enumerate(buffer.streams):
+            buffer.load_stream(i, checkpoint.read_tensors(found, f"stream_{v:04d}", buffer.stream_state(i)))
+            window = order.window(v, meta["positions"][str(v)])
+            np.arange(order.end(window) - 16, order.end(window))
+            order.segments(window)
+        torch.zeros((), dtype=torch.int64) + meta["skipped_steps"] + meta["skipped_in_row"] + meta["skipped_samples"]
+        torch.zeros((), dtype=torch.int64).fill_(meta["step"])
+
+    def run(rng: random.Random) -> None:
+        name = rng.choice(sorted(good))
+        data = good[name]
+        if name.endswith(".json"):
+            data = mutate_json(rng, json.loads(data))
+        elif rng.random() < 0.5:
+            end = 8 + struct.unpack("<Q", data[:8])[0]
+            header = mutate_json(rng, json.loads(data[8:end]))
+            data = struct.pack("<Q", len(header)) + header + data[end:]
+        else:
+            data = mutate_bytes(rng, data[:200], 2) + data[200:] if rng.random() < 0.5 else mutate_bytes(rng, data)
+        try:
+            (path / name).write_bytes(data)
+            if name != "manifest.json" and rng.random() < 0.8:
+                manifest = json.loads(good["manifest.json"])
+                manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+                (path / "manifest.json").write_text(json.dumps(manifest))
+            load()
+        finally:
+            for changed in (name, "manifest.json"):
+                (path / changed).write_bytes(good[changed])
+
+    return run
+
+
+TARGETS = {
+    "config": config_target,
+    "manifest": manifest_target,
+    "shard": shard_target,
+    "checkpoint": checkpoint_target,
+}
+
+# ---------------------------------------------------------------------------------------------------------- guard
+
+
+class Hang(BaseException):
+    pass
+
+
+class Guard:
+    """Hears of what Python opens, changes and starts. `outside`: what was not the input's business."""
+
+    STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "pty.spawn", "pickle.find_class")
+    CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod",
+               "os.chown", "os.utime", "os.mkfifo", "shutil.rmtree", "shutil.move", "shutil.copyfile")  # fmt: skip
+    WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+    def __init__(self):
+        self.root, self.outside = None, []
+        code = {sys.prefix, sys.base_prefix, *sysconfig.get_paths().values(), str(Path(__file__).parent.parent)}
+        self.readable = (*code, "/proc/", "/usr/lib", "/usr/share/zoneinfo", "/dev/null")
+        sys.addaudithook(self._hear)
+
+    def _hear(self, event: str, args: tuple) -> None:
+        if self.root is None:
+            return
+        if event in self.STARTS or event.startswith("socket."):
+            self.outside.append((event, repr(args)[:200]))
+        elif event == "open" and isinstance(args[0], str | bytes):
+            writes = bool(args[2] & self.WRITING)
+            if not self._inside(args[0]) and (writes or not os.fsdecode(args[0]).startswith(self.readable)):
+                self.outside.append((event, repr(args)[:200]))
+        elif event in self.CHANGES:
+            paths = [a for a in args[:2] if isinstance(a, str | bytes | os.PathLike)]
+            if not all(self._inside(path) for path in paths):
+                self.outside.append((event, repr(args)[:200]))
+
+    def _inside(self, path) -> bool:
+        return f"{os.path.abspath(os.fsdecode(path))}{os.sep}".startswith(f"{self.root}{os.sep}")
+
+
+GUARD = Guard()
+
+
+@contextlib.contextmanager
+def guarded(root: Path):
+    """Raises Hang, MemoryError or AssertionError for what an input must not do."""
+
+    def ring(signum, frame):
+        raise Hang(f"more than {LIMIT} s")
+
+    GUARD.root, GUARD.outside = os.path.abspath(root), []
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, LIMIT)
+    try:
+        yield
+    except UserError:
+        pass
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        GUARD.root = None
+    assert not GUARD.outside, f"outside of its directory: {GUARD.outside}"
+
+
+def fuzz(target: str, inputs: int, seed: int, first: int = 0, number=None, keep: Path | None = None) -> list[str]:
+    """The findings, a text each, their inputs copied to `keep`. `number`: shared memory for the current input's."""
+    findings, shm = [], Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shm if shm.is_dir() else None) as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run = TARGETS[target](Path(folder))
+        for i in range(-20, inputs):  # the first ones import what is imported late
+            if number is not None:
+                number.value = first + i
+            rng = random.Random(f"{target}/{seed}/{first + i}")
+            try:
+                if i < 0:
+                    with contextlib.suppress(UserError):
+                        run(rng)
+                else:
+                    with guarded(Path(folder)):
+                        run(rng)
+            except (Exception, Hang):
+                where = "" if keep is None else keep / f"{target}-{seed}-{first + i}"
+                findings.append(f"{target}, seed {seed}, input {first + i}: {where}\n{traceback.format_exc()}")
+                print(findings[-1], flush=True)
+                if keep is not None:
+                    shutil.copytree(folder, where, dirs_exist_ok=True)
+    return findings
+
+
+# ------------------------------------------------------------------------------------------------------- command
+
+
+def child(target: str, options, number, count) -> None:
+    with open("/proc/self/statm") as file:
+        now = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, now + MEMORY))
+    count.value = len(fuzz(target, options.inputs, options.seed, options.first, number, options.keep))
+
+
+def supervise(target: str, options) -> int:
+    """Run one target in a process of its own, which may crash or hang for good; prints the result."""
+    context = multiprocessing.get_context("spawn")
+    number, count = context.RawValue("q", -1), context.RawValue("q", -1)
+    process = context.Process(target=child, args=(target, options, number, count))
+    start = time.monotonic()
+    process.start()
+    seen, since = -1, time.monotonic()
+    while process.is_alive():
+        process.join(5)
+        if number.value != seen:
+            seen, since = number.value, time.monotonic()
+        elif time.monotonic() - since > 60 + 4 * LIMIT:
+            process.kill()
+    findings = count.value
+    if findings < 0:
+        print(f"{target}, seed {options.seed}, input {number.value}: the process ended with {process.exitcode}")
+        findings = 1
+    seconds = time.monotonic() - start
+    print(f"{target}: {options.inputs / seconds:.0f} inputs/s")
+    result = {"target": target, "inputs": options.inputs, "seed": options.seed, "findings": findings}
+    print(json.dumps(result | {"seconds": round(seconds, 1)}), flush=True)
+    return findings
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", choices=[*TARGETS, "all"])
+    parser.add_argument("--inputs", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="number of the first input, to try one again")
+    parser.add_argument("--keep", type=Path, default=Path("fuzz-findings"), help="where inputs of findings are copied")
+    options = parser.parse_args()
+    targets = TARGETS if options.target == "all" else [options.target]
+    return 1 if sum([supervise(target, options) for target in targets]) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
