@@ -12,7 +12,7 @@ import shutil
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
@@ -37,6 +37,9 @@ class _State(BaseModel):
     skipped_samples: Count
     skipped_steps: Count
     skipped_in_row: Count
+    quarantined: Count
+    good: bool
+    ladder: dict[str, Any]  # checked by `ebm.ladder`
     scaler: dict[str, FiniteFloat] | None
 
 
@@ -220,7 +223,7 @@ def newest_good(root: Path, before: Path | None = None) -> Path | None:
 
 def _is_good(path: Path) -> bool:
     try:
-        return read_state(path).get("good") is True
+        return read_state(path)["good"]
     except DataError:
         return False
 
@@ -295,10 +298,6 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
         p = parameters[int(i)]  # one that never had a gradient has no state
         expected |= {f"{i}.step": torch.zeros(()), f"{i}.exp_avg": p, f"{i}.exp_avg_sq": p}
     _check_tensors(path / "optimizer.safetensors", tensors, expected)
-    unpack_optimizer(optimizer, tensors)
-
-
-def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     states: dict[int, dict] = {}
     for key, value in tensors.items():
         number, name = key.split(".", 1)

@@ -10,7 +10,10 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Literal, NamedTuple
 
+from pydantic import TypeAdapter, ValidationError
+
 from ebm.config import HealthConfig
+from ebm.errors import DataError
 
 HISTORY = 50  # checks that the gap is compared with, once there are MINIMUM of them
 MINIMUM = 20
@@ -60,8 +63,13 @@ class Ladder:
         return values
 
     def load(self, values: dict) -> None:
-        for name, value in values.items():
-            setattr(self, name, value)
+        """Take over what `state()` gave. Raises DataError."""
+        try:
+            loaded = TypeAdapter(Ladder).validate_python(values | {"config": self.config})
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise DataError(f"the ladder's {first['loc']} is {str(first['input'])[:80]!r}: {first['msg']}") from error
+        self.__dict__.update(loaded.__dict__)
 
     @property
     def good(self) -> bool:

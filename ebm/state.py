@@ -139,15 +139,18 @@ def load(state: TrainState, path: Path, ladder: dict | None = None) -> None:
 
     `ladder`: what the ladder remembers instead, of a rollback to this checkpoint.
     """
-    meta = checkpoint.read_state(path)
-    state.energy.load_state_dict(checkpoint.read_tensors(path, "model"))
-    state.ema.module.load_state_dict(checkpoint.read_tensors(path, "ema"))
+    config = state.config
+    meta = checkpoint.read_state(path, config.data.streams)
+    for name, module in (("model", state.energy), ("ema", state.ema.module)):
+        own = module.state_dict()
+        module.load_state_dict(checkpoint.read_tensors(path, name, own))
+    checkpoint.load_optimizer(path, optimisation.bare(state.optimizer))
     state.step, state.meters = meta["step"], Meters()
     state.ema.n_averaged.fill_(state.step)
-    checkpoint.unpack_optimizer(optimisation.bare(state.optimizer), checkpoint.read_tensors(path, "optimizer"))
     if state.buffer is not None:
         for i, v in enumerate(state.buffer.streams):
-            state.buffer.load_stream(i, checkpoint.read_tensors(path, f"stream_{v:04d}"))
+            own = state.buffer.stream_state(i)
+            state.buffer.load_stream(i, checkpoint.read_tensors(path, f"stream_{v:04d}", own))
     state.skipped_steps = torch.full_like(state.skipped_steps, meta["skipped_steps"])
     state.skipped_in_row = torch.full_like(state.skipped_in_row, meta["skipped_in_row"])
     # Sums over the ranks go on from rank 0.
@@ -156,11 +159,11 @@ def load(state: TrainState, path: Path, ladder: dict | None = None) -> None:
     if meta["scaler"] is not None:
         state.world.scaler.load_state_dict(meta["scaler"])
     state.ladder.load(ladder or meta["ladder"])
-    seed, salt = state.config.run.seed, state.ladder.rollbacks
+    seed, salt = config.run.seed, state.ladder.rollbacks
     noise_seed = derive_seed(seed, "rollback", step=salt) if salt else seed  # the reader's order keeps the run's
     state.random.seed = noise_seed
     if state.buffer is not None:
         state.buffer.reseed(noise_seed)
     positions = {v: meta["positions"][str(v)] for v in state.random.streams}
     state.reader.close()
-    state.reader = open_reader(state.config, state.reader.manifest, state.random.streams, positions)
+    state.reader = open_reader(config, state.reader.manifest, state.random.streams, positions)

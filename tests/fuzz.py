@@ -35,13 +35,14 @@ import yaml
 from PIL import Image
 
 from ebm import checkpoint
-from ebm.config import fingerprint, load_config, to_yaml
+from ebm.config import HealthConfig, fingerprint, load_config, to_yaml
 from ebm.data import ShardReader, load_manifest
 from ebm.data.manifest import check_files, index_shards, verify
 from ebm.data.order import Order
 from ebm.data.shards import write_shards
 from ebm.data.sources import ArraySource
 from ebm.errors import UserError
+from ebm.ladder import Ladder
 from ebm.replay_buffer import ReplayBuffer
 
 LIMIT = 5.0  # seconds an input
@@ -383,7 +384,11 @@ def checkpoint_target(root: Path):
     files |= {f"stream_{v:04d}": buffer.stream_state(v) for v in buffer.streams}
     state = {"step": 3, "positions": {"0": 12, "1": 12}, "skipped_samples": 0, "skipped_steps": 0}
     state |= {"skipped_in_row": 0, "world_size": 1, "scaler": {"scale": 65536.0, "_growth_tracker": 0}}
-    path = checkpoint.save(root, 3, files, state, AloneWorld(), keep=1)
+    ladder = Ladder(HealthConfig())
+    state |= {"quarantined": 0, "good": True, "ladder": ladder.state()}
+    saver = checkpoint.Saver(root, AloneWorld(), print)
+    saver.start(3, files, state)
+    path = saver.finish(keep=1)
     good = {file.name: file.read_bytes() for file in path.iterdir()}
 
     def load() -> None:
@@ -391,6 +396,7 @@ def checkpoint_target(root: Path):
         if found is None:
             return
         meta = checkpoint.read_state(found, streams=2)
+        ladder.load(meta["ladder"])
         model.load_state_dict(checkpoint.read_tensors(found, "model", model.state_dict()))
         ema.load_state_dict(checkpoint.read_tensors(found, "ema", ema.state_dict()))
         fresh = torch.optim.AdamW(model.parameters(), fused=True)

@@ -215,13 +215,16 @@ def shards(tmp_path_factory):
 def small_run(directory, shards, *overrides):
     """A run directory with one checkpoint: an energy that was never trained, 600 real digits as its chains."""
     settings = [f"run.dir={directory}", f"data.shards={shards}/train", f"evaluate.shards={shards}/test"]
-    config = load_config(None, [*settings, "energy.features=[4,8]", *overrides])
+    config = load_config(None, [*settings, "energy.features=[4,8]", "buffer.size=600", *overrides])
     digits = torch.from_numpy(np.round(load_digits().images[:600] * 255 / 16).astype(np.uint8))[:, None]
     files = {"ema": build_energy(config.energy, config.data.shape, 0).state_dict()}
-    files |= {f"stream_{v:04d}": {"x": from_levels(part)} for v, part in enumerate(digits.chunk(4))}
+    for v, part in enumerate(digits.chunk(4)):
+        files[f"stream_{v:04d}"] = {"x": from_levels(part), "age": torch.zeros(len(part), dtype=torch.int32)}
     alone = SimpleNamespace(is_main=True, barrier=lambda: None, raise_together=lambda _: None, gather=lambda v: [v])
     saver = checkpoint.Saver(directory / "checkpoints", alone, print)
-    saver.start(1, files, {"step": 1, "ladder": Ladder(config.health).state()})
+    counts = dict.fromkeys(("skipped_samples", "skipped_steps", "skipped_in_row", "quarantined"), 0)
+    state = {"step": 1, "positions": {}, "scaler": None, "good": True, "ladder": Ladder(config.health).state()}
+    saver.start(1, files, state | counts)
     assert saver.finish(keep=1)
     (directory / "config.yaml").write_text(to_yaml(config))
     return str(directory)
