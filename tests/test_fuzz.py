@@ -4,12 +4,19 @@ import gzip
 import hashlib
 import io
 import json
+import os
+import pickle
+import socket
+import subprocess
 import tarfile
+import tempfile
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fuzz import TARGETS, AloneWorld, fuzz, pax_tar, small_shards, sparse_tar
+from fuzz import TARGETS, AloneWorld, fuzz, pax_tar, sealed, small_shards, sparse_tar
 from safetensors.torch import load_file, save_file
 
 from ebm import checkpoint
@@ -24,6 +31,27 @@ from ebm.errors import ConfigError, DataError
 @pytest.mark.parametrize("target", TARGETS)
 def test_damaged_inputs_are_taken_or_refused(target):
     assert fuzz(target, 1500, seed=0) == []
+
+
+MISDEEDS = {
+    "read": lambda: open("/etc/passwd").close(),
+    "write": lambda: open(Path(tempfile.gettempdir(), "outside"), "a").close(),
+    "remove": lambda: os.remove(Path(tempfile.gettempdir(), "outside")),
+    "program": lambda: subprocess.run(["true"]),
+    "socket": lambda: socket.socket().close(),
+    "pickle": lambda: pickle.loads(pickle.dumps(Path("x"))),
+    "hang": lambda: time.sleep(60),
+    "error": lambda: {}["missing"],
+}
+
+
+@pytest.mark.parametrize("misdeed", MISDEEDS)
+def test_the_fuzzer_finds(monkeypatch, misdeed):
+    numbers = iter(range(-20, 2))
+    monkeypatch.setattr("fuzz.LIMIT", 0.3)
+    monkeypatch.setitem(TARGETS, "bad", lambda root: lambda rng: MISDEEDS[misdeed]() if next(numbers) == 0 else None)
+    (finding,) = fuzz("bad", 2, seed=0)
+    assert "input 0" in finding
 
 
 # Configs
@@ -137,12 +165,12 @@ def member(name: str = "a.png", size: int = 0, kind: bytes = tarfile.REGTYPE, da
 RECORD = b"12 path=abc\n"
 HOSTILE_TARS = {
     "sparse": sparse_tar(),
-    "negative": member("a.txt", size=-512),
+    "negative": member("b.txt") + member("__a__", size=-512),  # leads back to itself
     "negative_pax": member(size=17, kind=tarfile.XHDTYPE, data=b"17 size=-1024000\n") + member("a.txt"),
     "terabyte": member(size=1 << 40),
     "long_header": member(size=MAX_HEADER + 1, kind=tarfile.XHDTYPE, data=b"1" * (MAX_HEADER + 1)) + member(),
     "header_of_headers": member(size=len(RECORD), kind=tarfile.XHDTYPE, data=RECORD) * 5000 + member(),
-    "cut_sparse": member(kind=tarfile.GNUTYPE_SPARSE)[:482] + b"\1" + b"\0" * 29,
+    "cut_sparse": sealed(member(kind=tarfile.GNUTYPE_SPARSE)[:482] + b"\1" + b"\0" * 29),
     "compressed": gzip.compress(pax_tar() * 100),
 }
 
