@@ -53,7 +53,15 @@ class DataConfig(Section):
     dequantize: bool = Field(True, description="spread the 256 levels uniformly over their bins")
     noise_std: float = Field(0.03, ge=0, description="standard deviation of Gaussian noise on data, images in [-1, 1]")
     trace: bool = Field(False, description="write trace.jsonl: every step's samples and chains, globally")
-    on_error: Literal["fail", "skip"] = Field("fail", description="what an unreadable sample does")
+    on_error: Literal["fail", "skip"] = Field(
+        "fail", description="what an unreadable sample does; skip logs and counts it"
+    )
+    max_skipped: float = Field(
+        0.01,
+        ge=0,
+        lt=1,
+        description="largest share of a stream's epoch that on_error=skip passes over; above it, exit 4",
+    )
     max_pixels: int = Field(4096 * 4096, ge=1, description="larger images are refused before they are decoded")
 
     @model_validator(mode="after")
@@ -285,12 +293,14 @@ class Config(Section):
         return self
 
 
-# Keys that may differ when a run is resumed: they move or observe the run and do not change what it computes.
+# Keys that may differ when a run is resumed: they move, observe or stop the run and do not change what it computes.
 FREE_TO_CHANGE = (
     "run.dir",
     "data.shards",
     "data.source",
     "data.workers",
+    "data.on_error",
+    "data.max_skipped",
     "data.trace",
     "train.time_limit",
     "train.collective_timeout",

@@ -213,6 +213,8 @@ def test_same_run(config_file):
         "data.shards=y",
         "data.workers=3",
         "data.trace=true",
+        "data.on_error=skip",
+        "data.max_skipped=0.2",
         "train.time_limit=3",
         "train.log_every=1",
     ]

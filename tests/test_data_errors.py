@@ -48,7 +48,7 @@ def damage(manifest, shard: int, key: str, at: int):
 def drain(one: ShardReader, samples: int):
     """(keys, skipped) over the batches until every stream has gone through `samples`."""
     keys, skipped = [], 0
-    while min(one.positions.values()) < samples:
+    while min(position.samples for position in one.positions.values()) < samples:
         batch = next(one)
         keys += batch.keys
         skipped += batch.skipped
@@ -78,61 +78,48 @@ def test_truncated_shard(shards, workers):
     path = shards.path(shards.shards[0])
     os.truncate(path, shards.shards[0].offsets[1] + 5000)
     one = reader(shards, workers=workers)
-    with pytest.raises(DataError, match=r"shard-000000.tar: holds 100 samples by its manifest, but from sample 6\d on"):
+    with pytest.raises(DataError, match=r"shard-000000.tar: changed since .* samples 64 to 99 .* \(after key 000065:"):
         drain(one, 100)
     one.close()
-
-
-def test_damaged_header_fails_or_counts_what_is_lost(shards):
-    damage(shards, 0, "000020.cls", 148)
-    with pytest.raises(DataError, match=r"shard-000000.tar: holds 100 samples .* from sample 20 on"):
-        drain(reader(shards), 100)
-    seen, skipped = set(), 0
-    for stream in (0, 1):
-        one = reader(shards, [stream], on_error="skip", per_stream=1)
-        while one.positions[stream] < 150:  # well into the second epoch, which goes over lost samples again
-            batch = next(one)
-            skipped += batch.skipped
-            seen |= {key for _, key in batch.keys}
-    assert skipped >= 44 and not seen & {f"{i:06d}" for i in range(20, 64)}
-    clean = {f"{i:06d}" for i in range(200) if not 20 <= i < 64}
-    assert seen == clean
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_skipping_is_the_same_on_every_world_size_and_resumes(shards, workers):
     for key in ("000007.png", "000150.png", "000151.png"):
         damage(shards, int(key[:6]) // 100, key, 512 + 20)
-    whole = reader(shards, on_error="skip")
+    shards = index_shards(shards.directory)
+    whole = reader(shards, on_error="skip", max_skipped=0.1)
     batches, positions = [], []
     for _ in range(45):
         batches.append(next(whole))
         positions.append(dict(whole.positions))
     total = sum(batch.skipped for batch in batches)
     assert 9 <= total <= 15, "3 an epoch, in 4 to 5 epochs"
-    assert sum(positions[-1].values()) == 45 * 20 + total
-    alone = [reader(shards, [v], on_error="skip", workers=workers) for v in (0, 1)]
+    assert sum(position.samples for position in positions[-1].values()) == 45 * 20 + total
+    alone = [reader(shards, [v], on_error="skip", max_skipped=0.1, workers=workers) for v in (0, 1)]
     for batch in batches:
         parts = [next(one) for one in alone]
         assert parts[0].keys + parts[1].keys == batch.keys
-        assert parts[0].skipped + parts[1].skipped == batch.skipped
+        assert parts[0].errors + parts[1].errors == batch.errors
     for one in alone:
         one.close()
     for k in range(0, 40, 7):
-        resumed = reader(shards, on_error="skip", positions=positions[k])
+        resumed = reader(shards, on_error="skip", max_skipped=0.1, positions=positions[k])
         found = next(resumed)
-        assert (found.keys, found.skipped) == (batches[k + 1].keys, batches[k + 1].skipped)
+        assert (found.keys, found.errors) == (batches[k + 1].keys, batches[k + 1].errors)
 
 
 def test_damaged_image_names_shard_and_key(shards):
     damage(shards, 1, "000123.png", 512 + 20)
-    with pytest.raises(DataError, match=r"shard-000001.tar: key 000123: "):
+    with pytest.raises(DataError, match=r"shard-000001.tar: changed since .* samples 0 to 63 .* \(key 000123: "):
         drain(reader(shards), 100)
+    with pytest.raises(DataError, match=r"shard-000001.tar: key 000123: "):
+        drain(reader(index_shards(shards.directory)), 100)
 
 
 def test_nothing_readable_at_all_is_an_error_even_where_skipping(shards):
-    with pytest.raises(DataError, match="no readable sample in a whole epoch"):
-        next(reader(shards, shape=(1, 9, 9), on_error="skip"))
+    with pytest.raises(DataError, match=r"passed over 100 of its 100 samples .* key \d+: image is 1x8x8"):
+        next(reader(shards, shape=(1, 9, 9), on_error="skip", max_skipped=0.99))
 
 
 def test_unlabelled_where_all_should_be(shards):
@@ -203,7 +190,7 @@ def test_bad_cls_after_the_index(tmp_path):
     position = len(data) - data[::-1].index(b"3"[0]) - 1
     data[position] = ord("x")
     (tmp_path / "x.tar").write_bytes(bytes(data))
-    with pytest.raises(DataError, match=r"x.tar: key a: .cls is b'x'"):
+    with pytest.raises(DataError, match=r"x.tar: changed since .* \(key a: .cls is b'x'"):
         next(reader(load_manifest(tmp_path), [0], num_streams=1, per_stream=1))
 
 

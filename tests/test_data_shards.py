@@ -1,6 +1,7 @@
 """Writing, indexing and verifying shards."""
 
 import io
+import json
 import os
 import tarfile
 
@@ -204,7 +205,7 @@ def test_no_shards_says_how_to_make_them(tmp_path):
     assert not (tmp_path / "missing").exists()
 
 
-GOOD = {"name": "a.tar", "samples": 1, "bytes": 1024, "sha256": "0" * 64, "offsets": [0]}
+GOOD = {"name": "a.tar", "samples": 1, "bytes": 1024, "sha256": "0" * 64, "offsets": [0], "crc32": [7]}
 
 
 @pytest.mark.parametrize(
@@ -213,15 +214,15 @@ GOOD = {"name": "a.tar", "samples": 1, "bytes": 1024, "sha256": "0" * 64, "offse
         *[{"name": name} for name in ("../a.tar", "/etc/a.tar", "x/../../a.tar", "pipe:rm")],
         *[{"samples": samples} for samples in (0, 65)],
         *[{"offsets": offsets} for offsets in ([2048], [-512], [])],
+        *[{"crc32": crc32} for crc32 in ([], [1, 2], [-1], [1 << 32])],
+        {"bytes": (1 << 30) + 1},
         {"sha256": "x"},
         {"surprise": 1},
     ],
 )
 def test_bad_manifest_entries(tmp_path, change):
-    import json
-
     def write(shard):
-        (tmp_path / "manifest.json").write_text(json.dumps({"version": 1, "shape": [1, 8, 8], "shards": [shard]}))
+        (tmp_path / "manifest.json").write_text(json.dumps({"version": 2, "shape": [1, 8, 8], "shards": [shard]}))
         return load_manifest(tmp_path)
 
     assert isinstance(write(GOOD), Manifest)
@@ -229,8 +230,15 @@ def test_bad_manifest_entries(tmp_path, change):
         write(GOOD | change)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"version": 2}', "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"version": 3}', "[" * 100_000])
 def test_bad_manifest_files(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(DataError, match=r"manifest.json"):
+        load_manifest(tmp_path)
+
+
+def test_a_manifest_of_the_format_without_checksums(tmp_path):
+    old = json.dumps({"version": 1, "shape": [1, 8, 8], "shards": [{k: v for k, v in GOOD.items() if k != "crc32"}]})
+    (tmp_path / "manifest.json").write_text(old)
+    with pytest.raises(DataError, match=r"version='1': Input should be 2; write it anew with `python -m ebm index "):
         load_manifest(tmp_path)

@@ -7,21 +7,23 @@ import glob
 import hashlib
 import json
 import os
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
 
 from braceexpand import braceexpand
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 from tqdm import tqdm
 
-from ebm.data.tars import BLOCK, scan_shard
+from ebm.data.tars import BLOCK, MAX_BYTES, scan_shard
 from ebm.errors import DataError
 
 FILE_NAME = "manifest.json"
-MAX_BYTES = 1 << 28
+MAX_MANIFEST = 1 << 28  # bytes
 
 
 class Shard(BaseModel):
-    """One tar. `offsets[i]`: byte where sample 64 i begins."""
+    """One tar. `offsets[i]`: byte where sample 64 i begins; `crc32[i]`: of the bytes from there to the next offset."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
@@ -29,6 +31,7 @@ class Shard(BaseModel):
     bytes: int = Field(ge=1)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     offsets: tuple[int, ...]
+    crc32: tuple[Annotated[int, Field(ge=0, lt=1 << 32)], ...]
 
     @field_validator("name")
     @classmethod
@@ -39,10 +42,14 @@ class Shard(BaseModel):
         return name
 
     @model_validator(mode="after")
-    def _offsets(self):
-        rising = all(a < b for a, b in zip(self.offsets, (*self.offsets[1:], self.bytes), strict=True))
-        if len(self.offsets) != -(-self.samples // BLOCK) or not rising or self.offsets[0] < 0:
+    def _blocks(self):
+        sizes = [stop - start for start, stop in pairwise((*self.offsets, self.bytes))]
+        if len(sizes) != -(-self.samples // BLOCK) or min(sizes) <= 0 or self.offsets[0] < 0:
             raise ValueError(f"{self.name}: offsets must rise from 0 on to the size, one for every {BLOCK} samples")
+        if max(sizes) > MAX_BYTES:
+            raise ValueError(f"{self.name}: {BLOCK} samples of {max(sizes)} bytes, more than {MAX_BYTES}")
+        if len(self.crc32) != len(self.offsets):
+            raise ValueError(f"{self.name}: there must be as many crc32 as offsets")
         return self
 
 
@@ -50,7 +57,7 @@ class Manifest(BaseModel):
     """The shards in `directory`. `shape`: (C, H, W) of the images; `num_classes`: None without labels."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    version: int = Field(1, ge=1, le=1)
+    version: Literal[2] = 2
     shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     num_classes: PositiveInt | None = None
     shards: tuple[Shard, ...] = Field(min_length=1)
@@ -101,7 +108,7 @@ def load_manifest(path: str | Path) -> Manifest:
     file = manifest_path(path)
     try:
         with open(file, "rb") as stream:
-            text = stream.read(MAX_BYTES + 1)
+            text = stream.read(MAX_MANIFEST + 1)
     except FileNotFoundError as error:
         raise DataError(
             f"no shards in {file.parent}: there is no {file.name}. Write shards with `python -m ebm shard --source "
@@ -109,8 +116,8 @@ def load_manifest(path: str | Path) -> Manifest:
         ) from error
     except OSError as error:
         raise DataError(f"{file}: {error}") from error
-    if len(text) > MAX_BYTES:
-        raise DataError(f"{file}: larger than {MAX_BYTES} bytes, which no manifest is")
+    if len(text) > MAX_MANIFEST:
+        raise DataError(f"{file}: larger than {MAX_MANIFEST} bytes, which no manifest is")
     try:
         values = json.loads(text)
         if not isinstance(values, dict):
@@ -188,7 +195,9 @@ def assemble(directory: Path, names: list[str], scans: list) -> Manifest:
             )
     labelled = all(scan.unlabelled == 0 for scan in scans)
     shards = [
-        Shard(name=name, samples=scan.samples, bytes=scan.bytes, sha256=scan.sha256, offsets=scan.offsets)
+        Shard(
+            name=name, **{field: getattr(scan, field) for field in ("samples", "bytes", "sha256", "offsets", "crc32")}
+        )
         for name, scan in zip(names, scans, strict=True)
     ]
     return Manifest(

@@ -3,7 +3,7 @@
 import atexit
 import multiprocessing
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -20,7 +20,15 @@ from ebm.data.samples import Decoded, SampleReader, WindowDataset
 from ebm.errors import DataError
 
 MAX_PIXELS = DataConfig.model_fields["max_pixels"].default
+MAX_SKIPPED = DataConfig.model_fields["max_skipped"].default
 AHEAD = 2  # windows decoded or being decoded ahead, a worker
+
+
+class Position(NamedTuple):
+    """How far a stream is. `samples`: gone through over all epochs; `skipped`: passed over in the epoch of the last."""
+
+    samples: int = 0
+    skipped: int = 0
 
 
 class Batch(NamedTuple):
@@ -29,15 +37,20 @@ class Batch(NamedTuple):
     images: Tensor  # (S * n, C, H, W) uint8
     labels: Tensor  # (S * n,) int64, -1 where there is none
     keys: list[tuple[int, str]]  # (stream, key)
-    skipped: int  # unreadable samples passed over to fill this batch
+    errors: list[str]  # one for each unreadable sample passed over to fill this batch: shard, key and reason
+
+    @property
+    def skipped(self) -> int:
+        return len(self.errors)
 
 
 class ShardReader:
     """An endless iterator of batches over the streams that one rank owns.
 
-    After `next` returns, `positions` (samples gone through, a stream) is the state after that batch; a reader built
-    with it goes on exactly there, whatever its workers and world size. `per_stream`: samples of each stream a batch.
-    `on_error="skip"` passes over unreadable samples and counts them; `"fail"` raises DataError naming shard and key.
+    After `next` returns, `positions` (a Position a stream) is the state after that batch; a reader built with it, or
+    with its values as JSON has them, goes on exactly there, whatever its workers and world size. `per_stream`: samples
+    of each stream a batch. `on_error="skip"` passes over unreadable samples and tells of each, and raises DataError
+    where they are more than `max_skipped` of a stream's epoch; `"fail"` raises at the first, naming shard and key.
     """
 
     def __init__(
@@ -51,15 +64,18 @@ class ShardReader:
         per_stream: int,
         window: int,
         workers: int,
-        positions: dict[int, int] | None = None,
+        positions: dict[int, Sequence[int]] | None = None,
         on_error: Literal["fail", "skip"] = "fail",
+        max_skipped: float = MAX_SKIPPED,
         max_pixels: int = MAX_PIXELS,
         num_classes: int | None = None,
     ):
         self.manifest, self.streams, self.per_stream = manifest, list(streams), per_stream
         self.order = Order([s.samples for s in manifest.shards], seed=seed, num_streams=num_streams, window=window)
-        self.positions = {v: (positions or {}).get(v, 0) for v in self.streams}
-        self._asked = dict(self.positions)  # the position up to which windows were given to the workers
+        self.positions = {v: Position(*(positions or {}).get(v, ())) for v in self.streams}
+        self.max_skipped = max_skipped
+        # Up to where windows were given to the workers.
+        self._asked = {v: position.samples for v, position in self.positions.items()}
         self._ready: dict[int, deque[Decoded]] = {v: deque() for v in self.streams}
         reader = SampleReader(manifest, tuple(shape), max_pixels, num_classes)
         self._loader = make_loader(WindowDataset(reader, self.order, on_error), self._windows(), workers)
@@ -69,27 +85,23 @@ class ShardReader:
     @property
     def epoch(self) -> float:
         """Epochs that the first owned stream has gone through, with its fraction."""
-        return self.positions[self.streams[0]] / self.order.length(self.streams[0])
+        return self.positions[self.streams[0]].samples / self.order.length(self.streams[0])
 
     def __iter__(self) -> "ShardReader":
         return self
 
     def __next__(self) -> Batch:
-        before = sum(self.positions.values())
+        images, labels, keys, errors = [], [], [], []
         for stream in self.streams:
-            while sum(len(part.keys) for part in self._ready[stream]) < self.per_stream:
-                self._receive()
-        images, labels, keys = [], [], []
-        for stream in self.streams:
-            for part in self._take(stream):
+            for part, end in self._take(stream):
+                errors += self._advance(part, end)
                 images.append(torch.from_numpy(part.images))
                 labels.append(torch.from_numpy(part.labels))
                 keys += [(stream, key) for key in part.keys]
-        skipped = sum(self.positions.values()) - before - len(keys)
-        return Batch(torch.cat(images), torch.cat(labels), keys, skipped)
+        return Batch(torch.cat(images), torch.cat(labels), keys, errors)
 
     def close(self) -> None:
-        """End the workers. The positions stay valid."""
+        """End the workers. The positions stay valid, unless `next` raised."""
         self._decoded = self._loader = None
         self._kill()
         atexit.unregister(self._kill)
@@ -100,7 +112,7 @@ class ShardReader:
         Drawn by the loader as it goes, so streams that skip samples, and need their windows sooner, get them.
         """
         while True:
-            stream = min(self.streams, key=lambda v: (self._asked[v] - self.positions[v], v))
+            stream = min(self.streams, key=lambda v: (self._asked[v] - self.positions[v].samples, v))
             window = self.order.window(stream, self._asked[stream])
             self._asked[stream] = self.order.end(window)
             yield window
@@ -123,26 +135,37 @@ class ShardReader:
             raise DataError(f"{error}. Out of memory? Lower data.window or data.workers") from error
         if isinstance(part, DataError):
             raise part
-        queue = self._ready[part.stream]
-        if not queue and not part.keys and part.end - self.positions[part.stream] >= self.order.length(part.stream):
-            raise DataError(
-                f"stream {part.stream} of data.streams={self.order.num_streams} has no readable sample in a whole "
-                f"epoch of {self.manifest.directory}; data.on_error=fail names the first error"
-            )
-        if part.keys:
-            queue.append(part)
+        self._ready[part.stream].append(part)
 
-    def _take(self, stream: int) -> Iterator[Decoded]:
-        """The stream's next `per_stream` samples, in parts; advances its position past them."""
+    def _take(self, stream: int) -> Iterator[tuple[Decoded, int]]:
+        """The stream's next `per_stream` samples, in parts, each with the stream's position after it."""
         queue, wanted = self._ready[stream], self.per_stream
         while wanted:
-            part = queue.popleft()
-            head, rest = _split(part, wanted)
-            wanted -= len(head.keys)
-            self.positions[stream] = int(head.ends[-1])
-            if rest.keys:
+            while not queue:
+                self._receive()
+            part, rest = _split(queue.popleft(), wanted)
+            wanted -= len(part.keys)
+            if wanted:
+                yield part, part.end
+            else:  # what was skipped after the last sample belongs to the next batch, as it does after a resume
                 queue.appendleft(rest)
-            yield head
+                yield part, int(part.ends[-1])
+
+    def _advance(self, part: Decoded, end: int) -> list[str]:
+        """Move a stream on to `end`, inside a part. Returns the errors of the samples that were passed over."""
+        start, skipped = self.positions[part.stream]
+        errors = [part.errors[i] for i in range(start + 1, end + 1) if i in part.errors] if part.errors else []
+        length = self.order.length(part.stream)
+        skipped = len(errors) + (skipped if start % length else 0)  # an epoch's count begins with it
+        if errors and skipped > self.max_skipped * length:
+            higher = f"data.max_skipped={min(10 * skipped / length, 0.9):.1g}"
+            raise DataError(
+                f"stream {part.stream} of data.streams={self.order.num_streams} has passed over {skipped} of its "
+                f"{length} samples in an epoch, more than the share data.max_skipped={self.max_skipped}. Copy or write "
+                f"the shards again, or, if so many can be spared, set {higher}. The error now: {errors[0]}"
+            )
+        self.positions[part.stream] = Position(end, skipped)
+        return errors
 
 
 def _split(part: Decoded, n: int) -> tuple[Decoded, Decoded]:

@@ -1,5 +1,6 @@
 """From shards to decoded samples: what the reader's workers run. Every sample is either decoded or accounted for."""
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -9,18 +10,20 @@ import numpy as np
 from ebm.data.decode import decode, read_header, show
 from ebm.data.manifest import Manifest
 from ebm.data.order import Order, Window
-from ebm.data.tars import BLOCK, TAR_ERRORS, image_suffix, parse_label, read_block
+from ebm.data.tars import BLOCK, image_suffix, parse_label, read_block, read_range
 from ebm.errors import DataError
 
 
 class Decoded(NamedTuple):
-    """A window's readable samples in shuffled order. `ends`: the stream's position after each."""
+    """A window's readable samples in shuffled order. `ends`: the stream's position after each; `errors`: why a sample
+    was passed over, by the position after it."""
 
     stream: int
     images: np.ndarray  # (m, C, H, W) uint8
     labels: np.ndarray  # (m,) int64, -1 where there is none
     keys: list[str]
     ends: np.ndarray  # (m,) int64
+    errors: dict[int, str]
     end: int  # the stream's position after the window
 
 
@@ -48,38 +51,56 @@ class SampleReader:
 
     def _block(self, file, shard: int, block: int) -> list[dict | DataError]:
         entry = self.manifest.shards[shard]
-        expected = min(BLOCK, entry.samples - block * BLOCK)
-        begin, end = (*entry.offsets, entry.bytes)[block : block + 2]
-        found, reason = [], "the tar ends early, or a header in it is damaged"
-        try:
-            for sample in read_block(file, begin, end):
-                found.append(sample)
-        except TAR_ERRORS as error:
-            reason = str(error.args[0]) if error.args else type(error).__name__
         path = self.manifest.path(entry)
-        if len(found) > expected:
-            raise DataError(
-                f"{path}: holds more samples than the manifest says; write the manifest anew with "
-                f"`python -m ebm index {self.manifest.directory}`"
+        first, stop = block * BLOCK, min((block + 1) * BLOCK, entry.samples)
+        begin, end = (*entry.offsets, entry.bytes)[block : block + 2]
+        data = read_range(file, begin, end)
+        if zlib.crc32(data) != entry.crc32[block]:
+            lost = DataError(
+                f"{path}: changed since the manifest was made: samples {first} to {stop - 1} (bytes {begin} to "
+                f"{end - 1}) have another crc32, so none of them can be trusted{self._damage(data, stop - first)}. "
+                "Copy or write the shard again, or set data.on_error=skip"
             )
-        first = block * BLOCK + len(found)
-        lost = DataError(
-            f"{path}: holds {entry.samples} samples by its manifest, but from sample {first} on (of this block of "
-            f"{BLOCK}) none can be read: {reason}. Copy or write the shard again, or set data.on_error=skip"
-        )
-        return found + [lost] * (expected - len(found))
+            return [lost] * (stop - first)
+        try:
+            found = list(read_block(data))
+            if len(found) != stop - first:
+                raise ValueError(f"there are {len(found)} samples where it says {stop - first}, from {first} on")
+        except ValueError as error:
+            raise DataError(
+                f"{path}: is not what the manifest says: {error}; write the manifest anew with "
+                f"`python -m ebm index {self.manifest.directory}`"
+            ) from error
+        return found
+
+    def _damage(self, data: bytes, expected: int) -> str:
+        """For the message: the first sample of a changed block that shows it. A change need not show."""
+        place, found = "at the first header", 0
+        try:
+            for found, sample in enumerate(read_block(data), 1):  # noqa: B007
+                place = f"key {sample['__key__']}"
+                self._decode(sample)
+                place = f"after key {sample['__key__']}"
+            if found < expected:
+                raise ValueError("the tar ends, or a header is damaged")
+        except ValueError as error:
+            return f" ({place}: {error})"
+        return ""
 
     def decode(self, shard: int, sample: dict) -> tuple[np.ndarray, int, str]:
         """(uint8 image of `shape`, label or -1, key). Raises DataError."""
         key = sample["__key__"]
         try:
-            suffix = image_suffix(name for name in sample if not name.startswith("__"))
-            if suffix is None:
-                raise ValueError("has no image")
-            return self._image(sample[suffix]), self._label(sample.get("cls")), key
+            return *self._decode(sample), key
         except ValueError as error:
             path = self.manifest.path(self.manifest.shards[shard])
             raise DataError(f"{path}: key {key}: {error}") from error
+
+    def _decode(self, sample: dict) -> tuple[np.ndarray, int]:
+        suffix = image_suffix(name for name in sample if not name.startswith("__"))
+        if suffix is None:
+            raise ValueError("has no image")
+        return self._image(sample[suffix]), self._label(sample.get("cls"))
 
     def _image(self, data: bytes) -> np.ndarray:
         header = read_header(data)
@@ -124,6 +145,8 @@ class WindowDataset:
         count = len(ranks) - window.first
         images = np.empty((count, *self.reader.shape), np.uint8)
         labels, keys, good = np.empty(count, np.int64), [""] * count, np.zeros(count, bool)
+        end, errors = self.order.end(window), {}
+        ends = np.arange(end - count + 1, end + 1)
         for rank, (shard, sample) in zip(ranks, self._samples(window), strict=True):
             place = rank - window.first
             if place < 0:
@@ -133,15 +156,14 @@ class WindowDataset:
                     raise sample
                 images[place], labels[place], keys[place] = self.reader.decode(shard, sample)
                 good[place] = True
-            except DataError:
+            except DataError as error:
                 if self.on_error == "fail":
                     raise
-        end = self.order.end(window)
-        ends = np.arange(end - count + 1, end + 1)
-        if good.all():
-            return Decoded(window.stream, images, labels, keys, ends, end)
+                errors[int(ends[place])] = str(error)
+        if not errors:
+            return Decoded(window.stream, images, labels, keys, ends, errors, end)
         kept = [key for key, ok in zip(keys, good, strict=True) if ok]
-        return Decoded(window.stream, images[good], labels[good], kept, ends[good], end)
+        return Decoded(window.stream, images[good], labels[good], kept, ends[good], errors, end)
 
     def _samples(self, window: Window) -> Iterator[tuple[int, dict | DataError]]:
         for shard, start, stop in self.order.segments(window):

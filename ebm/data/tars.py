@@ -1,14 +1,16 @@
 """Samples in a tar: counting them once for the manifest, and reading a block of them from its byte offset.
 
 webdataset groups a tar's members to samples by name. Left to itself it ends without a word at a damaged header, so
-everything here compares with what should be there: a scan with the file's end, a block with the manifest's count.
+everything here compares with what should be there: a scan with the file's end, a block with the manifest's crc32.
 """
 
 import hashlib
 import io
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +20,7 @@ from ebm.data.decode import IMAGE_SUFFIXES, read_header
 from ebm.errors import DataError
 
 BLOCK = 64  # samples between two offsets of the manifest
+MAX_BYTES = 1 << 30  # of a block, which is read at once
 META = re.compile(r"__[^/]*__($|/)")  # members that webdataset passes over
 MAX_HEADER = 1 << 13  # bytes of a long name or pax header; Python before 3.11.10 takes quadratic time over one
 LONG_HEADERS = (
@@ -27,7 +30,8 @@ LONG_HEADERS = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
 )
-TAR_ERRORS = (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError)  # tarfile's at damage
+# What tarfile raises on hostile headers: sizes beyond memory and beyond 64 bits, one header inside another for ever.
+DAMAGE = (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError, MemoryError)
 
 
 class Member(tarfile.TarInfo):
@@ -51,6 +55,7 @@ class Scan(NamedTuple):
     bytes: int
     sha256: str
     offsets: list[int]
+    crc32: list[int]
     shape: tuple[int, int, int]
     max_label: int | None
     unlabelled: int
@@ -71,35 +76,29 @@ def parse_label(data: bytes) -> int:
 def scan_shard(path: Path) -> Scan:
     """Everything the manifest records of one shard. Raises DataError naming the shard and what is wrong with it."""
     try:
-        with open(path, "rb") as file:
+        with _BoundedFile(path) as file:
             samples = _samples(path, file)
-            digest = hashlib.file_digest(_rewound(file), "sha256").hexdigest()
-    except (OSError, *TAR_ERRORS) as error:
+            if not samples:
+                raise DataError(f"{path}: holds no samples (members such as KEY.png with KEY.cls)")
+            offsets = [s.offset for s in samples[::BLOCK]]
+            size = path.stat().st_size
+            crc32 = [zlib.crc32(read_range(file, *block)) for block in pairwise((*offsets, size))]
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, *DAMAGE) as error:
         remedy = "only plain tars can be read from the middle: decompress .tar.gz" if path.suffix != ".tar" else ""
-        raise DataError(f"{path}: not a readable tar ({error}). {remedy}".strip()) from error
-    if not samples:
-        raise DataError(f"{path}: holds no samples (members such as KEY.png with KEY.cls)")
+        raise DataError(f"{path}: not a readable tar ({_reason(error)}). {remedy}".strip()) from error
     labels = [s.label for s in samples if s.label is not None]
     return Scan(
         samples=len(samples),
-        bytes=path.stat().st_size,
+        bytes=size,
         sha256=digest,
-        offsets=[s.offset for s in samples[::BLOCK]],
+        offsets=offsets,
+        crc32=crc32,
         shape=samples[0].shape,
         max_label=max(labels, default=None),
         unlabelled=len(samples) - len(labels),
     )
-
-
-def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The regular files. Raises tarfile.TarError where one claims more bytes than there are, as a sparse file does."""
-    end = tar.fileobj.seek(0, io.SEEK_END)
-    for member in tar:
-        if not member.isreg() or META.match(member.name):
-            continue
-        if member.sparse is not None or member.offset_data + member.size > end:
-            raise tarfile.ReadError(f"{member.name!r} claims more bytes than the shard holds")
-        yield member
 
 
 class _Sample(NamedTuple):
@@ -108,28 +107,35 @@ class _Sample(NamedTuple):
     label: int | None
 
 
-def _rewound(file):
-    file.seek(0)
-    return file
+class _BoundedFile(io.BufferedReader):
+    """tarfile reads what a header asks for, and headers may ask for more than the memory."""
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path))
+
+    def read(self, size: int = -1) -> bytes:
+        if size > MAX_BYTES:
+            raise tarfile.ReadError(f"{size} bytes in one piece, more than {MAX_BYTES}")
+        return super().read(size)
 
 
 def _samples(path: Path, file) -> list[_Sample]:
-    samples, key, group = [], None, {}
+    samples, keys, key, group = [], set(), None, {}
     with tarfile.open(fileobj=file, mode="r:", tarinfo=Member) as tar:
-        for member in _members(tar):
-            prefix, suffix = base_plus_ext(member.name)
-            if prefix is None:
-                continue
+        for member, prefix, suffix in _members(tar):
             if prefix != key and group:
                 samples.append(_sample(path, tar, key, group, first=not samples))
+                keys.add(key)
                 group = {}
-            if suffix.lower() in group:
+            if prefix in keys:
+                raise DataError(f"{path}: key {prefix} comes again after others; a key's members must be together")
+            if suffix in group:
                 raise DataError(f"{path}: key {prefix} has two members .{suffix}; keys must be unique")
             key = prefix
-            group[suffix.lower()] = member
+            group[suffix] = member
+        _check_end(path, file, tar.offset)
         if group:
             samples.append(_sample(path, tar, key, group, first=not samples))
-        _check_end(path, file, tar.offset)
     return samples
 
 
@@ -154,13 +160,36 @@ def _check_end(path: Path, file, offset: int) -> None:
             raise DataError(f"{path}: damaged or unexpected data after its last readable member, at byte {offset}")
 
 
-def read_block(file, start: int, stop: int) -> Iterator[dict]:
-    """The webdataset samples between two byte offsets of an open shard, in order: `__key__` and a suffix a member.
+def _members(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
+    """The members that webdataset takes for parts of samples, with key and suffix."""
+    end = tar.fileobj.seek(0, io.SEEK_END)
+    for member in tar:
+        key, suffix = base_plus_ext(member.name)
+        if not member.isreg() or META.match(member.name) or key is None:
+            continue
+        if member.sparse is not None or member.offset_data + member.size > end:
+            raise tarfile.ReadError(f"{member.name!r} claims more bytes than there are")
+        yield member, key, suffix.lower()
 
-    Raises tarfile.TarError, ValueError or OSError at damage; where a header is damaged it may just end early.
-    """
+
+def read_range(file, start: int, stop: int) -> bytes:
     file.seek(start)
-    # webdataset's own iterator would decompress what looks like gzip, to any size.
-    with tarfile.open(fileobj=io.BytesIO(file.read(stop - start)), mode="r:", tarinfo=Member) as tar:
-        members = ({"fname": m.name, "data": tar.extractfile(m).read(), "__url__": ""} for m in _members(tar))
-        yield from group_by_keys(members)
+    return file.read(stop - start)
+
+
+def read_block(data: bytes) -> Iterator[dict]:
+    """The webdataset samples in a part of a shard, in order: `__key__` and a suffix a member.
+
+    Raises ValueError at damage; where a header is damaged it may just end early.
+    """
+    try:
+        # webdataset's own iterator would decompress what looks like gzip, to any size.
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:", tarinfo=Member) as tar:
+            members = ({"fname": m.name, "data": tar.extractfile(m).read(), "__url__": ""} for m, _, _ in _members(tar))
+            yield from group_by_keys(members)
+    except DAMAGE as error:
+        raise ValueError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error.args[0]) if error.args else type(error).__name__
