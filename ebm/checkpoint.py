@@ -33,7 +33,7 @@ class _State(BaseModel):
 
     model_config = ConfigDict(strict=True)
     step: Count
-    positions: dict[str, Count]
+    positions: dict[str, Annotated[list[Count], Field(min_length=2, max_length=2)]]
     skipped_samples: Count
     skipped_steps: Count
     skipped_in_row: Count

@@ -88,7 +88,7 @@ def build_state(config: Config, world: World) -> TrainState:
     )
 
 
-def open_reader(config: Config, manifest, streams: list[int], positions: dict[int, int]) -> ShardReader:
+def open_reader(config: Config, manifest, streams: list[int], positions: dict[int, list[int]]) -> ShardReader:
     data = config.data
     return ShardReader(
         manifest,
@@ -101,6 +101,7 @@ def open_reader(config: Config, manifest, streams: list[int], positions: dict[in
         workers=data.workers,
         positions=positions,
         on_error=data.on_error,
+        max_skipped=data.max_skipped,
         max_pixels=data.max_pixels,
         num_classes=config.energy.num_classes,
     )
@@ -118,7 +119,7 @@ def snapshot(state: TrainState) -> tuple[dict[str, dict[str, Tensor]], dict]:
     if state.buffer is not None:
         files |= {f"stream_{v:04d}": state.buffer.stream_state(i) for i, v in enumerate(state.buffer.streams)}
     per_rank = state.world.gather((state.reader.positions, state.skipped_samples, int(state.quarantined)))
-    positions = {str(v): p for positions, _, _ in per_rank for v, p in sorted(positions.items())}
+    positions = {str(v): list(p) for positions, _, _ in per_rank for v, p in sorted(positions.items())}
     scaler = state.world.scaler
     return files, {
         "step": state.step,

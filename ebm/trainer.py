@@ -188,7 +188,9 @@ def loop(state: TrainState, run: RunDirectory, tracker: Tracker | None, stop: St
         before = time.perf_counter()
         batch = next(state.reader)
         interval.waited += time.perf_counter() - before
-        state.skipped_samples += batch.skipped
+        if batch.errors:
+            state.skipped_samples += batch.skipped
+            print(f"step {state.step + 1}: passed over {batch.skipped}: {batch.errors[0]}", flush=True)
         result = train_step(state, batch)
         step, last = state.step, state.step == config.train.steps
         if result.draw is not None:

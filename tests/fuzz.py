@@ -386,7 +386,7 @@ def checkpoint_target(root: Path):
     optimizer.step()
     files = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": checkpoint.pack_optimizer(optimizer)}
     files |= {f"stream_{v:04d}": buffer.stream_state(v) for v in buffer.streams}
-    state = {"step": 3, "positions": {"0": 12, "1": 12}, "skipped_samples": 0, "skipped_steps": 0}
+    state = {"step": 3, "positions": {"0": [12, 0], "1": [12, 1]}, "skipped_samples": 0, "skipped_steps": 0}
     state |= {"skipped_in_row": 0, "world_size": 1, "scaler": {"scale": 65536.0, "_growth_tracker": 0}}
     ladder = Ladder(HealthConfig())
     state |= {"quarantined": 0, "good": True, "ladder": ladder.state()}
@@ -408,7 +408,7 @@ def checkpoint_target(root: Path):
         fresh.step()
         for i, v in enumerate(buffer.streams):
             buffer.load_stream(i, checkpoint.read_tensors(found, f"stream_{v:04d}", buffer.stream_state(i)))
-            window = order.window(v, meta["positions"][str(v)])
+            window = order.window(v, meta["positions"][str(v)][0])
             np.arange(order.end(window) - 16, order.end(window))
             order.segments(window)
         torch.zeros((), dtype=torch.int64) + meta["skipped_steps"] + meta["skipped_in_row"] + meta["skipped_samples"]

@@ -168,7 +168,7 @@ def _members(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str, str]]
         if not member.isreg() or META.match(member.name) or key is None:
             continue
         if member.sparse is not None or member.offset_data + member.size > end:
-            raise tarfile.ReadError(f"{member.name!r} claims more bytes than there are")
+            raise tarfile.ReadError(f"{member.name} ends early, or claims more bytes than there are")
         yield member, key, suffix.lower()
 
 
