@@ -25,7 +25,8 @@ AHEAD = 2  # windows decoded or being decoded ahead, a worker
 
 
 class Position(NamedTuple):
-    """How far a stream is. `samples`: gone through over all epochs; `skipped`: passed over in the epoch of the last."""
+    """How far a stream is. `samples`: gone through over all epochs; `skipped`: how many of the last one's epoch were
+    passed over so far."""
 
     samples: int = 0
     skipped: int = 0

@@ -124,7 +124,7 @@ def _samples(path: Path, file) -> list[_Sample]:
     with tarfile.open(fileobj=file, mode="r:", tarinfo=Member) as tar:
         for member, prefix, suffix in _members(tar):
             if prefix != key and group:
-                samples.append(_sample(path, tar, key, group, first=not samples))
+                samples.append(_sample(path, file, key, group, first=not samples))
                 keys.add(key)
                 group = {}
             if prefix in keys:
@@ -135,21 +135,25 @@ def _samples(path: Path, file) -> list[_Sample]:
             group[suffix] = member
         _check_end(path, file, tar.offset)
         if group:
-            samples.append(_sample(path, tar, key, group, first=not samples))
+            samples.append(_sample(path, file, key, group, first=not samples))
     return samples
 
 
-def _sample(path: Path, tar: tarfile.TarFile, key: str, group: dict, first: bool) -> _Sample:
+def _sample(path: Path, file, key: str, group: dict, first: bool) -> _Sample:
     image = image_suffix(group)
     if image is None:
         found = ", ".join(f".{s}" for s in group)
         raise DataError(f"{path}: key {key} has no image (found {found}; images are .{', .'.join(IMAGE_SUFFIXES)})")
     try:
-        shape = read_header(tar.extractfile(group[image]).read()).shape if first else None
-        label = parse_label(tar.extractfile(group["cls"]).read(64)) if "cls" in group else None
+        shape = read_header(_content(file, group[image])).shape if first else None
+        label = parse_label(_content(file, group["cls"])) if "cls" in group else None
     except ValueError as error:
         raise DataError(f"{path}: key {key}: {error}") from error
     return _Sample(min(member.offset for member in group.values()), shape, label)
+
+
+def _content(file, member: tarfile.TarInfo) -> bytes:
+    return read_range(file, member.offset_data, member.offset_data + member.size)
 
 
 def _check_end(path: Path, file, offset: int) -> None:
