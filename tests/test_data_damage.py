@@ -289,7 +289,10 @@ def pax(values: dict[str, str], name: str | None = None, size: int = 0) -> bytes
 
 FIRST = pax({"comment": "a member to come back to"}, "__first__")
 HOSTILE = {
-    "circle": (FIRST + pax({"size": "-1536"}, "a.png"), "leads back|unexpected data|ends early|negative size"),
+    "circle": (
+        FIRST + pax({"size": "-1536"}, "a.png"),
+        "leads back|unexpected data|ends early|negative size|invalid|are 0 samples",
+    ),
     "nested": (pax({"comment": "x"}) * 5000, "recursion"),
     "sparse": (
         pax({"GNU.sparse.map": "0,512", "GNU.sparse.size": str(1 << 40)}, "a.png", 512),
