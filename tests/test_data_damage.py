@@ -296,7 +296,7 @@ HOSTILE = {
     "nested": (pax({"comment": "x"}) * 5000, "recursion"),
     "sparse": (
         pax({"GNU.sparse.map": "0,512", "GNU.sparse.size": str(1 << 40)}, "a.png", 512),
-        "a.png is stored as a sp",
+        "a.png .*claims more bytes",
     ),
     "compressed": (gzip.compress(pax({"comment": "x"}, "a.png", 1 << 24)), "header|checksum"),
     "sized": (pax({"size": str(1 << 40)}, "a.png"), "end"),
@@ -315,7 +315,10 @@ INDEXED = {
     ),
     "header checksum": (lambda path: flip(path, PNG, -512 + 148), "damaged or unexpected data after"),
     "size of 8 EiB": (lambda path: header(path, PNG, 124, EIB), "not a readable tar"),
-    "pax header of 8 EiB": (lambda path: header(path, PNG, 124, EIB + b" " * 20 + b"x"), "not a readable tar .*piece"),
+    "pax header of 8 EiB": (
+        lambda path: header(path, PNG, 124, EIB + b" " * 20 + b"x"),
+        "not a readable tar .*(piece|header of more)",
+    ),
     "first image of 2 GiB": (
         lambda path: [path.unlink(), enlarge(path, 1 << 31)],
         "not a readable tar .*bytes in one piece",

@@ -10,6 +10,7 @@ import subprocess
 import tarfile
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +183,7 @@ def test_hostile_tars(tmp_path, data):
         index_shards(tmp_path)
     digest = hashlib.sha256(data).hexdigest()
     shard = {"name": path.name, "samples": 5, "bytes": len(data), "sha256": digest, "offsets": [0]}
+    shard["crc32"] = [zlib.crc32(data)]
     (tmp_path / "manifest.json").write_text(json.dumps({"shape": [1, 8, 8], "shards": [shard]}))
     manifest = load_manifest(tmp_path)
     check_files(manifest)
