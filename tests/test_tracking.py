@@ -2,15 +2,14 @@
 
 import json
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from wandb_reader import history, records
+from wandb_server import KEY, StandIn
 
 from ebm.config import load_config
 from ebm.figures import grid, side_by_side
@@ -18,15 +17,13 @@ from ebm.tracking import Progress, Tracker
 from ebm.tracking.records import Records
 from ebm.tracking.wandb_run import WandbRun
 
-KEY = "0123456789" * 4
-
 
 @pytest.fixture(autouse=True)
 def own_wandb_home(tmp_path, monkeypatch):
     for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
     monkeypatch.setenv("NETRC", str(tmp_path / "home" / "netrc"))
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_ERROR_REPORTING"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "home").mkdir()
     yield
@@ -141,12 +138,14 @@ def test_disabled(tmp_path):
     assert not (tmp_path / "run/wandb").exists()
 
 
-def test_an_unreachable_server_leaves_the_run_offline(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+def test_a_server_that_fails_leaves_the_run_offline(tmp_path, monkeypatch, capsys):
+    server = StandIn("fails")
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
     tracker = Tracker(config(tmp_path, "tracking.wandb_timeout=15"), tmp_path / "run", 0)
     tracker.log(1, {"train/loss": 1.0})  # goes on at once; the thread tries to connect, and keeps the call till then
     tracker.close(0)
+    server.close()
     assert "logging offline instead" in capsys.readouterr().out
     (file,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
     assert [r["train/loss"] for r in history(file)] == [1.0]
@@ -194,38 +193,14 @@ def test_what_w_and_b_refuses_is_said_once(tmp_path, capsys):
     assert said.count("not finite") == 1 and "3 calls failed" in said
 
 
-class StandIn(BaseHTTPRequestHandler):
-    """A W&B server that knows no more than how to start a run."""
-
-    def do_POST(self):
-        asked = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        project = {"id": "p", "name": "ebm", "entity": {"id": "e", "name": "user"}}
-        data = {"model": {**project, "bucket": None}}
-        if b"UpsertBucket" in asked:
-            bucket = {"id": "b", "name": "n", "displayName": "n", "config": "{}", "project": project}
-            data = {"upsertBucket": {"bucket": bucket, "inserted": True}}
-        answer = json.dumps({"data": data}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(answer)))
-        self.end_headers()
-        self.wfile.write(answer)
-
-    do_GET = do_POST
-
-    def log_message(self, *_):
-        pass
-
-
 def test_a_server_that_dies_holds_the_end_of_a_run_no_longer_than_the_timeout(tmp_path, monkeypatch, capsys):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    server = StandIn()
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
     tracker = Tracker(config(tmp_path, "tracking.wandb_timeout=10"), tmp_path / "run", 0)
     assert said_in_time(capsys, "W&B: http")
     tracker.log(1, {"train/loss": 1.0})
-    server.shutdown()
-    server.server_close()
+    server.close()
     tracker.log(2, {"train/loss": 2.0})
     began = time.monotonic()
     tracker.close(0)

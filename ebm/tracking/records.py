@@ -18,7 +18,7 @@ class Outage:
 
     def begin(self, error: OSError) -> None:
         if not self.on:
-            self._say(f"{self._what} can't be written ({error.strerror}); training goes on and tries again")
+            self._say(f"{self._what} can't be written ({error.strerror or error}); training goes on and tries again")
         self.on = True
 
     def end(self, kept: int) -> None:
@@ -84,8 +84,9 @@ class Records:
         return True
 
     def close(self) -> None:
-        if not self.flush():
-            self._say(f"{len(self._lines)} records are lost: {self._path} could not be written to the end")
+        self.flush()
+        if self.pending:
+            self._say(f"{self.pending} records are lost: {self._path} could not be written to the end")
         os.close(self._file)
 
     def _write(self, new: int = 0) -> bool:

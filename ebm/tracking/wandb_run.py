@@ -36,6 +36,8 @@ class WandbRun:
         self._calls, self._started, self._uploaded = SimpleQueue(), threading.Event(), False
         if self.mode == "disabled":
             return
+        # Its telemetry would hold the exit of the process for 20 s where the server does not answer.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         try:
             import wandb  # takes a second: only runs that use it wait for it
 
@@ -105,8 +107,8 @@ class WandbRun:
 
     def _log(self, step: int, values: dict[str, Any]) -> None:
         self._run.log({"step": step, **values})
-        if shutil.disk_usage(self._run.dir).free < 2**16:  # its service loses data without a word
-            raise OSError(errno.ENOSPC, "no space left for its files", self._run.dir)
+        if shutil.disk_usage(self._run_dir / "wandb").free < 2**16:  # its service loses data without a word
+            raise OSError(errno.ENOSPC, "no space left for its files", str(self._run_dir / "wandb"))
 
     def _try(self, call: Callable[[], None]) -> None:
         try:
