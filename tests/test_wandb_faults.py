@@ -12,7 +12,7 @@ import pytest
 from google.protobuf.message import DecodeError
 from runs import ROOT, Run, command, final_hashes, finish, free_port, records
 from wandb_reader import history
-from wandb_server import KEY, StandIn
+from wandb_server import KEY, StandIn, service
 
 from ebm.data.shards import ensure_shards
 
@@ -71,18 +71,6 @@ def until(condition, seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < stop, f"not so within {seconds} s"
         time.sleep(0.05)
-
-
-def service(run: Run) -> int:
-    """The process of the W&B client's service: it names the training process that it belongs to."""
-    for entry in Path("/proc").iterdir():
-        try:
-            words = (entry / "cmdline").read_bytes().decode().split("\0") if entry.name.isdigit() else []
-            if words[0].endswith("wandb-core") and os.getsid(int(words[words.index("--pid") + 1])) == run.process.pid:
-                return int(entry.name)
-        except (OSError, IndexError, ValueError):
-            continue
-    raise AssertionError("no wandb-core")
 
 
 @pytest.mark.parametrize("behaviour", ["closed", "silent"])
