@@ -318,7 +318,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] = ()) -> Co
     if not path.is_file():
         raise ConfigError(f"--config {path}: no such file")
     for item in overrides:
-        if "=" not in item:
+        if "=" not in item or "\\" in item.partition("=")[0]:  # OmegaConf would take `\=` for a part of the key
             raise ConfigError(f"{item!r} is not of the form dotted.key=value (see --help for the keys)")
     try:
         with path.open("rb") as file:

@@ -108,6 +108,7 @@ def test_hostile_configs(tmp_path, text, words):
         "." * 5000 + "=1",
         "run.dir=" + "x" * 5000,
         "run=&a [*a]",
+        "a\\=#=" + "[" * 60_000,
     ],
 )
 def test_hostile_overrides(tmp_path, override):
