@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,6 +26,7 @@ DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "digits.yaml"
 MAX_BYTES = 1 << 16  # of a config file; the shipped ones have 2 KiB
 MAX_VALUE = 2048  # characters; Python refuses to print integers of more than 4300 digits
 MAX_DEPTH = 32  # libyaml overflows its stack on deep nesting
+OVERRIDE = re.compile(r"[\w.\[\]-]{1,200}=")  # OmegaConf takes quadratic time over a key, and `\=` for a part of it
 TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map")}
 
 
@@ -318,7 +320,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] = ()) -> Co
     if not path.is_file():
         raise ConfigError(f"--config {path}: no such file")
     for item in overrides:
-        if "=" not in item or "\\" in item.partition("=")[0]:  # OmegaConf would take `\=` for a part of the key
+        if not OVERRIDE.match(item):
             raise ConfigError(f"{item!r} is not of the form dotted.key=value (see --help for the keys)")
     try:
         with path.open("rb") as file:

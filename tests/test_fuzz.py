@@ -106,6 +106,7 @@ def test_hostile_configs(tmp_path, text, words):
         "run={dir: !!python/name:os.system }",
         "data=" + "[" * 60_000,
         "." * 5000 + "=1",
+        "[" * 60_000 + "=1",
         "run.dir=" + "x" * 5000,
         "run=&a [*a]",
         "a\\=#=" + "[" * 60_000,
