@@ -13,6 +13,7 @@ from ebm.data import ShardReader, load_manifest
 from ebm.data.manifest import check_files
 from ebm.distributed import World
 from ebm.energies import FoldedEnergy, build_energy
+from ebm.errors import DataError
 from ebm.health import Meters
 from ebm.ladder import Ladder
 from ebm.replay_buffer import ReplayBuffer
@@ -157,6 +158,10 @@ def load(state: TrainState, path: Path, ladder: dict | None = None) -> None:
     # Sums over the ranks go on from rank 0.
     state.skipped_samples = meta["skipped_samples"] if state.world.is_main else 0
     state.quarantined = torch.full_like(state.quarantined, meta["quarantined"] if state.world.is_main else 0)
+    if (meta["scaler"] is None) != (state.world.scaler is None):
+        raise DataError(
+            f"{path}/state.json: 'scaler' does not go with train.mixed_precision={config.train.mixed_precision}"
+        )
     if meta["scaler"] is not None:
         state.world.scaler.load_state_dict(meta["scaler"])
     state.ladder.load(ladder or meta["ladder"])
