@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from ebm import checkpoint
@@ -65,7 +66,8 @@ class RunDirectory:
 
     def say(self, text: str) -> None:
         if self.world.is_main:
-            print(text, flush=True)
+            with suppress(OSError):  # a log file on a full disk
+                print(text, flush=True)
 
     def resume_point(self) -> tuple[Path | None, dict | None]:
         """(the newest checkpoint that verifies, what the ladder remembers instead of it after a rollback), found by
@@ -138,11 +140,9 @@ class RunDirectory:
 
     def failed(self, reason: str) -> None:
         """Keep why this start ended, for the message that refuses another. Raises nothing: an error is under way."""
-        try:
+        with suppress(OSError, ValueError):
             seen = json.loads(self._attempts.read_text())
             _replace(self._attempts, json.dumps(seen | {"reason": reason[:1000]}))
-        except (OSError, ValueError):
-            pass
 
     def finish(self, code: int, step: int, seconds: float) -> None:
         """Say what was written where and what to run next; DONE where the run is done."""

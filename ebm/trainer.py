@@ -15,7 +15,7 @@ from ebm.config import Config
 from ebm.data import Batch, augment
 from ebm.distributed import World
 from ebm.energies import FoldedEnergy
-from ebm.errors import EXIT_STOPPED, DataError, DivergenceError, LostPeerError
+from ebm.errors import EXIT_STOPPED, DataError, DivergenceError, LostPeerError, UserError
 from ebm.health import auc, saturated
 from ebm.ladder import Reading
 from ebm.losses import contrastive_divergence
@@ -146,10 +146,8 @@ def train(config: Config, world: World, started: float) -> int:
     if resume(state, run):
         run.say(f"resuming {run.path} at step {state.step}")
     run.begin(state.step, config.health.max_restarts)
-    tracker, code = None, 1
+    tracker, code = open_tracker(state, run), 1
     try:
-        if world.is_main:
-            tracker = Tracker(config, run.path, state.step)
         with (
             StopRequest(run.stop_file, config.train.time_limit, started) as stop,
             Watchdog(config.train.collective_timeout, world.rank) as dog,
@@ -166,6 +164,18 @@ def train(config: Config, world: World, started: float) -> int:
             tracker.close(code)
     run.finish(code, state.step, time.monotonic() - started)
     return code
+
+
+def open_tracker(state: TrainState, run: RunDirectory) -> Tracker | None:
+    """On rank 0; its error on every rank."""
+    tracker, error = None, None
+    if state.world.is_main:
+        try:
+            tracker = Tracker(state.config, run.path, state.step)
+        except UserError as caught:
+            error = caught
+    state.world.raise_together(error)
+    return tracker
 
 
 @dataclass
