@@ -20,6 +20,7 @@ TINY = {
     "energy.features": "[8,16]",
     "energy.hidden_dim": 16,
     "sampler.num_steps": 2,
+    "optim.lr": 1e-4,  # the default's is too much for chains of two steps
     "buffer.size": 256,
     "train.batch_size": 64,
     "train.log_every": 1,

@@ -115,7 +115,7 @@ def test_two_one_four_two_ranks(digits, tmp_path):
         assert ages[0].equal(ages[1])
 
 
-@pytest.mark.parametrize("how", ["asleep", "stopped"])
+@pytest.mark.parametrize("how", ["asleep", pytest.param("stopped", marks=pytest.mark.slow)])
 def test_a_rank_that_hangs_ends_the_job_with_stacks(digits, tmp_path, how):
     """Asleep: every rank shows where it stands. Stopped by SIGSTOP: it can't, but the job ends all the same."""
     settings = SETTINGS | {"train__collective_timeout": 8}
@@ -229,7 +229,7 @@ def test_every_file_of_the_newest_checkpoint_damaged(digits, tmp_path):
     (tmp_path / "run/DONE").unlink()
     whole = final_hashes(tmp_path / "run")
     said = finish(command(2, tmp_path / "run", digits, **settings), tmp_path / "log")
-    assert "is damaged (model.safetensors has" in said and "at step 20" in said
+    assert "is damaged ('model.safetensors' has" in said and "at step 20" in said
     assert final_hashes(tmp_path / "run") == whole
     assert checkpoint.problem_of(newest) is None
 

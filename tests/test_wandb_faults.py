@@ -73,7 +73,7 @@ def until(condition, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("behaviour", ["closed", "silent"])
+@pytest.mark.parametrize("behaviour", ["closed", pytest.param("silent", marks=pytest.mark.slow)])
 def test_a_server_out_of_reach_leaves_the_whole_run_offline(digits, reference, server, tmp_path, behaviour):
     env = {"WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}", "WANDB_API_KEY": KEY}
     run = start(tmp_path, digits, "online", **(env if behaviour == "closed" else server(behaviour).environment))
@@ -93,6 +93,7 @@ def test_its_service_is_killed_in_mid_run(digits, reference, server, tmp_path):
     assert len(steps) >= 20 and steps == list(range(1, len(steps) + 1))
 
 
+@pytest.mark.slow
 def test_its_service_stalls_in_mid_run(digits, reference, tmp_path):
     """As it does where its disk hangs: calls to it block once the pipe to it is full, and so would its exit hook."""
     run = start(tmp_path, digits, "offline")
@@ -106,6 +107,7 @@ def test_its_service_stalls_in_mid_run(digits, reference, tmp_path):
     assert "did not finish in 8 s" in said and "wandb sync --id" in said
 
 
+@pytest.mark.slow
 def test_its_disk_is_full(digits, reference, tmp_path):
     folder = tmp_path / "run/wandb"
     folder.mkdir(parents=True)
