@@ -120,6 +120,8 @@ class Ladder:
         return {name: value if math.isfinite(value) else math.inf for name, value in signs.items()}
 
     def _well(self, reading: Reading) -> None:
+        if reading.void_in_row:
+            return
         self.gaps, self.spreads = [*self.gaps, reading.gap][-HISTORY:], [*self.spreads, reading.spread][-HISTORY:]
         self.trouble, self.healthy = max(0, self.trouble - 1), self.healthy + 1
         if self.trouble == 0 and self.good:

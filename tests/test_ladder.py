@@ -19,7 +19,7 @@ def ladder(**settings) -> Ladder:
     return Ladder(HealthConfig(**settings))
 
 
-def walk(one: Ladder, readings, step: int = 1000) -> list[str]:
+def walk(one: Ladder, readings, step: int = 2000) -> list[str]:
     return [one.judge(step + 10 * i, reading).action for i, reading in enumerate(readings)]
 
 
@@ -79,6 +79,13 @@ def test_cuts_try_the_rate_then_the_chain_then_both():
 def test_chains_may_lie_above_all_data_at_first():
     one = ladder(grace=500)
     assert set(walk(one, [WELL._replace(auc=1.0)] * 50, step=0)) == {"go on"}
+
+
+def test_a_void_step_says_nothing_about_the_energies():
+    nan = float("nan")
+    one, void = ladder(), WELL._replace(gap=nan, spread=nan, auc=1.0, saturated=nan, drift=nan, void_in_row=1)
+    assert set(walk(one, [WELL, void] * 40)) == {"go on"}
+    assert one.warning < 1 and len(one.gaps) == 40 and one.healthy == 40
 
 
 def test_bad_checks_now_and_then_are_forgotten():
