@@ -35,7 +35,7 @@ def test_each_sign_alone_leads_to_a_cut_a_rollback_and_in_the_end_a_stop(sign):
     one = ladder(max_rollbacks=2)
     assert set(walk(one, [WELL] * 30)) == {"go on"}
     bad = [WELL._replace(**BAD[sign])] * 5
-    verdict = [one.judge(1000 + i, reading) for i, reading in enumerate(bad[:3])][-1]
+    verdict = [one.judge(2000 + i, reading) for i, reading in enumerate(bad[:3])][-1]
     assert verdict.action == "cut" and sign in verdict.reason and one.warning >= 1 and not one.good
     actions = []
     for _ in range(3):
