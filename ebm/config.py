@@ -329,7 +329,15 @@ def load_config(path: str | Path | None = None, overrides: list[str] = ()) -> Co
             _check_yaml(source)
         base, given = OmegaConf.load(io.StringIO(text)), OmegaConf.from_dotlist(list(overrides))
         values = OmegaConf.to_container(OmegaConf.unsafe_merge(_superseded(base, given), given))
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, OSError, RecursionError) as error:
+    except (
+        OmegaConfBaseException,
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        ArithmeticError,
+        OSError,
+        RecursionError,
+    ) as error:
         raise ConfigError(f"{path} with {list(overrides)}: {error}") from error
     return validate(values, str(path))
 

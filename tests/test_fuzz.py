@@ -110,6 +110,7 @@ def test_hostile_configs(tmp_path, text, words):
         "run.dir=" + "x" * 5000,
         "run=&a [*a]",
         "a\\=#=" + "[" * 60_000,
+        "optim.lr=" + "1:" * 400 + "1.5",  # a float in base 60, larger than any
     ],
 )
 def test_hostile_overrides(tmp_path, override):
