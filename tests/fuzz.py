@@ -89,7 +89,7 @@ CHUNKS = [
 
 def nested(rng: random.Random):
     value = rng.choice([1, "a", []])
-    for _ in range(rng.choice([3, 30, 40, 300])):
+    for _ in range(rng.choice([3, 30, 40, 150])):
         value = [value] if rng.random() < 0.5 else {"a": value}
     return value
 
@@ -515,7 +515,7 @@ def fuzz(target: str, inputs: int, seed: int, first: int = 0, number=None, keep:
     with tempfile.TemporaryDirectory(dir=shm if shm.is_dir() else None) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run = TARGETS[target](Path(folder))
-        for i in range(-20, inputs):  # the first ones import what is imported late
+        for i in range(-200, inputs):  # the first ones import what is imported late
             if number is not None:
                 number.value = first + i
             rng = random.Random(f"{target}/{seed}/{first + i}")
