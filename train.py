@@ -6,11 +6,10 @@ import sys
 import time
 
 from ebm.config import DEFAULT_CONFIG, Config, describe, load_config
+from ebm.environment import prepare_process
 from ebm.errors import ConfigError, UserError
 
-# Idle OpenMP threads sleep instead of spinning: where a core is shared (loader workers, other jobs), spinning makes a
-# chain of small convolutions 10 to 20 times slower. Read when torch loads, so it is set before.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+prepare_process()
 
 
 def main() -> int:

@@ -2,12 +2,12 @@
 
 import argparse
 import importlib
-import os
 import sys
 
+from ebm.environment import prepare_process
 from ebm.errors import UserError
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
+prepare_process()
 
 COMMANDS = {
     "shard": "write images to webdataset shards with a manifest",

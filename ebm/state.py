@@ -12,11 +12,12 @@ from ebm.config import Config, LangevinConfig
 from ebm.data import ShardReader, load_manifest
 from ebm.data.manifest import check_files
 from ebm.distributed import World
-from ebm.energies import FoldedEnergy, build_energy
+from ebm.energies import FoldedEnergy, build_energy, chain_dtype
 from ebm.errors import DataError
 from ebm.health import Meters
 from ebm.ladder import Ladder
 from ebm.replay_buffer import ReplayBuffer
+from ebm.samplers import Engine
 from ebm.streams import StreamGenerators, derive_seed, owned_streams
 
 
@@ -31,6 +32,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     ema: AveragedModel
     folded: FoldedEnergy
+    engine: Engine
     buffer: ReplayBuffer | None
     reader: ShardReader
     random: StreamGenerators
@@ -56,7 +58,7 @@ def build_state(config: Config, world: World) -> TrainState:
     energy = build_energy(config.energy, config.data.shape, config.run.seed).to(world.device).train()
     # Copies before `prepare`: accelerate replaces the forward of the module it is given.
     ema = AveragedModel(energy, multi_avg_fn=get_ema_multi_avg_fn(config.optim.ema_decay)).requires_grad_(False)
-    folded = FoldedEnergy(energy, world.autocast_dtype())
+    folded = FoldedEnergy(energy, chain_dtype(world.autocast_dtype(), world.device))
     model, optimizer = world.prepare(energy, optimisation.build_optimizer(config.optim, energy))
     buffer = None
     if config.loss.negatives == "persistent":
@@ -79,6 +81,7 @@ def build_state(config: Config, world: World) -> TrainState:
         optimizer,
         ema,
         folded,
+        Engine(folded),
         buffer,
         reader=open_reader(config, manifest, streams, {}),
         random=StreamGenerators(config.run.seed, streams, world.device),

@@ -58,7 +58,7 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     for part in range(parts):
         take = partial(_part, part=part, parts=parts, streams=len(random.streams))
         labels = () if y_pos is None else (take(y_neg),)
-        x, info = langevin(lambda x, y=labels: state.folded(x, *y), take(x_init), generator=noise, **settings)
+        x, info = state.engine(langevin, take(x_init), *labels, generator=noise, **settings)
         with world.accumulating(state.model, last=part == parts - 1):
             loss, terms = contrastive_divergence(
                 state.model, take(x_pos), x, l2=config.loss.l2, y_pos=take(y_pos), y_neg=take(y_neg)

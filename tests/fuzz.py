@@ -46,6 +46,7 @@ from ebm.ladder import Ladder
 from ebm.replay_buffer import ReplayBuffer
 
 LIMIT = 5.0  # seconds an input
+WARM_UP = 200  # inputs before the count begins
 MEMORY = 6 << 30  # bytes that all inputs together may add
 
 # ----------------------------------------------------------------------------------------------------- mutations
@@ -515,7 +516,7 @@ def fuzz(target: str, inputs: int, seed: int, first: int = 0, number=None, keep:
     with tempfile.TemporaryDirectory(dir=shm if shm.is_dir() else None) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run = TARGETS[target](Path(folder))
-        for i in range(-200, inputs):  # the first ones import what is imported late
+        for i in range(-WARM_UP, inputs):  # the first ones import what is imported late
             if number is not None:
                 number.value = first + i
             rng = random.Random(f"{target}/{seed}/{first + i}")

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (
-    ("config", "streams", "errors"),
+    ("config", "streams", "errors", "environment"),
     ("energies", "samplers", "losses", "replay_buffer"),
     (
         "data",

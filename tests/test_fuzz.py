@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fuzz import TARGETS, AloneWorld, fuzz, pax_tar, sealed, small_shards, sparse_tar
+from fuzz import TARGETS, WARM_UP, AloneWorld, fuzz, pax_tar, sealed, small_shards, sparse_tar
 from safetensors.torch import load_file, save_file
 
 from ebm import checkpoint
@@ -47,7 +47,7 @@ MISDEEDS = {
 
 @pytest.mark.parametrize("misdeed", MISDEEDS)
 def test_the_fuzzer_finds(monkeypatch, misdeed):
-    numbers = iter(range(-20, 2))
+    numbers = iter(range(-WARM_UP, 2))
     monkeypatch.setattr("fuzz.LIMIT", 0.3)
     monkeypatch.setitem(TARGETS, "bad", lambda root: lambda rng: MISDEEDS[misdeed]() if next(numbers) == 0 else None)
     (finding,) = fuzz("bad", 2, seed=0)

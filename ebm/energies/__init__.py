@@ -7,7 +7,7 @@ import torch
 from ebm.config import ConvConfig, ImportConfig, MLPConfig
 from ebm.energies.base import BaseEnergyFunction, refuse_mixing_layers
 from ebm.energies.conv import ConvolutionalEnergyFunction
-from ebm.energies.folded import FoldedEnergy
+from ebm.energies.folded import FoldedEnergy, chain_dtype
 from ebm.energies.mlp import MLPEnergyFunction
 from ebm.energies.resnet import ResNetEnergyFunction
 from ebm.errors import ConfigError
@@ -20,6 +20,7 @@ __all__ = [
     "MLPEnergyFunction",
     "ResNetEnergyFunction",
     "build_energy",
+    "chain_dtype",
 ]
 
 

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -52,6 +54,7 @@ def langevin(
     steps, noises = _per_step(step_size, num_steps, "step_size"), _per_step(noise_scale, num_steps, "noise_scale")
     start = _dense(x.detach())
     x, z = start.clone(), torch.empty_like(start)
+    move = _mover(x.device.type)
     grad = torch.zeros_like(start)
     for step, noise in zip(steps, noises, strict=True):
         x.requires_grad_(True)
@@ -61,12 +64,36 @@ def langevin(
         x = x.detach()
         if grad_scale != 1:
             grad = grad / grad_scale
-        x.add_(grad if grad_clamp is None else grad.clamp(-grad_clamp, grad_clamp), alpha=-step)
-        if noise:
-            x.add_(normal_(z, generator), alpha=noise)
-        if bounds is not None:
-            _keep_inside_(x, bounds, boundary)
+        move(x, grad, normal_(z, generator) if noise else None, step, noise, grad_clamp, bounds, boundary)
     return x, _describe(start, x, grad, bounds)
+
+
+def move_(
+    x: Tensor,
+    grad: Tensor,
+    z: Tensor | None,
+    step: float,
+    noise: float,
+    grad_clamp: float | None,
+    bounds: tuple[float, float] | None,
+    boundary: str,
+) -> None:
+    """One update of `x` in place: all of a step but the network and the drawing of `z`."""
+    x.add_(grad if grad_clamp is None else grad.clamp(-grad_clamp, grad_clamp), alpha=-step)
+    if z is not None:
+        x.add_(z, alpha=noise)
+    if bounds is not None:
+        _keep_inside_(x, bounds, boundary)
+
+
+@cache
+def _mover(device: str) -> Callable[..., None]:
+    """`move_`, on CUDA as one kernel."""
+    if device == "cuda" and find_spec("triton"):
+        from ebm.samplers.fused import move_ as fused
+
+        return fused
+    return move_
 
 
 def _dense(x: Tensor) -> Tensor:
