@@ -21,7 +21,6 @@ from ebm.errors import DataError
 
 MAX_PIXELS = DataConfig.model_fields["max_pixels"].default
 MAX_SKIPPED = DataConfig.model_fields["max_skipped"].default
-AHEAD = 2  # windows decoded or being decoded ahead, a worker
 
 
 class Position(NamedTuple):
@@ -79,7 +78,9 @@ class ShardReader:
         self._asked = {v: position.samples for v, position in self.positions.items()}
         self._ready: dict[int, deque[Decoded]] = {v: deque() for v in self.streams}
         reader = SampleReader(manifest, tuple(shape), max_pixels, num_classes)
-        self._loader = make_loader(WindowDataset(reader, self.order, on_error), self._windows(), workers)
+        self._loader = make_loader(
+            WindowDataset(reader, self.order, on_error), self._windows(), workers, len(self.streams) + 1
+        )
         self._decoded: Iterator[Decoded | DataError] | None = None
         self._kill = partial(_kill, [])
 
@@ -176,13 +177,14 @@ def _split(part: Decoded, n: int) -> tuple[Decoded, Decoded]:
     return head, part._replace(**{name: getattr(part, name)[n:] for name in fields})
 
 
-def make_loader(dataset: WindowDataset, windows: Iterator[Window], workers: int) -> DataLoader:
-    """Decodes `windows` in order. Arrays travel through pipes: /dev/shm is 64 MiB in many containers."""
+def make_loader(dataset: WindowDataset, windows: Iterator[Window], workers: int, ahead: int) -> DataLoader:
+    """Decodes `windows` in order, `ahead` of them before they are asked for: where an epoch is shorter than a window all
+    streams need one at the same step. Arrays travel through pipes: /dev/shm is 64 MiB in many containers."""
     options = {}
     if workers:
         options = {
             "multiprocessing_context": worker_context(),
-            "prefetch_factor": AHEAD,
+            "prefetch_factor": -(-ahead // workers),
             "worker_init_fn": init_worker,
         }
     return DataLoader(

@@ -1,0 +1,109 @@
+"""Where a training step's time goes: data, draw, fold, chain, loss, optimizer, write and log, and the overhead.
+
+python benchmarks/step.py [--config FILE] [--steps 200] [--out FILE] [key=value ...]
+
+Runs the trainer's own step on the config (digits by default) with a clock around each of its parts, and prints a table
+and one JSON object: the median of each part, and the overhead, (step + data) / (chain + loss). Every other step runs
+without clocks: they make a GPU wait after each part, so that there the parts add up to more than an unobserved step.
+"""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from ebm.environment import prepare_process  # noqa: E402
+
+prepare_process()
+
+from timing import machine, seconds, spread, table  # noqa: E402
+
+from ebm import optimisation, trainer  # noqa: E402
+from ebm.config import load_config  # noqa: E402
+from ebm.data.shards import ensure_shards  # noqa: E402
+from ebm.distributed import World  # noqa: E402
+from ebm.state import build_state  # noqa: E402
+
+PARTS = ("data", "draw", "fold", "chain", "loss", "optimizer", "write", "log")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--out", type=Path, help="write the JSON object here too")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args()
+    config = load_config(options.config, options.overrides)
+    ensure_shards(config.data.shards, config.data.source, "train")
+    state = build_state(config, World(config.train))
+    times, whole, observed = defaultdict(list), [], []
+    for number in range(options.steps + 20):
+        batch = []
+        waited = seconds(lambda batch=batch: batch.append(next(state.reader)))
+        if number % 2:
+            whole.append(waited + seconds(lambda batch=batch: trainer.train_step(state, batch[0])))
+            continue
+        with clocks(state) as parts:
+            inside = seconds(lambda batch=batch: trainer.train_step(state, batch[0]))
+        observed.append(waited + inside)
+        for part in PARTS:
+            times[part].append(waited if part == "data" else parts[part])
+    state.reader.close()
+    warm = 5
+    times = {part: values[warm:] for part, values in times.items()}
+    over = [t / (c + x) for t, c, x in zip(observed[warm:], times["chain"], times["loss"], strict=True)]
+    result = {
+        "machine": machine(),
+        "config": options.overrides or "digits",
+        "step_s": spread(whole[warm:]),
+        "parts_s": {part: spread(values, 6) for part, values in times.items()},
+        "data_share": round(sum(times["data"]) / sum(observed[warm:]), 4),
+        "over_chain_and_loss": spread(over, 3),
+    }
+    total = median(observed[warm:])
+    rows = [[part, 1e3 * median(values), f"{median(values) / total:.1%}"] for part, values in times.items()]
+    print(table(["part", "ms", "share"], rows))
+    text = json.dumps(result, indent=1)
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n")
+
+
+@contextmanager
+def clocks(state):
+    """A clock around each part of the step; gives the seconds each took."""
+    parts = defaultdict(float)
+    places = [
+        (trainer, "positives", "draw"), (trainer, "initial_states", "draw"), (state.folded, "refresh", "fold"),
+        (state, "engine", "chain"), (trainer, "contrastive_divergence", "loss"), (state.world, "backward", "loss"),
+        (state.world, "clip_grad_norm", "optimizer"), (optimisation, "step_if", "optimizer"),
+        (state.optimizer, "zero_grad", "optimizer"), (state.ema, "update_parameters", "optimizer"),
+        (state.meters, "add", "log"),
+    ]  # fmt: skip
+    if state.buffer is not None:
+        places.append((state.buffer, "write", "write"))
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
+    for (owner, name, original), (_, _, part) in zip(originals, places, strict=True):
+
+        def clocked(*args, _original=original, _part=part, **kwargs):
+            out = []
+            parts[_part] += seconds(lambda: out.append(_original(*args, **kwargs)))
+            return out[0]
+
+        setattr(owner, name, clocked)
+    try:
+        yield parts
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+
+
+if __name__ == "__main__":
+    main()
