@@ -178,8 +178,8 @@ def _split(part: Decoded, n: int) -> tuple[Decoded, Decoded]:
 
 
 def make_loader(dataset: WindowDataset, windows: Iterator[Window], workers: int, ahead: int) -> DataLoader:
-    """Decodes `windows` in order, `ahead` of them before they are asked for: where an epoch is shorter than a window all
-    streams need one at the same step. Arrays travel through pipes: /dev/shm is 64 MiB in many containers."""
+    """Decodes `windows` in order, `ahead` of them before they are asked for: where an epoch is shorter than a window,
+    all streams need one at the same step. Arrays travel through pipes: /dev/shm is 64 MiB in many containers."""
     options = {}
     if workers:
         options = {
