@@ -1,6 +1,7 @@
 """Encoded images to uint8 arrays, and back. Nothing is decoded before its header has been checked."""
 
 import io
+import struct
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ class Header(NamedTuple):
     channels: int
     height: int
     width: int
-    image: Image.Image  # opened, not yet decoded
+    jpeg: bool  # a grey or colour one of 8 bits: torchvision decodes it, Pillow all others
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -27,23 +28,50 @@ class Header(NamedTuple):
 
 def read_header(data: bytes) -> Header:
     """Shape of an encoded image without decoding it; a palette or CMYK counts as RGB. Raises ValueError."""
+    return _png_header(data) or _jpeg_header(data) or _pillow_header(data)
+
+
+def _png_header(data: bytes) -> Header | None:
+    """Of an 8-bit grey or RGB image without transparency."""
+    if data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR" or len(data) < 33:
+        return None
+    width, height, depth, colour = struct.unpack(">IIBB", data[16:26])
+    plain = depth == 8 and colour in (0, 2) and width and height and data.find(b"tRNS", 33, data.find(b"IDAT", 33)) < 0
+    return Header(1 if colour == 0 else 3, height, width, False) if plain else None
+
+
+def _jpeg_header(data: bytes) -> Header | None:
+    """Of a grey or colour image with 8 bits a sample: its frame header, the segment SOF0, 1 or 2."""
+    at = 2 if data[:2] == b"\xff\xd8" else len(data)
+    while at + 10 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4])
+        if marker in (0xC0, 0xC1, 0xC2):
+            depth, height, width, channels = struct.unpack(">BHHB", data[at + 4 : at + 10])
+            good = depth == 8 and channels in (1, 3) and width and height
+            return Header(channels, height, width, True) if good else None
+        if marker < 0xC0 or 0xD0 <= marker <= 0xDA or length < 2:  # pixels, or a segment without a length
+            return None
+        at += 2 + length
+    return None
+
+
+def _pillow_header(data: bytes) -> Header:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Exception as error:  # Pillow's plugins raise almost anything on a broken header
         raise ValueError(f"not a readable image ({type(error).__name__})") from error
     if image.mode not in CHANNELS:
         raise ValueError(f"its pixels are of Pillow's mode {image.mode}; convert it to 8-bit grey or RGB")
-    return Header(CHANNELS[image.mode], image.height, image.width, image)
+    return Header(CHANNELS[image.mode], image.height, image.width, False)
 
 
 def decode(data: bytes, header: Header) -> np.ndarray:
     """uint8 (C, H, W); 16-bit images keep their upper 8 bits. Raises ValueError where the data are damaged."""
-    image = header.image
     try:
-        if image.format == "JPEG" and image.mode in ("L", "RGB"):
+        if header.jpeg:
             array = _decode_jpeg(data, header.channels)
         else:
-            array = to_array(image).transpose(2, 0, 1)
+            array = to_array(Image.open(io.BytesIO(data), formats=FORMATS)).transpose(2, 0, 1)
     except Exception as error:
         raise ValueError(f"can't be decoded ({error})") from error
     if array.shape != header.shape:
@@ -52,8 +80,8 @@ def decode(data: bytes, header: Header) -> np.ndarray:
 
 
 def _decode_jpeg(data: bytes, channels: int) -> np.ndarray:
-    """About twice as fast as Pillow, and strict about truncation."""
-    from torchvision.io import ImageReadMode, decode_jpeg  # takes seconds to load: for those who have JPEGs
+    """Twice as fast as Pillow, and strict about truncation. (torchvision's decode_png crashes on damaged files.)"""
+    from torchvision.io import ImageReadMode, decode_jpeg  # takes a second to load: for those who have JPEGs
 
     mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
     return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode).numpy()
@@ -64,7 +92,8 @@ def to_array(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):
         array = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
     else:
-        array = np.asarray(image.convert(PILLOW_MODES[CHANNELS[image.mode]]))
+        mode = PILLOW_MODES[CHANNELS[image.mode]]
+        array = np.array(image if image.mode == mode else image.convert(mode))
     return array[:, :, None] if array.ndim == 2 else array
 
 
