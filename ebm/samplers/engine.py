@@ -1,6 +1,8 @@
-"""The engine: samplers at the speed of the hardware. Same chains as the plain functions, one launch each on CUDA."""
+"""The engine: samplers at the speed of the hardware, with the chains of the plain functions."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -9,11 +11,12 @@ from torch import Tensor
 class Engine:
     """Runs samplers on one energy whose tensors stay where they are (`FoldedEnergy`).
 
-    On CUDA a whole chain, K forwards, gradients and updates, is captured once a (sampler, shape, settings) as a CUDA
-    graph over static buffers, and then replayed by one launch: at small batches the thousands of single launches take
-    longer than the network. The generators are part of the graph and may be seeded anew between two chains, so its
-    noise is that of the plain loop. What can't be captured (an energy that reads device memory on the host, say) runs
-    as it is, and that is said once. On the CPU the sampler is called directly.
+    Chains are independent, so on the CPU each thread runs its own to the end: threads that share every layer of a small
+    network meet dozens of times a step, and half of the time goes by in waking them. On CUDA a whole chain, K forwards,
+    gradients and updates, is captured once a (sampler, shape, settings) as a graph over static buffers and replayed by
+    one launch: at small batches thousands of single launches take longer than the network. What can't be captured
+    (an energy that reads device memory on the host, say) runs as it is, and that is said once. Noise comes from the
+    same generators in the same order in all cases. The energy must keep no state of its own between calls.
     """
 
     def __init__(self, energy: Callable[..., Tensor], *, capture: bool = True):
@@ -21,12 +24,28 @@ class Engine:
         self._graphs: dict[tuple, _Captured] = {}
 
     def __call__(self, sampler: Callable, x: Tensor, *labels: Tensor, generator: Sequence[torch.Generator], **settings):
-        """`sampler(x -> energy(x, *labels), x, generator=generator, **settings)`: (states, what happened)."""
+        """`sampler(x -> energy(x, *labels), x, generator=generator, **settings)`: (states, what happened: a named tuple
+        of means over the batch)."""
         if x.is_cuda and self.capture:
             captured = self._captured(sampler, x, labels, generator, settings)
             if captured is not None:
                 return captured(x, labels)
+        threads = 1 if x.is_cuda else _threads(len(generator))
+        if threads > 1:
+            return self._in_threads(threads, sampler, x, labels, generator, settings)
         return sampler(lambda x: self.energy(x, *labels), x, generator=generator, **settings)
+
+    def _in_threads(self, threads: int, sampler, x, labels, generator, settings):
+        share = len(generator) // threads  # streams a thread
+
+        def chain(part: int):
+            own = [y.chunk(threads)[part] for y in (x, *labels)]
+            generators = generator[part * share : (part + 1) * share]
+            return sampler(lambda x: self.energy(x, *own[1:]), own[0], generator=generators, **settings)
+
+        states, infos = zip(*_pool(threads).map(chain, range(threads)), strict=True)
+        means = (torch.stack(values).mean(0) for values in zip(*infos, strict=True))
+        return torch.cat(states), type(infos[0])(*means)
 
     def _captured(self, sampler, x, labels, generator, settings) -> "_Captured | None":
         """The graph of this call. Other settings (a step size that was cut) make a new one in place of the old."""
@@ -45,6 +64,21 @@ class Engine:
         return captured
 
 
+def _threads(streams: int) -> int:
+    """The largest number of threads, of those torch may use, that divides the streams."""
+    return max(n for n in range(1, min(torch.get_num_threads(), streams) + 1) if streams % n == 0)
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """`threads` threads that compute alone."""
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, "chains", initializer=torch.set_num_threads, initargs=(1,))
+    list(pool.map(lambda _: torch.ones(1) + 1, range(threads)))
+    torch.set_num_threads(before)  # the number for threads to come is the process's, not a thread's
+    return pool
+
+
 class _Captured:
     """One chain as a CUDA graph: static inputs, a replay, copies of the static outputs."""
 
@@ -53,17 +87,15 @@ class _Captured:
         self.x, self.labels = x.clone(), tuple(y.clone() for y in labels)
         self.graph = torch.cuda.CUDAGraph()
 
-        def chain(generator, **changed):
-            labels = self.labels
-            return sampler(lambda x: energy(x, *labels), self.x, generator=generator, **settings | changed)
+        def chain(generator):
+            return sampler(lambda x: energy(x, *self.labels), self.x, generator=generator, **settings)
 
-        # Libraries choose algorithms and allocate at their first calls, which can't be captured: one step on the side.
+        # Libraries choose algorithms and allocate at their first calls, which can't be captured.
         side = torch.cuda.Stream(x.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            throwaway = [torch.Generator(x.device).manual_seed(0) for _ in generator]
             for _ in range(2):
-                chain(throwaway)
+                chain([torch.Generator(x.device).manual_seed(0) for _ in generator])
         torch.cuda.current_stream().wait_stream(side)
         for one in generator:
             self.graph.register_generator_state(one)

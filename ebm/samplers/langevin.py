@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ebm.config import LangevinConfig
+from ebm.samplers.engine import Engine
 from ebm.streams import Generators, generator, normal_, uniform_
 
 
@@ -175,7 +176,7 @@ def fresh_chains(
     Every 32 chains have generators of their own, so the first chains depend neither on `num` nor on `block`, the
     number computed at a time. Labels run through the classes in turn.
     """
-    group, states = 32, []
+    group, states, engine = 32, [], Engine(energy, capture=False)  # a graph pays off over many chains
     low, high = config.bounds or (-1.0, 1.0)
     labels = torch.arange(-(-num // group) * group, device=device) % num_classes if num_classes else None
     groups, at_once = range(-(-num // group)), max(1, block // group)
@@ -184,6 +185,6 @@ def fresh_chains(
         start, noise = ([generator(seed, purpose, n, device=device) for n in numbers] for purpose in ("start", "chain"))
         x = uniform_(torch.empty(len(numbers) * group, *shape, device=device), start, low, high)
         y = () if labels is None else (labels[first * group : first * group + len(x)],)
-        x, _ = langevin(lambda x, y=y: energy(x, *y), x, generator=noise, **settings_of(config, num_steps))
+        x, _ = engine(langevin, x, *y, generator=noise, **settings_of(config, num_steps))
         states.append(x)
     return torch.cat(states)[:num], None if labels is None else labels[:num]

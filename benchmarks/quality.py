@@ -1,0 +1,155 @@
+"""Seconds of training to a given Fréchet distance on digits: this project against TorchEBM on the same network.
+
+python benchmarks/quality.py [--seconds 150] [--out DIR] [--json FILE]
+
+This project: the default config, `accelerate launch train.py`, its time from metrics.jsonl. TorchEBM 0.8.9: its
+ContrastiveDivergence(persistent=True) with its LangevinDynamics on the same network, batch, images and chain steps, and
+Adam with the same betas and clipping, once by the values that were found best for it (learning rate 5e-4, energy L2 .1)
+and once by this project's (1.5e-3, .01); the better end counts. It has no gradient clamp. Each trains for `--seconds`,
+alone on the machine; evaluation is not counted. The distance is that of `python -m ebm evaluate`, as a ratio to the
+floor (training to held-out digits), of the persistent chains and of fresh chains of 200 steps.
+Needs: pip install --no-deps torchebm==0.8.9
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from timing import machine, table  # noqa: E402
+
+from ebm import evaluation  # noqa: E402
+from ebm.config import load_config  # noqa: E402
+from ebm.data.reader import read_all  # noqa: E402
+from ebm.data.shards import ensure_shards  # noqa: E402
+from ebm.energies import build_energy  # noqa: E402
+from ebm.samplers import fresh_chains  # noqa: E402
+from ebm.trained import open_run  # noqa: E402
+
+RECIPES = {"torchebm": {"lr": 5e-4, "l2": 0.1}, "torchebm, our values": {"lr": 1.5e-3, "l2": 0.01}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=150.0)
+    parser.add_argument("--out", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--json", type=Path, help="write the JSON object here too")
+    options = parser.parse_args()
+    judge = Judge(options.out)
+    curves = {"this project": ours(options.out, options.seconds, judge)}
+    for name, recipe in RECIPES.items():
+        curves[name] = theirs(recipe, options.seconds, judge)
+    rows = [[name, *point.values()] for name, curve in curves.items() for point in curve]
+    print(table(["side", "seconds", "steps", "fresh / floor", "persistent / floor"], rows))
+    ends = [curves[name][-1] for name in RECIPES]
+    best = {kind: min(end[kind] for end in ends if end[kind] is not None) for kind in ("persistent", "fresh")}
+    reached = {kind: first_at_most(curves["this project"], kind, value) for kind, value in best.items()}
+    result = {"machine": machine(), "floor": judge.floor, "torchebm_reaches": best, "seconds_to_reach_it": reached,
+              "curves": curves}  # fmt: skip
+    text = json.dumps(result, indent=1)
+    print(text)
+    if options.json:
+        options.json.write_text(text + "\n")
+
+
+def first_at_most(curve: list[dict], kind: str, value: float) -> float | None:
+    """The seconds after which a curve is at `value` or below."""
+    return next((p["seconds"] for p in curve if p[kind] is not None and p[kind] <= value), None)
+
+
+class Judge:
+    """Fréchet distances to held-out digits, as ratios to the floor."""
+
+    def __init__(self, out: Path):
+        self.sets = {}
+        for split in ("train", "test"):
+            ensure_shards(str(out / split), "digits", split)
+            images, labels = list(zip(*read_all(str(out / split), (1, 8, 8)), strict=True))[:2]
+            self.sets[split] = torch.cat(images), torch.cat(labels)
+        self.classifier = evaluation.train_classifier(*self.sets["train"])
+        self.target = self.classifier.features(self.sets["test"][0])
+        self.floor = self._distance(self.sets["train"][0])
+
+    def _distance(self, images) -> float:
+        return evaluation.frechet_distance(self.classifier.features(images), self.target)
+
+    def ratio(self, x) -> float | None:
+        """Of states in [-1, 1]; None where they are not finite."""
+        if not x.isfinite().all():
+            return None
+        return round(self._distance(evaluation.to_levels(x, "chains")) / self.floor, 3)
+
+
+def ours(out: Path, budget: float, judge: Judge) -> list[dict]:
+    run = out / "run"
+    settings = [f"run.dir={run}", f"data.shards={out}/train", "train.log_every=5", "checkpoint.every=20",
+                "checkpoint.keep=1000", "tracking.wandb=disabled", "tracking.samples_every=100000",
+                "evaluate.source=null", "evaluate.shards=null"]  # fmt: skip
+    subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "train.py", *settings], cwd=ROOT, check=True)
+    elapsed, before, at = 0.0, 0, {0: 0.0}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        elapsed += record["perf/step_s"] * (record["step"] - before)
+        before = record["step"]
+        at[before] = elapsed
+    points = []
+    for path in sorted((run / "checkpoints").glob("step_????????")):
+        step = int(path.name[5:])
+        if step and at[step] <= budget:
+            trained = open_run(path)
+            x, _ = fresh_chains(trained.energy, trained.config.sampler, (1, 8, 8), 1000, 200, seed=0)
+            points.append({"seconds": round(at[step], 1), "steps": step, "fresh": judge.ratio(x),
+                           "persistent": judge.ratio(trained.persistent_chains())})  # fmt: skip
+    return points
+
+
+def theirs(recipe: dict, budget: float, judge: Judge) -> list[dict]:
+    """As TorchEBM's guides train: its loss draws, advances and stores the chains, the loop is the user's."""
+    from torchebm.core import BaseModel
+    from torchebm.losses import ContrastiveDivergence
+    from torchebm.samplers import LangevinDynamics
+
+    config = load_config()
+
+    class Model(BaseModel):
+        def __init__(self):
+            super().__init__()
+            self.network = build_energy(config.energy, config.data.shape, 0)
+
+        def forward(self, x):
+            return self.network(x)
+
+    torch.manual_seed(0)
+    model, sampler = Model(), config.sampler
+    langevin = LangevinDynamics(model, step_size=sampler.step_size, noise_scale=sampler.noise_scale, clamp=(-1.0, 1.0))
+    loss = ContrastiveDivergence(model, langevin, k_steps=sampler.num_steps, persistent=True,
+                                 buffer_size=config.buffer.size, new_sample_ratio=0.05, init_steps=0,
+                                 energy_reg_weight=recipe["l2"])  # fmt: skip
+    optimizer = torch.optim.Adam(model.parameters(), lr=recipe["lr"], betas=config.optim.betas)
+    images = judge.sets["train"][0].float() / 127.5 - 1
+    elapsed, step, points = 0.0, 0, []
+    while elapsed < budget:
+        start = time.perf_counter()
+        for _ in range(20):
+            x = images[torch.randint(len(images), (config.train.batch_size,))]
+            value, _ = loss((x + config.data.noise_std * torch.randn_like(x)).clamp(-1, 1))
+            optimizer.zero_grad()
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
+            optimizer.step()
+        elapsed, step = elapsed + time.perf_counter() - start, step + 20
+        if len(points) < 8 * elapsed / budget:
+            fresh = langevin.sample(x=torch.rand(1000, 1, 8, 8) * 2 - 1, n_steps=200)
+            points.append({"seconds": round(elapsed, 1), "steps": step, "fresh": judge.ratio(fresh),
+                           "persistent": judge.ratio(loss.replay_buffer)})  # fmt: skip
+    return points
+
+
+if __name__ == "__main__":
+    main()
