@@ -32,6 +32,7 @@ from ebm.energies import build_energy  # noqa: E402
 from ebm.samplers import fresh_chains  # noqa: E402
 from ebm.trained import open_run  # noqa: E402
 
+FRESH = 500  # chains
 RECIPES = {"torchebm": {"lr": 5e-4, "l2": 0.1}, "torchebm, our values": {"lr": 1.5e-3, "l2": 0.01}}
 
 
@@ -88,7 +89,7 @@ class Judge:
 
 def ours(out: Path, budget: float, judge: Judge) -> list[dict]:
     run = out / "run"
-    settings = [f"run.dir={run}", f"data.shards={out}/train", "train.log_every=5", "checkpoint.every=20",
+    settings = [f"run.dir={run}", f"data.shards={out}/train", "train.log_every=5", "checkpoint.every=50",
                 "checkpoint.keep=1000", "tracking.wandb=disabled", "tracking.samples_every=100000",
                 "evaluate.source=null", "evaluate.shards=null"]  # fmt: skip
     subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "train.py", *settings], cwd=ROOT, check=True)
@@ -103,7 +104,7 @@ def ours(out: Path, budget: float, judge: Judge) -> list[dict]:
         step = int(path.name[5:])
         if step and at[step] <= budget:
             trained = open_run(path)
-            x, _ = fresh_chains(trained.energy, trained.config.sampler, (1, 8, 8), 1000, 200, seed=0)
+            x, _ = fresh_chains(trained.energy, trained.config.sampler, (1, 8, 8), FRESH, 200, seed=0)
             points.append({"seconds": round(at[step], 1), "steps": step, "fresh": judge.ratio(x),
                            "persistent": judge.ratio(trained.persistent_chains())})  # fmt: skip
     return points
@@ -145,7 +146,7 @@ def theirs(recipe: dict, budget: float, judge: Judge) -> list[dict]:
             optimizer.step()
         elapsed, step = elapsed + time.perf_counter() - start, step + 20
         if len(points) < 8 * elapsed / budget:
-            fresh = langevin.sample(x=torch.rand(1000, 1, 8, 8) * 2 - 1, n_steps=200)
+            fresh = langevin.sample(x=torch.rand(FRESH, 1, 8, 8) * 2 - 1, n_steps=200)
             points.append({"seconds": round(elapsed, 1), "steps": step, "fresh": judge.ratio(fresh),
                            "persistent": judge.ratio(loss.replay_buffer)})  # fmt: skip
     return points

@@ -31,8 +31,9 @@ def plain_loop(energy, x, num_steps, step_size, noise_scale, grad_clamp, bounds)
     return x.detach()
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_engine_gives_the_chain_of_the_plain_loop(channels):
+@pytest.mark.parametrize(("channels", "threads"), [(1, 1), (3, 1), (3, 2), (1, 3)])
+def test_engine_gives_the_chain_of_the_plain_loop(monkeypatch, channels, threads):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)  # 3 threads for 4 streams: 2 of them work
     torch.manual_seed(0)
     energy = ResNetEnergyFunction(channels, 16, 16, (16, 32)).eval()
     x = torch.rand(32, channels, 16, 16) * 2 - 1
@@ -41,6 +42,7 @@ def test_engine_gives_the_chain_of_the_plain_loop(channels):
     out, info = engine(langevin, x, generator=generators(), **SETTINGS)
     assert (out - x).abs().mean() > 0.05
     assert torch.allclose(out, expected, atol=1e-5)
+    assert engine(langevin, x[:30], generator=generators()[:1], **SETTINGS)[0].shape == x[:30].shape  # one stream
     assert info.displacement.isclose((expected - x).flatten(1).norm(dim=1).mean(), rtol=1e-4)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from threading import Barrier
 
 import torch
 from torch import Tensor
@@ -74,7 +75,8 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     """`threads` threads that compute alone."""
     before = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, "chains", initializer=torch.set_num_threads, initargs=(1,))
-    list(pool.map(lambda _: torch.ones(1) + 1, range(threads)))
+    together = Barrier(threads)
+    list(pool.map(lambda _: together.wait(), range(threads)))  # all of them have started
     torch.set_num_threads(before)  # the number for threads to come is the process's, not a thread's
     return pool
 
