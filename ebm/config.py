@@ -161,6 +161,9 @@ class LangevinConfig(Section):
 
 class BufferConfig(Section):
     size: int = Field(8192, ge=1, description="persistent chains, over all ranks; divisible by the streams")
+    dtype: Literal["float32", "float16"] = Field(
+        "float32", description="type chains are kept in between draws; float16 takes half the memory (.0005 near 1)"
+    )
     reinit_prob: float = Field(0.05, ge=0, le=1, description="share of drawn chains that start again from noise")
 
 

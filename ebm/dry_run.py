@@ -35,7 +35,7 @@ def estimate(config: Config) -> dict[str, str]:
     parameters = sum(p.numel() for p in energy.parameters())
     batch, steps = config.train.batch_size, config.sampler.num_steps
     halved = 0.5 if config.train.mixed_precision != "no" else 1.0
-    image = x.nbytes
+    chain = x.numel() * getattr(torch, config.buffer.dtype).itemsize + 4  # and its age
     return {
         "parameters": f"{parameters:,}",
         "forward": f"{_human(forward, 'FLOP')} an image",
@@ -43,7 +43,7 @@ def estimate(config: Config) -> dict[str, str]:
         "weights and optimizer": f"{_human(parameters * 4 * 6, 'B')} a process (weights, gradient, Adam, EMA, chain)",
         "activations": f"about {_human(saved * halved * 2 * batch / config.train.accumulate, 'B')} over all processes",
         "replay buffer": (
-            f"{_human(config.buffer.size * (image + 4), 'B')} over all processes"
+            f"{_human(config.buffer.size * chain, 'B')} over all processes"
             if config.loss.negatives == "persistent"
             else "none"
         ),

@@ -21,7 +21,8 @@ class Draw(NamedTuple):
 
 
 class ReplayBuffer:
-    """The chains of this rank's streams: `slots` a stream, states (slots, *shape) in float32 and their ages.
+    """The chains of this rank's streams: `slots` a stream, states (slots, *shape) in `dtype` and their ages. Draws are
+    float32 whatever the chains are kept in.
 
     A slot belongs to its stream for the run's life, and to class `slot % num_classes` in a conditional run. New
     chains start uniformly in [low, high).
@@ -35,14 +36,15 @@ class ReplayBuffer:
         seed: int,
         *,
         device="cpu",
+        dtype: torch.dtype = torch.float32,
         low: float = -1.0,
         high: float = 1.0,
     ):
         self.streams, self.slots, self.seed, self.range = list(streams), slots, seed, (low, high)
         self.device = torch.device(device)
         self._noise = StreamGenerators(seed, self.streams, device)
-        self.x = torch.empty(len(self.streams) * slots, *shape, device=device)
-        uniform_(self.x, self._noise("fill", 0), low, high)
+        x = torch.empty(len(self.streams) * slots, *shape, device=device)
+        self.x = uniform_(x, self._noise("fill", 0), low, high).to(dtype)
         self.age = torch.zeros(len(self.x), dtype=torch.int32, device=device)
 
     def draw(self, n: int, step: int, reinit_prob: float) -> Draw:
@@ -57,7 +59,7 @@ class ReplayBuffer:
         rows = slots + self.slots * torch.arange(len(self.streams)).unsqueeze(1)
         rows = rows.flatten().to(self.device, non_blocking=True)
         fresh = reinit.flatten().to(self.device, non_blocking=True)
-        x = self.x[rows]
+        x = self.x[rows].float()
         noise = uniform_(torch.empty_like(x), self._noise("reinit", step), *self.range)
         x = torch.where(fresh.view(-1, *[1] * (x.ndim - 1)), noise, x)
         return Draw(x, noise, rows, fresh, slots, reinit)
@@ -66,8 +68,8 @@ class ReplayBuffer:
         """Put the advanced chains back where they came from, `num_steps` older, unless `ok` (bool scalar) is false.
         Those that are `sick` (S * n,) start again from noise in any case."""
         age = torch.where(draw.fresh, 0, self.age[draw.rows]) + num_steps
-        x = torch.where(ok, x, self.x[draw.rows])
-        self.x[draw.rows] = torch.where(sick.view(-1, *[1] * (x.ndim - 1)), draw.noise, x)
+        x = torch.where(ok, x, self.x[draw.rows].float())
+        self.x[draw.rows] = torch.where(sick.view(-1, *[1] * (x.ndim - 1)), draw.noise, x).to(self.x.dtype)
         self.age[draw.rows] = torch.where(sick, 0, torch.where(ok, age, self.age[draw.rows])).to(torch.int32)
 
     def reseed(self, seed: int) -> None:

@@ -69,6 +69,7 @@ def build_state(config: Config, world: World) -> TrainState:
             streams,
             config.run.seed,
             device=world.device,
+            dtype=getattr(torch, config.buffer.dtype),
             low=low,
             high=high,
         )

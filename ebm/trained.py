@@ -19,20 +19,21 @@ class TrainedRun(NamedTuple):
     device: torch.device
 
     def persistent_chains(self) -> Tensor:
-        """The replay buffer's states (N, C, H, W), stream by stream."""
+        """The replay buffer's states (N, C, H, W) float32, stream by stream."""
         files = sorted(self.checkpoint.glob("stream_*.safetensors"))
         if not files:
             raise DataError(
                 f"{self.checkpoint} holds no persistent chains (loss.negatives="
                 f"{self.config.loss.negatives}); use fresh ones"
             )
-        slots = self.config.buffer.size // self.config.data.streams
+        buffer = self.config.buffer
+        slots = buffer.size // self.config.data.streams
         expected = {
-            "x": torch.empty(slots, *self.config.data.shape, device="meta"),
+            "x": torch.empty(slots, *self.config.data.shape, dtype=getattr(torch, buffer.dtype), device="meta"),
             "age": torch.empty(slots, dtype=torch.int32, device="meta"),
         }
         parts = [checkpoint.read_tensors(self.checkpoint, file.stem, expected)["x"] for file in files]
-        return torch.cat(parts).to(self.device)
+        return torch.cat(parts).float().to(self.device)
 
     @torch.no_grad()
     def energies(self, x: Tensor, labels: Tensor | None = None, block: int = 512) -> Tensor:

@@ -361,7 +361,7 @@ def panels(state: TrainState, batch: Batch, result: StepResult, tracker: Tracker
     )
     images = {"samples/fresh": fresh}
     if state.buffer is not None:
-        images["samples/buffer"] = state.buffer.x[:n]
+        images["samples/buffer"] = state.buffer.x[:n].float()
     images["samples/data"] = batch.images[:n].float() / 127.5 - 1
     tracker.panels(state.step, images)
     tracker.histograms(state.step, {"energy/pos": result.e_pos, "energy/neg": result.e_neg})

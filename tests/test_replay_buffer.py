@@ -159,3 +159,17 @@ def test_sick_chains_start_again_whatever_became_of_the_step():
         assert (buffer.age[draw.rows[sick]] == 0).all() and (draw.noise[sick] != before[draw.rows[sick]]).all()
         assert torch.equal(buffer.x[draw.rows[~sick]], torch.full((6, 2), 0.5) if ok else before[draw.rows[~sick]])
         assert (buffer.age[draw.rows[~sick]] == (11 if ok else 7)).all()
+
+
+def test_chains_kept_in_float16_are_drawn_in_float32_and_lose_no_more_than_its_rounding():
+    exact, kept = make(slots=500), make(slots=500, dtype=torch.float16)
+    assert kept.x.dtype == torch.float16 and torch.equal(kept.x, exact.x.half())
+    for step in range(1, 4):
+        a, b = exact.draw(100, step, 0.2), kept.draw(100, step, 0.2)
+        assert b.x.dtype == torch.float32 and torch.allclose(a.x, b.x, atol=2e-3) and torch.equal(a.slots, b.slots)
+        exact.write(a, a.x * 0.9, 5, yes(), none_sick(a))
+        kept.write(b, b.x * 0.9, 5, yes(), none_sick(b))
+    before = kept.x.clone()
+    draw = kept.draw(100, 9, 0.0)
+    kept.write(draw, draw.x + 1, 5, torch.tensor(False), none_sick(draw))
+    assert torch.equal(kept.x, before)
