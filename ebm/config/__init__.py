@@ -1,0 +1,42 @@
+"""The configuration: every key, its type, default and meaning, once. Frozen; unknown keys are errors."""
+
+from ebm.config.energies import ConvConfig, EnergyConfig, ImportConfig, MLPConfig, ResNetConfig
+from ebm.config.loading import (
+    DEFAULT_CONFIG,
+    MAX_BYTES,
+    check_same_run,
+    describe,
+    fingerprint,
+    flatten,
+    load_config,
+    to_yaml,
+    validate,
+)
+from ebm.config.losses import ContrastiveConfig
+from ebm.config.samplers import LangevinConfig
+from ebm.config.sections import Config, DataConfig, HealthConfig, OptimConfig, TrackingConfig, TrainConfig
+
+__all__ = [
+    "DEFAULT_CONFIG",
+    "MAX_BYTES",
+    "Config",
+    "ContrastiveConfig",
+    "ConvConfig",
+    "DataConfig",
+    "EnergyConfig",
+    "HealthConfig",
+    "ImportConfig",
+    "LangevinConfig",
+    "MLPConfig",
+    "OptimConfig",
+    "ResNetConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "check_same_run",
+    "describe",
+    "fingerprint",
+    "flatten",
+    "load_config",
+    "to_yaml",
+    "validate",
+]

@@ -1,0 +1,179 @@
+"""The other sections, and the whole: every key, its type, default and meaning, once."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ebm.config.energies import EnergyConfig, ResNetConfig
+from ebm.config.losses import ContrastiveConfig
+from ebm.config.samplers import LangevinConfig
+from ebm.config.section import Section
+
+
+class RunConfig(Section):
+    dir: str = Field("runs/run", description="run directory; the same command with the same directory resumes")
+    seed: int = Field(0, ge=0, lt=2**63, description="all randomness of the run follows from it")
+
+
+class DataConfig(Section):
+    shards: str = Field(description="directory with manifest.json, or the manifest itself")
+    source: str | None = Field(
+        None,
+        description="write `shards` from this source first where they do not exist yet "
+        "(digits, mnist, cifar10, svhn, celeba, folder:PATH, npy:PATH)",
+    )
+    shape: tuple[int, int, int] = Field((3, 32, 32), description="channels, height, width of every image")
+    streams: int = Field(8, ge=1, description="streams, fixed for the run; divisible by the number of processes")
+    workers: int = Field(1, ge=0, description="decoding processes a rank; 0 decodes in the training process")
+    window: int = Field(2048, ge=1, description="samples a stream shuffles at a time; bounds the reader's memory")
+    augment_flip: bool = Field(False, description="mirror half of the images left to right")
+    augment_crop: int = Field(0, ge=0, description="shift images by up to this many pixels, edges repeated")
+    dequantize: bool = Field(True, description="spread the 256 levels uniformly over their bins")
+    noise_std: float = Field(0.03, ge=0, description="standard deviation of Gaussian noise on data, images in [-1, 1]")
+    trace: bool = Field(False, description="write trace.jsonl: every step's samples and chains, globally")
+    on_error: Literal["fail", "skip"] = Field(
+        "fail", description="what an unreadable sample does; skip logs and counts it"
+    )
+    max_skipped: float = Field(
+        0.01,
+        ge=0,
+        lt=1,
+        description="largest share of a stream's epoch that on_error=skip passes over; above it, exit 4",
+    )
+    max_pixels: int = Field(4096 * 4096, ge=1, description="larger images are refused before they are decoded")
+
+    @model_validator(mode="after")
+    def _shape(self):
+        channels, height, width = self.shape
+        if channels < 1 or height < 1 or width < 1:
+            raise ValueError(f"shape {self.shape} must be three positive numbers: channels, height, width")
+        return self
+
+
+class BufferConfig(Section):
+    size: int = Field(8192, ge=1, description="persistent chains, over all ranks; divisible by the streams")
+    dtype: Literal["float32", "float16"] = Field(
+        "float32", description="type chains are kept in between draws; float16 takes half the memory (.0005 near 1)"
+    )
+    reinit_prob: float = Field(0.05, ge=0, le=1, description="share of drawn chains that start again from noise")
+
+
+class OptimConfig(Section):
+    lr: float = Field(1e-4, gt=0, description="Adam's learning rate after warm-up")
+    betas: tuple[float, float] = Field((0.0, 0.999), description="Adam's decay rates")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled (AdamW); on weights, not on biases and scales")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    decay_start: float = Field(0.5, ge=0, le=1, description="share of the run after which lr falls as a cosine")
+    lr_end: float = Field(0.0, ge=0, description="learning rate at the last step, as a share of lr")
+    grad_clip: float | None = Field(0.5, gt=0, description="largest norm of the gradient; null: none")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights that sample and score")
+
+    @model_validator(mode="after")
+    def _betas(self):
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas {self.betas} must be at least 0 and below 1")
+        return self
+
+
+class TrainConfig(Section):
+    steps: int = Field(100_000, ge=1, description="optimizer steps of the whole run")
+    batch_size: int = Field(128, ge=1, description="images a step over all ranks; divisible by the streams")
+    accumulate: int = Field(1, ge=1, description="parts a batch is computed in, one after the other, to save memory")
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="compute type of the network")
+    log_every: int = Field(50, ge=1, description="steps between lines of metrics")
+    collective_timeout: float = Field(
+        600.0, gt=0, description="seconds without a step after which every rank shows its stacks and the job ends"
+    )
+    time_limit: float | None = Field(None, gt=0, description="seconds of wall time, then a clean stop (exit 75)")
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value):
+        return "no" if value is False else value  # YAML 1.1 reads a bare `no` as false
+
+
+class HealthConfig(Section):
+    every: int = Field(10, ge=1, description="steps between two checks of the run's health")
+    ladder: bool = Field(True, description="cut steps and roll back where training diverges; false: stop (exit 3)")
+    patience: int = Field(5, ge=1, description="bad checks, less good ones, before something is done")
+    max_skipped_steps: int = Field(20, ge=1, description="steps in a row without a finite gradient that are too many")
+    min_auc: float = Field(0.05, ge=0, lt=0.5, description="P(E(x_neg) > E(x_pos)) below this is bad")
+    max_auc: float = Field(0.995, gt=0.5, le=1, description="P(E(x_neg) > E(x_pos)) above this is bad, after grace")
+    grace: int = Field(1000, ge=0, description="steps in which chains, begun as noise, may lie above all data")
+    max_saturated: float = Field(0.5, gt=0, description="share of chain pixels at the bounds beyond data's that is bad")
+    max_drift: float = Field(0.5, gt=0, description="step_size * |dE/dx| as a share of the bounds' width that is bad")
+    gap_deviations: float = Field(8.0, gt=0, description="robust deviations of the energy gap that are bad")
+    cut: float = Field(0.1, gt=0, lt=1, description="factor of a cut of the learning rate or the step size")
+    recover: int = Field(100, ge=1, description="good checks in a row after which half of a cut learning rate is back")
+    max_rollbacks: int = Field(6, ge=0, description="rollbacks of a run, before it gives up (exit 3)")
+    max_restarts: int = Field(
+        10, ge=0, description="starts in a row that reach no newer checkpoint, before one is refused"
+    )
+
+
+class CheckpointConfig(Section):
+    every: int = Field(1000, ge=1, description="steps between checkpoints")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+
+
+class TrackingConfig(Section):
+    wandb: Literal["auto", "online", "offline", "disabled"] = Field(
+        "auto", description="auto: online with a login, else offline"
+    )
+    project: str = Field("ebm", description="W&B project")
+    entity: str | None = Field(None, description="W&B user or team")
+    name: str | None = Field(None, description="W&B run name; the run directory's by default")
+    group: str | None = Field(None, description="W&B group")
+    tags: tuple[str, ...] = Field((), description="W&B tags")
+    samples_every: int = Field(1000, ge=1, description="steps between sample panels")
+    num_samples: int = Field(64, ge=1, description="images a panel")
+    sample_steps: int = Field(200, ge=1, description="chain steps of fresh samples")
+    wandb_timeout: float = Field(30.0, gt=0, description="seconds W&B may take to start, and again to finish")
+
+
+class EvaluateConfig(Section):
+    shards: str | None = Field(None, description="held-out shards for python -m ebm evaluate")
+    source: str | None = Field(None, description="write evaluate.shards from this source's test split first")
+
+
+class Config(Section):
+    run: RunConfig = RunConfig()
+    data: DataConfig
+    energy: EnergyConfig = ResNetConfig()
+    sampler: LangevinConfig = LangevinConfig()
+    buffer: BufferConfig = BufferConfig()
+    loss: ContrastiveConfig = ContrastiveConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    health: HealthConfig = HealthConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_energy(cls, values):
+        if isinstance(values, dict) and isinstance(values.get("energy"), dict) and "kind" not in values["energy"]:
+            values = {**values, "energy": {"kind": ResNetConfig().kind, **values["energy"]}}
+        return values
+
+    @model_validator(mode="after")
+    def _divisible(self):
+        streams, batch, parts = self.data.streams, self.train.batch_size, self.train.accumulate
+        if batch % (streams * parts):
+            below = batch // (streams * parts) * streams * parts
+            raise ValueError(
+                f"train.batch_size={batch} is not divisible by data.streams={streams} times train.accumulate={parts}; "
+                f"use {f'{below} or ' if below else ''}{below + streams * parts}, or other streams"
+            )
+        if self.buffer.size % streams:
+            raise ValueError(
+                f"buffer.size={self.buffer.size} is not divisible by data.streams={streams}; use "
+                f"{-(-self.buffer.size // streams) * streams}"
+            )
+        if self.loss.negatives == "persistent" and self.buffer.size < batch:
+            raise ValueError(
+                f"buffer.size={self.buffer.size} is below train.batch_size={batch}: a step draws a whole "
+                "batch of different chains; raise buffer.size"
+            )
+        return self
