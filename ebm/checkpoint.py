@@ -40,6 +40,7 @@ class _State(BaseModel):
     quarantined: Count
     good: bool
     ladder: dict[str, Any]  # checked by `ebm.ladder`
+    step_size: Annotated[FiniteFloat, Field(gt=0)] | None  # of a sampler that adapts its own
     scaler: dict[str, FiniteFloat] | None
 
 

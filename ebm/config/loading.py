@@ -129,12 +129,16 @@ def validate(values: Any, where: str) -> Config:
         raise ConfigError(f"{where}:\n" + "\n".join(f"  {_explain(item)}" for item in error.errors())) from error
 
 
-_KINDS = {"mlp", "conv", "resnet", "import", "langevin", "contrastive"}  # pydantic names the union's member too
+def _kinds(section: type[Section] = Section) -> set[str]:
+    """The values of all `kind` keys below a section."""
+    own = {section.model_fields["kind"].default} if "kind" in section.model_fields else set()
+    return own.union(*map(_kinds, section.__subclasses__()))
 
 
 def _explain(item: dict) -> str:
     """One line of a validation error: the key, the value, what is allowed."""
-    location = [str(part) for i, part in enumerate(item["loc"]) if not (i == 1 and part in _KINDS)]
+    # At every odd place of a location pydantic may name the member of a union.
+    location = [str(part) for i, part in enumerate(item["loc"]) if not (i % 2 and part in _kinds())]
     key = ".".join(location) or "config"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
