@@ -83,7 +83,7 @@ def test_unknown_keys_are_named_with_the_nearest(config_file, override, nearest)
         ("optim.ema_decay=1", ("optim.ema_decay=1", "less than 1")),
         ("buffer.reinit_prob=1.5", ("buffer.reinit_prob=1.5", "less than or equal to 1")),
         ("data.on_error=ignore", ("data.on_error='ignore'", "'fail' or 'skip'")),
-        ("data.shape=[0,8,8]", ("shape (0, 8, 8)", "positive")),
+        ("data.shape=[0,8,8]", ("data.shape=[0, 8, 8]", "positive")),
         ("sampler.bounds=[1,-1]", ("bounds (1.0, -1.0)", "low < high")),
         ("energy.kind=mpl", ("'mpl'", "'mlp', 'conv', 'resnet', 'import'")),
         ("tracking.wandb=yes", ("tracking.wandb", "'auto', 'online', 'offline' or 'disabled'")),

@@ -1,6 +1,6 @@
 """python -m ebm index DIR_OR_PATTERN [--verify]"""
 
-from ebm.data.decode import show
+from ebm.data.decode import describe
 from ebm.data.manifest import FILE_NAME, index_shards, load_manifest, verify
 
 
@@ -23,7 +23,7 @@ def run(arguments) -> int:
         return 0
     manifest = index_shards(arguments.shards, progress=True)
     shape = ",".join(map(str, manifest.shape))
-    print(f"{manifest.samples} images of {show(manifest.shape)} in {len(manifest.shards)} shards -> ", end="")
+    print(f"{manifest.samples} {describe(manifest.shape)} in {len(manifest.shards)} shards -> ", end="")
     print(manifest.directory / FILE_NAME)
     print(f"next: accelerate launch train.py data.source=null data.shards={manifest.directory} 'data.shape=[{shape}]'")
     return 0

@@ -20,9 +20,11 @@ class DataConfig(Section):
     source: str | None = Field(
         None,
         description="write `shards` from this source first where they do not exist yet "
-        "(digits, mnist, cifar10, svhn, celeba, folder:PATH, npy:PATH)",
+        "(digits, mnist, cifar10, svhn, celeba, four_peaks, eight_gaussians, rings, two_moons, folder:PATH, npy:PATH)",
     )
-    shape: tuple[int, int, int] = Field((3, 32, 32), description="channels, height, width of every image")
+    shape: tuple[int, ...] = Field(
+        (3, 32, 32), description="channels, height, width of every image; or [D] for vectors of D values"
+    )
     streams: int = Field(8, ge=1, description="streams, fixed for the run; divisible by the number of processes")
     workers: int = Field(1, ge=0, description="decoding processes a rank; 0 decodes in the training process")
     window: int = Field(2048, ge=1, description="samples a stream shuffles at a time; bounds the reader's memory")
@@ -42,11 +44,22 @@ class DataConfig(Section):
     )
     max_pixels: int = Field(4096 * 4096, ge=1, description="larger images are refused before they are decoded")
 
+    @field_validator("shape")
+    @classmethod
+    def _shape(cls, shape):
+        if len(shape) not in (1, 3) or min(shape) < 1:
+            raise ValueError(
+                "must be three positive numbers, channels, height, width, or one, the number of a vector's values"
+            )
+        return shape
+
     @model_validator(mode="after")
-    def _shape(self):
-        channels, height, width = self.shape
-        if channels < 1 or height < 1 or width < 1:
-            raise ValueError(f"shape {self.shape} must be three positive numbers: channels, height, width")
+    def _vectors_are_not_images(self):
+        if len(self.shape) == 1 and (self.augment_flip or self.augment_crop):
+            raise ValueError(
+                f"shape={list(self.shape)} is of vectors, which can't be flipped or cropped; set augment_flip=false "
+                "and augment_crop=0"
+            )
         return self
 
 

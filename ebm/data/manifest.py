@@ -54,14 +54,22 @@ class Shard(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The shards in `directory`. `shape`: (C, H, W) of the images; `num_classes`: None without labels."""
+    """The shards in `directory`. `shape`: (C, H, W) of the images or (D,) of the vectors; `num_classes`: None without
+    labels."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     version: Literal[2] = 2
-    shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+    shape: tuple[PositiveInt, ...]
     num_classes: PositiveInt | None = None
     shards: tuple[Shard, ...] = Field(min_length=1)
     directory: Path = Field(exclude=True)
+
+    @field_validator("shape")
+    @classmethod
+    def _image_or_vector(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if len(shape) not in (1, 3):
+            raise ValueError("must be three numbers (channels, height, width) or one (the values of a vector)")
+        return shape
 
     @model_validator(mode="after")
     def _unique(self):
@@ -190,8 +198,8 @@ def assemble(directory: Path, names: list[str], scans: list) -> Manifest:
     for name, scan in zip(names, scans, strict=True):
         if scan.shape != scans[0].shape:
             raise DataError(
-                f"{directory / name} begins with an image of {scan.shape} (channels, height, width), {names[0]} "
-                f"with {scans[0].shape}: all images must have one shape; write shards with --size"
+                f"{directory / name} begins with a sample of {scan.shape}, {names[0]} with {scans[0].shape} (channels, "
+                "height, width, or values of a vector): all must have one shape; write images with --size"
             )
     labelled = all(scan.unlabelled == 0 for scan in scans)
     shards = [

@@ -34,7 +34,7 @@ class Position(NamedTuple):
 class Batch(NamedTuple):
     """S streams times n samples, stream by stream in the order of the reader's `streams`."""
 
-    images: Tensor  # (S * n, C, H, W) uint8
+    images: Tensor  # (S * n, C, H, W) uint8, or vectors (S * n, D) float32
     labels: Tensor  # (S * n,) int64, -1 where there is none
     keys: list[tuple[int, str]]  # (stream, key)
     errors: list[str]  # one for each unreadable sample passed over to fill this batch: shard, key and reason
@@ -56,7 +56,7 @@ class ShardReader:
     def __init__(
         self,
         manifest: Manifest,
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         *,
         seed: int,
         num_streams: int,
@@ -209,9 +209,10 @@ def _as_it_is(value):
 
 
 def read_all(
-    shards, shape: tuple[int, int, int], *, batch: int = 1024, max_pixels: int = MAX_PIXELS
+    shards, shape: tuple[int, ...], *, batch: int = 1024, max_pixels: int = MAX_PIXELS
 ) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
-    """Every sample once, in the shards' order: (images (m, C, H, W) uint8, labels (m,) int64, keys), m <= batch.
+    """Every sample once, in the shards' order: (images (m, C, H, W) uint8 or vectors (m, D) float32, labels (m,) int64,
+    keys), m <= batch.
 
     `shards`: a directory, a manifest.json, or a Manifest. Raises DataError at the first sample that can't be read.
     """

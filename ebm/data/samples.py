@@ -10,7 +10,8 @@ import numpy as np
 from ebm.data.decode import decode, read_header, show
 from ebm.data.manifest import Manifest
 from ebm.data.order import Order, Window
-from ebm.data.tars import BLOCK, image_suffix, parse_label, read_block, read_range
+from ebm.data.tars import BLOCK, image_suffix, parse_label, read_block, read_range, vector_suffix
+from ebm.data.vectors import decode_vector
 from ebm.errors import DataError
 
 
@@ -19,7 +20,7 @@ class Decoded(NamedTuple):
     was passed over, by the position after it."""
 
     stream: int
-    images: np.ndarray  # (m, C, H, W) uint8
+    images: np.ndarray  # (m, C, H, W) uint8, or vectors (m, D) float32
     labels: np.ndarray  # (m,) int64, -1 where there is none
     keys: list[str]
     ends: np.ndarray  # (m,) int64
@@ -29,12 +30,17 @@ class Decoded(NamedTuple):
 
 @dataclass(frozen=True)
 class SampleReader:
-    """Reads and checks samples of one shape. Its errors name shard, key and reason."""
+    """Reads and checks samples of one shape, (C, H, W) of images or (D,) of vectors. Its errors name shard, key and
+    reason."""
 
     manifest: Manifest
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     max_pixels: int
     num_classes: int | None = None
+
+    @property
+    def dtype(self) -> type:
+        return np.float32 if len(self.shape) == 1 else np.uint8
 
     def samples(self, shard: int, start: int, stop: int) -> Iterator[dict | DataError]:
         """Samples [start, stop) of a shard, still encoded; a DataError in the place of each that can't be reached."""
@@ -88,7 +94,7 @@ class SampleReader:
         return ""
 
     def decode(self, shard: int, sample: dict) -> tuple[np.ndarray, int, str]:
-        """(uint8 image of `shape`, label or -1, key). Raises DataError."""
+        """(image or vector of `shape`, label or -1, key). Raises DataError."""
         key = sample["__key__"]
         try:
             return *self._decode(sample), key
@@ -97,10 +103,17 @@ class SampleReader:
             raise DataError(f"{path}: key {key}: {error}") from error
 
     def _decode(self, sample: dict) -> tuple[np.ndarray, int]:
-        suffix = image_suffix(name for name in sample if not name.startswith("__"))
-        if suffix is None:
-            raise ValueError("has no image")
-        return self._image(sample[suffix]), self._label(sample.get("cls"))
+        names = [name for name in sample if not name.startswith("__")]
+        image, vector = image_suffix(names), vector_suffix(names)
+        if len(self.shape) == 1:
+            if vector is None:
+                shown = "; set data.shape=[C,H,W], as the images have it" if image else ""
+                raise ValueError(f"has no vector (.npy), and data.shape is {list(self.shape)}{shown}")
+            return decode_vector(sample[vector], *self.shape), self._label(sample.get("cls"))
+        if image is None:
+            shown = f", but a vector, and data.shape is {list(self.shape)}; set data.shape=[D]" if vector else ""
+            raise ValueError(f"has no image{shown}")
+        return self._image(sample[image]), self._label(sample.get("cls"))
 
     def _image(self, data: bytes) -> np.ndarray:
         header = read_header(data)
@@ -143,7 +156,7 @@ class WindowDataset:
     def _read(self, window: Window) -> Decoded:
         ranks = self.order.ranks(window)
         count = len(ranks) - window.first
-        images = np.empty((count, *self.reader.shape), np.uint8)
+        images = np.empty((count, *self.reader.shape), self.reader.dtype)
         labels, keys, good = np.empty(count, np.int64), [""] * count, np.zeros(count, bool)
         end, errors = self.order.end(window), {}
         ends = np.arange(end - count + 1, end + 1)
