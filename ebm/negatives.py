@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ebm.config import Config
-from ebm.losses import tilted
+from ebm.losses import noisy, tilted
 from ebm.replay_buffer import Draw, ReplayBuffer
-from ebm.streams import StreamGenerators, normal_, uniform_
+from ebm.streams import StreamGenerators, start_
 
 
 class Start(NamedTuple):
@@ -23,7 +23,7 @@ class Start(NamedTuple):
     @property
     def given(self) -> list[Tensor]:
         """The further arguments of `chain_energy`."""
-        return [value for value in (self.labels, self.centres) if value is not None]
+        return [value for value in (self.centres, self.labels) if value is not None]
 
 
 def initial_states(
@@ -38,10 +38,10 @@ def initial_states(
     negatives = config.loss.negatives_at(step)
     if negatives is None:
         return None
-    if negatives == "recovery":
-        centres = x_pos + config.loss.sigma * normal_(torch.empty_like(x_pos), random("start", step))
-        return Start(centres, y_pos, centres)
     y_pos = y_pos if config.loss.conditional_chains else None
+    if negatives == "recovery":
+        centres = noisy(x_pos, config.loss.sigma, random("start", step))
+        return Start(centres, y_pos, centres)
     if negatives == "persistent":
         draw = buffer.draw(len(x_pos) // len(random.streams), step, config.buffer.reinit_prob)
         labels = None if y_pos is None else draw.rows % buffer.slots % config.energy.num_classes
@@ -49,11 +49,7 @@ def initial_states(
     x = _replicated(x_pos, config.sampler.levels)
     if negatives == "data":
         return Start(x, y_pos)
-    noise = uniform_(torch.empty_like(x), random("start", step), *config.sampler.start_range)
-    if negatives == "noise":
-        return Start(noise, y_pos)
-    half = torch.arange(len(x), device=x.device) % 2 == 0  # of every stream's part
-    return Start(torch.where(half.view(-1, *[1] * (x.ndim - 1)), x, noise), y_pos)
+    return Start(start_(torch.empty_like(x), random("start", step), config.sampler.start_range), y_pos)
 
 
 def _replicated(x: Tensor, levels: int) -> Tensor:

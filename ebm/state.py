@@ -63,11 +63,10 @@ def build_state(config: Config, world: World) -> TrainState:
     # Copies before `prepare`: accelerate replaces the forward of the module it is given.
     ema = AveragedModel(energy, multi_avg_fn=get_ema_multi_avg_fn(config.optim.ema_decay)).requires_grad_(False)
     folded = FoldedEnergy(energy, chain_dtype(world.autocast_dtype(), world.device))
-    objective = Objective(energy, loss_of(config.loss))
+    objective = Objective(energy, loss_of(config.loss), of_scores=config.loss.of_scores)
     model, optimizer = world.prepare(objective, optimisation.build_optimizer(config.optim, energy))
     buffer, levels = None, config.sampler.levels
     if config.loss.negatives == "persistent":
-        low, high = config.sampler.start_range
         buffer = ReplayBuffer(
             (config.data.shape if levels == 1 else (levels, *config.data.shape)),
             config.buffer.size // config.data.streams,
@@ -75,8 +74,7 @@ def build_state(config: Config, world: World) -> TrainState:
             config.run.seed,
             device=world.device,
             dtype=getattr(torch, config.buffer.dtype),
-            low=low,
-            high=high,
+            start=config.sampler.start_range,
         )
     zero = torch.zeros((), dtype=torch.int64, device=world.device)
     adapts = config.loss.negatives is not None and config.sampler.adapt

@@ -45,7 +45,7 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     chains, outputs, scalars = [], [], []
     for part in range(parts):
         take = partial(_part, part=part, parts=parts, streams=streams)
-        x_neg, happened = None, {}
+        x_neg, happened, settings = None, {}, None
         if start is not None:
             sampler, settings = sampler_of(state.sampler, step_size=state.step_size)
             x, info = state.engine(sampler, take(start.x), *map(take, start.given), generator=noise, **settings)
@@ -54,7 +54,9 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
             x_neg = x if config.sampler.levels == 1 else x[:, 0]  # of a tempered chain, its coldest replica
         with world.accumulating(state.model, last=part == parts - 1):
             labels = {"y_pos": take(y_pos), "y_neg": None if start is None else take(start.labels)}
-            loss, terms = state.model(take(x_pos), x_neg, **labels, generator=random_of_loss, step=step)
+            loss, terms = state.model(
+                take(x_pos), x_neg, **labels, generator=random_of_loss, step=step, chain=settings
+            )
             world.backward(loss / parts)
         outputs.append(terms)
         scalars.append({"train/loss": loss.detach()} | happened)
