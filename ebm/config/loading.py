@@ -129,7 +129,8 @@ def validate(values: Any, where: str) -> Config:
         raise ConfigError(f"{where}:\n" + "\n".join(f"  {_explain(item)}" for item in error.errors())) from error
 
 
-_KINDS = {"mlp", "conv", "resnet", "import", "langevin", "contrastive"}  # pydantic names the union's member too
+# pydantic names the union's member too
+_KINDS = {"mlp", "conv", "resnet", "import", "langevin", "mala", "hmc", "tempering", "contrastive"}
 
 
 def _explain(item: dict) -> str:
