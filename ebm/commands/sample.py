@@ -10,7 +10,7 @@ from torch import Tensor
 from ebm.commands.images import from_array, load_array, to_array
 from ebm.errors import ConfigError
 from ebm.figures import grid
-from ebm.samplers import fresh_chains, langevin, settings_of
+from ebm.samplers import Engine, advance, fresh_chains
 from ebm.streams import generator
 from ebm.trained import TrainedRun, open_run
 
@@ -79,13 +79,5 @@ def states(trained: TrainedRun, init: str, num: int, steps: int, seed: int) -> T
     labels = ()
     if config.energy.num_classes:
         labels = (torch.arange(len(x), device=device) % config.energy.num_classes,)
-    return (
-        langevin(
-            lambda x: trained.energy(x, *labels),
-            x,
-            generator=generator(seed, "chain", device=device),
-            **settings_of(config.sampler, steps),
-        )[0]
-        if steps
-        else x
-    )
+    engine, noise = Engine(trained.energy, capture=False), [generator(seed, "chain", device=device)]
+    return advance(engine, config.sampler, x, *labels, num_steps=steps, generator=noise) if steps else x

@@ -13,7 +13,7 @@ from ebm.config.loading import (
     validate,
 )
 from ebm.config.losses import ContrastiveConfig
-from ebm.config.samplers import LangevinConfig
+from ebm.config.samplers import HMCConfig, LangevinConfig, MALAConfig, SamplerConfig, TemperingConfig
 from ebm.config.sections import Config, DataConfig, HealthConfig, OptimConfig, TrackingConfig, TrainConfig
 
 __all__ = [
@@ -24,12 +24,16 @@ __all__ = [
     "ConvConfig",
     "DataConfig",
     "EnergyConfig",
+    "HMCConfig",
     "HealthConfig",
     "ImportConfig",
     "LangevinConfig",
+    "MALAConfig",
     "MLPConfig",
     "OptimConfig",
     "ResNetConfig",
+    "SamplerConfig",
+    "TemperingConfig",
     "TrackingConfig",
     "TrainConfig",
     "check_same_run",
