@@ -59,13 +59,9 @@ class TrainedRun(NamedTuple):
         return torch.cat(parts) if parts else torch.empty(0)
 
     def _block(self, x: Tensor, y: Tensor | None) -> Tensor:
-        classes = self.config.energy.num_classes
-        if not classes:
+        if not self.config.energy.num_classes:
             return self.energy(x)
-        if y is not None:
-            return self.energy(x, y)
-        per_class = [self.energy(x, torch.full((len(x),), c, device=x.device)) for c in range(classes)]
-        return -torch.logsumexp(-torch.stack(per_class), 0)
+        return self.energy.marginal(x) if y is None else self.energy(x, y)
 
 
 def open_run(path: str | Path, device: str | None = None) -> TrainedRun:

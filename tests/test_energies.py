@@ -17,7 +17,7 @@ from ebm.energies import (
     ResNetEnergyFunction,
     build_energy,
 )
-from ebm.energies.base import NORMALISED
+from ebm.energies.network import NORMALISED
 from ebm.errors import ConfigError
 
 SMALL = {
