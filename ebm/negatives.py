@@ -52,6 +52,11 @@ def initial_states(
     return Start(start_(torch.empty_like(x), random("start", step), config.sampler.start_range), y_pos)
 
 
+def coldest(x: Tensor, levels: int) -> Tensor:
+    """The states (B, *shape) that sample the energy itself, of chains with `levels` replicas each."""
+    return x if levels == 1 else x[:, 0]
+
+
 def _replicated(x: Tensor, levels: int) -> Tensor:
     """Every state once for each temperature of a ladder."""
     return x if levels == 1 else x.unsqueeze(1).expand(-1, levels, *x.shape[1:]).contiguous()
@@ -59,9 +64,4 @@ def _replicated(x: Tensor, levels: int) -> Tensor:
 
 def chain_energy(config: Config, folded: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """What the chains of training move on: called with states and what `Start.given` lists."""
-    if config.loss.negatives == "recovery":
-        return tilted(folded, config.loss.sigma)
-    levels = config.sampler.levels
-    if levels == 1:
-        return folded
-    return lambda x, *labels: folded(x, *(y.repeat_interleave(levels) for y in labels))
+    return tilted(folded, config.loss.sigma) if config.loss.negatives == "recovery" else folded

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from ebm import optimisation
 from ebm.data import Batch
+from ebm.data.augment import dequantize
 from ebm.energies import FoldedEnergy
 from ebm.health import auc
 from ebm.ladder import Chains, Reading
+from ebm.negatives import coldest
 from ebm.replay_buffer import Draw
 from ebm.samplers import fresh_chains
 from ebm.state import TrainState
@@ -74,7 +76,7 @@ def measure(state: TrainState, result: StepResult, interval: Interval) -> dict[s
     if result.e_neg is not None:
         metrics["energy/gap"] = metrics["energy/neg_mean"] - metrics["energy/pos_mean"]
         metrics["energy/auc"] = auc(world.concatenate(result.e_pos), world.concatenate(result.e_neg)).item()
-    metrics["sampler/temperature"] = state.sampler.noise**2 / (2 * state.sampler.step_size)
+    metrics["sampler/temperature"] = state.sampler.implied_temperature
     if state.step_size is not None:
         metrics["sampler/step_size"] = state.step_size.item()
     age = torch.zeros((), device=world.device) if state.buffer is None else state.buffer.age.float().mean()
@@ -125,8 +127,9 @@ def panels(state: TrainState, batch: Batch, result: StepResult, tracker: Tracker
     )
     panels = {"samples/fresh": fresh}
     if state.buffer is not None:
-        panels["samples/buffer"] = cold(state.buffer.x[:n].float(), config.sampler.levels)
-    panels["samples/data"] = to_unit(batch.images[:n])
+        panels["samples/buffer"] = coldest(state.buffer.x[:n].float(), config.sampler.levels)
+    data = batch.images[:n]
+    panels["samples/data"] = dequantize(data, None) if data.dtype == torch.uint8 else data
     tracker.panels(state.step, panels)
     energies = {"energy/pos": result.e_pos, "energy/neg": result.e_neg}
     tracker.histograms(state.step, {name: e for name, e in energies.items() if e is not None})

@@ -76,5 +76,5 @@ def uniform_(x: Tensor, generators: Generators = None, low: float = 0.0, high: f
 
 
 def start_(x: Tensor, generators: Generators, interval: tuple[float, float] | None) -> Tensor:
-    """Fill a dense `x` (B, ...) in place with where chains start: uniform in `interval`, or N(0, 1) where it is None."""
+    """Fill a dense `x` (B, ...) in place with states that chains start at: uniform in `interval`; None: N(0, 1)."""
     return normal_(x, generators) if interval is None else uniform_(x, generators, *interval)

@@ -26,7 +26,7 @@ class TrainedRun(NamedTuple):
     @property
     def temperature(self) -> float:
         """T of the density exp(-E / T) that was learned: that of the chains, 1 for an objective without chains."""
-        return 1.0 if self.config.loss.negatives is None else self.config.sampler.noise**2 / (2 * self.config.sampler.step_size)
+        return 1.0 if self.config.loss.negatives is None else self.config.sampler.implied_temperature
 
     def persistent_chains(self) -> Tensor:
         """The replay buffer's states (N, *shape) float32, stream by stream; of tempered ones the coldest replicas."""

@@ -1,10 +1,7 @@
 """The trainer: one step, and the loop."""
 
-import math
 import time
-from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,17 +11,15 @@ from ebm.checkpoint import Saver
 from ebm.config import Config
 from ebm.data import Batch, augment
 from ebm.distributed import World
-from ebm.energies import FoldedEnergy
 from ebm.errors import EXIT_STOPPED, DataError, DivergenceError, LostPeerError, UserError
-from ebm.health import auc, saturated
-from ebm.ladder import Reading
-from ebm.losses import contrastive_divergence
-from ebm.replay_buffer import Draw
+from ebm.health import saturated
+from ebm.negatives import coldest, initial_states
+from ebm.readings import Interval, StepResult, measure, panels, read_health, trace
 from ebm.run_directory import RunDirectory
-from ebm.samplers import fresh_chains, langevin, settings_of
+from ebm.samplers import adapted, sampler_of
 from ebm.state import TrainState, build_state, load, snapshot
 from ebm.stopping import StopRequest
-from ebm.streams import StreamGenerators, uniform_
+from ebm.streams import StreamGenerators
 from ebm.tracking import Tracker
 from ebm.watchdog import Watchdog
 
@@ -48,15 +43,14 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
         x_neg, happened, settings = None, {}, None
         if start is not None:
             sampler, settings = sampler_of(state.sampler, step_size=state.step_size)
+            settings["grad_scale"] = 1024.0 if state.folded.dtype == torch.float16 else 1.0
             x, info = state.engine(sampler, take(start.x), *map(take, start.given), generator=noise, **settings)
             happened = {f"sampler/{name}": value for name, value in info._asdict().items()}
             chains.append(x)
-            x_neg = x if config.sampler.levels == 1 else x[:, 0]  # of a tempered chain, its coldest replica
+            x_neg = coldest(x, config.sampler.levels)
         with world.accumulating(state.model, last=part == parts - 1):
             labels = {"y_pos": take(y_pos), "y_neg": None if start is None else take(start.labels)}
-            loss, terms = state.model(
-                take(x_pos), x_neg, **labels, generator=random_of_loss, step=step, chain=settings
-            )
+            loss, terms = state.model(take(x_pos), x_neg, **labels, generator=random_of_loss, step=step, chain=settings)
             world.backward(loss / parts)
         outputs.append(terms)
         scalars.append({"train/loss": loss.detach()} | happened)
@@ -88,14 +82,18 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     values |= {f"energy/{name}_mean": e.mean() for name, e in (("pos", e_pos), ("neg", e_neg)) if e is not None}
     values |= {"optim/grad_norm": grad_norm, "data/saturated": saturated(x_pos, config.sampler.bounds)}
     state.meters.add(values)
-    adapt_step_size(state, values)
+    if state.step_size is not None and start is not None:
+        target, rate = config.sampler.target_acceptance, config.sampler.adapt_rate
+        state.step_size.copy_(adapted(state.step_size, world.mean(values["sampler/acceptance"]), target, rate))
     return StepResult(None if start is None else start.draw, e_pos, e_neg, values)
 
 
-def positives(config: Config, images: Tensor, random: StreamGenerators, step: int) -> Tensor:
-    """uint8 images (B, C, H, W) -> the data of the loss, float32 in [-1, 1] (in the sampler's bounds)."""
-    data = config.data
-    x = augment.dequantize(images, random("dequantize", step) if data.dequantize else None)
+def positives(config: Config, samples: Tensor, random: StreamGenerators, step: int) -> Tensor:
+    """uint8 images (B, C, H, W), or float32 vectors (B, D) -> the data of the loss, float32; images in [-1, 1], and all
+    in the sampler's bounds."""
+    data, x = config.data, samples
+    if x.dtype == torch.uint8:
+        x = augment.dequantize(x, random("dequantize", step) if data.dequantize else None)
     if data.augment_flip or data.augment_crop:
         x = augment.augment(x, random("augment", step), flip=data.augment_flip, crop=data.augment_crop)
     if data.noise_std:

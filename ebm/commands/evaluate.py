@@ -182,7 +182,9 @@ class Sets:
         learned = evaluation.density(self._energies, self.trained.temperature, half_width)
         panels = {"true": (true, None), "learned": (learned, None), "chains from noise": (learned, fresh)}
         Image.fromarray(
-            landscape({name: (-d.log_p.view(evaluation.CELLS, -1).numpy(), x) for name, (d, x) in panels.items()}, half_width)
+            landscape(
+                {name: (-d.log_p.view(evaluation.CELLS, -1).numpy(), x) for name, (d, x) in panels.items()}, half_width
+            )
         ).save(file)
 
     def _energies(self, data: Tensor) -> Tensor:

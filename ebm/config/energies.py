@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ebm.config.section import Section
+from ebm.config.section import Section, kind_by_default
 
 
 class NetworkConfig(Section):
@@ -108,21 +108,15 @@ class HybridConfig(Section):
     kind: Literal["hybrid"] = "hybrid"
     weight: float = Field(1.0, gt=0, description="of the network in E_prior + weight E_network at the start; learned")
     prior: GaussianPriorConfig = Field(GaussianPriorConfig(), description="an energy that stays as it is")
-    network: Annotated[Network, Field(discriminator="kind")] = Field(
+    network: Annotated[Annotated[Network, Field(discriminator="kind")], kind_by_default("mlp")] = Field(
         MLPConfig(), description="an energy that is learned"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_network(cls, values):
-        network = values.get("network") if isinstance(values, dict) else None
-        if isinstance(network, dict) and "kind" not in network:
-            values = {**values, "network": {"kind": MLPConfig().kind, **network}}
-        return values
 
     @property
     def num_classes(self) -> int | None:
         return self.network.num_classes
 
 
-EnergyConfig = Annotated[Network | GaussianConfig | HybridConfig, Field(discriminator="kind")]
+EnergyConfig = Annotated[
+    Annotated[Network | GaussianConfig | HybridConfig, Field(discriminator="kind")], kind_by_default("resnet")
+]

@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from ebm.config.section import Section
+from ebm.config.section import Section, kind_by_default
 
 
 class ObjectiveConfig(Section):
@@ -22,7 +22,6 @@ class ObjectiveConfig(Section):
     def conditional_chains(self) -> bool:
         """Whether the chains of a conditional energy have a label each."""
         return True
-
 
 
 class ContrastiveConfig(ObjectiveConfig):
@@ -71,8 +70,8 @@ class RecoveryConfig(ObjectiveConfig):
 
 
 class EnergyMatchingConfig(ObjectiveConfig):
-    """Energy matching (Balcerak et al. 2025): a flow from N(0, I), then contrastive. Its chains are sampler.start=normal,
-    sampler.schedule=flow: epsilon of p ~ exp(-E / epsilon) is sampler.temperature."""
+    """Energy matching (Balcerak et al. 2025): a flow from N(0, I), then contrastive. Its chains have
+    sampler.start=normal and sampler.schedule=flow; epsilon of p ~ exp(-E / epsilon) is sampler.temperature."""
 
     kind: Literal["energy_matching"] = "energy_matching"
     of_scores: ClassVar[bool] = True
@@ -158,14 +157,17 @@ class EnergyDiscrepancyConfig(WithoutChains):
 
 
 LossConfig = Annotated[
-    ContrastiveConfig
-    | ImprovedContrastiveConfig
-    | ScoreMatchingConfig
-    | DenoisingConfig
-    | NoiseContrastiveConfig
-    | EnergyDiscrepancyConfig
-    | RecoveryConfig
-    | EnergyMatchingConfig
-    | JEMConfig,
-    Field(discriminator="kind"),
+    Annotated[
+        ContrastiveConfig
+        | ImprovedContrastiveConfig
+        | ScoreMatchingConfig
+        | DenoisingConfig
+        | NoiseContrastiveConfig
+        | EnergyDiscrepancyConfig
+        | RecoveryConfig
+        | EnergyMatchingConfig
+        | JEMConfig,
+        Field(discriminator="kind"),
+    ],
+    kind_by_default("contrastive"),
 ]

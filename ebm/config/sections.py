@@ -5,8 +5,8 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from ebm.config.energies import EnergyConfig, ResNetConfig
-from ebm.config.losses import ContrastiveConfig
-from ebm.config.samplers import LangevinConfig
+from ebm.config.losses import ContrastiveConfig, LossConfig
+from ebm.config.samplers import LangevinConfig, SamplerConfig
 from ebm.config.section import Section
 
 
@@ -153,22 +153,15 @@ class Config(Section):
     run: RunConfig = RunConfig()
     data: DataConfig
     energy: EnergyConfig = ResNetConfig()
-    sampler: LangevinConfig = LangevinConfig()
+    sampler: SamplerConfig = LangevinConfig()
     buffer: BufferConfig = BufferConfig()
-    loss: ContrastiveConfig = ContrastiveConfig()
+    loss: LossConfig = ContrastiveConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     health: HealthConfig = HealthConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_energy(cls, values):
-        if isinstance(values, dict) and isinstance(values.get("energy"), dict) and "kind" not in values["energy"]:
-            values = {**values, "energy": {"kind": ResNetConfig().kind, **values["energy"]}}
-        return values
 
     @model_validator(mode="after")
     def _divisible(self):
@@ -188,5 +181,23 @@ class Config(Section):
             raise ValueError(
                 f"buffer.size={self.buffer.size} is below train.batch_size={batch}: a step draws a whole "
                 "batch of different chains; raise buffer.size"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _kinds_go_together(self):
+        loss, sampler = self.loss, self.sampler
+        if loss.kind == "jem" and not self.energy.num_classes:
+            raise ValueError("loss.kind=jem trains a classifier: set energy.num_classes to the number of classes")
+        if loss.kind in ("improved_contrastive", "energy_matching") and sampler.kind != "langevin":
+            raise ValueError(f"loss.kind={loss.kind} goes with sampler.kind=langevin, not {sampler.kind}")
+        if loss.kind == "energy_matching" and (sampler.start, sampler.schedule) != ("normal", "flow"):
+            raise ValueError(
+                "loss.kind=energy_matching flows from N(0, I): set sampler.start=normal and sampler.schedule=flow"
+            )
+        if loss.kind == "recovery" and (sampler.kind == "tempering" or abs(sampler.implied_temperature - 1) > 1e-6):
+            raise ValueError(
+                "loss.kind=recovery ties chains to noisy data at temperature 1: set sampler.temperature=1 and "
+                "sampler.kind=langevin, mala or hmc"
             )
         return self
