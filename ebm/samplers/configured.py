@@ -78,8 +78,8 @@ def advance(
     num_steps: int,
     generator: Sequence[torch.Generator],
 ) -> Tensor:
-    """States (B, *shape) after `num_steps` steps from `x` (B, *shape). In tempering all replicas of a chain start there,
-    and the cold ones come back."""
+    """States (B, *shape) after `num_steps` steps from `x` (B, *shape). In tempering all replicas of a chain start
+    there, and the cold ones come back."""
     sampler, settings = sampler_of(config, num_steps)
     if config.kind != "tempering":
         return engine(sampler, x, *labels, generator=generator, **settings)[0]

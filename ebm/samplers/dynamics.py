@@ -186,9 +186,9 @@ class MetropolisAdjustedLangevin(Dynamics):
         step_size = torch.tensor(self.step_size, device=x.device)
         for k, done in enumerate(range(0, num_steps, self.BLOCK), start=1):
             x, info = self._call(x, min(self.BLOCK, num_steps - done), done, step_size, generator)
-            # At first a step of all rejections divides the step size by five; the rates fall as k^-.6, so that their
+            # At first a step of all rejections divides the step size by five; the rates fall as k^-.75, so that their
             # sum diverges and that of their squares does not (Robbins & Monro 1951).
-            step_size = adapted(step_size, info.acceptance, self.target_acceptance, 3 * k**-0.6)
+            step_size = adapted(step_size, info.acceptance, self.target_acceptance, 3 * k**-0.75)
         self.step_size = step_size.item()
         return x
 
