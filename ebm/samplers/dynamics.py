@@ -186,10 +186,10 @@ class MetropolisAdjustedLangevin(Dynamics):
         step_size, tried = torch.tensor(self.step_size, device=x.device), []
         for k, done in enumerate(range(0, num_steps, self.BLOCK), start=1):
             x, info = self._call(x, min(self.BLOCK, num_steps - done), done, step_size, generator)
-            step_size = adapted(step_size, info.acceptance, self.target_acceptance, 3 / k**0.5)
+            step_size = adapted(step_size, info.acceptance, self.target_acceptance, 3 / k**0.6)
             tried.append(step_size.log())
-        # Long steps to come near, and the mean of the later ones against their noise (Polyak & Juditsky 1992).
-        self.step_size = torch.stack(tried[len(tried) // 2 :]).mean().exp().item()
+        # Long steps to come near, and the mean of the last quarter against their noise (Polyak & Juditsky 1992).
+        self.step_size = torch.stack(tried[len(tried) * 3 // 4 :]).mean().exp().item()
         return x
 
 
