@@ -181,15 +181,15 @@ class MetropolisAdjustedLangevin(Dynamics):
         return mala(self.energy_function, x, num_steps=num_steps, generator=generator, **settings)
 
     def _burn_in(self, x, num_steps, generator):
-        if not self.adapt:
+        if not (self.adapt and num_steps):
             return super()._burn_in(x, num_steps, generator)
-        step_size = torch.tensor(self.step_size, device=x.device)
+        step_size, tried = torch.tensor(self.step_size, device=x.device), []
         for k, done in enumerate(range(0, num_steps, self.BLOCK), start=1):
             x, info = self._call(x, min(self.BLOCK, num_steps - done), done, step_size, generator)
-            # At first a step of all rejections divides the step size by five; the rates fall as k^-.6, so that their
-            # sum diverges and that of their squares does not (Robbins & Monro 1951).
-            step_size = adapted(step_size, info.acceptance, self.target_acceptance, 3 * k**-0.6)
-        self.step_size = step_size.item()
+            step_size = adapted(step_size, info.acceptance, self.target_acceptance, 3 / k**0.6)
+            tried.append(step_size.log())
+        # Long steps to come near, and the mean of the last quarter against their noise (Polyak & Juditsky 1992).
+        self.step_size = torch.stack(tried[len(tried) * 3 // 4 :]).mean().exp().item()
         return x
 
 

@@ -84,8 +84,9 @@ def swap_(state: State, ladder: Tensor, first: int, generator: Generators) -> Te
     """Swap, in place, the pairs of levels (first, first + 1), (first + 2, first + 3), ... whose test says so. Returns
     the pairs' probabilities (B, pairs). `ladder` (B, L) are the temperatures of the B * L replicas of `state`."""
     pairs = (ladder.shape[1] - first) // 2
-    parts = [part.unflatten(0, ladder.shape)[:, first : first + 2 * pairs] for part in (*state, ladder)]
-    (*low, cold), (*high, hot) = ([part[:, side::2] for part in parts] for side in (0, 1))
+    # Views: what is written to them is in the state.
+    parts = [*(part.unflatten(0, ladder.shape) for part in state), ladder]
+    (*low, cold), (*high, hot) = ([part[:, i : i + 2 * pairs : 2] for part in parts] for i in (first, first + 1))
     log_ratio = (1 / cold - 1 / hot) * (low[1] - high[1])
     probability = torch.where(log_ratio.isnan(), 0.0, log_ratio.clamp(max=0).exp())
     swapped = comes_about(probability, generator)
