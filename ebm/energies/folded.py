@@ -56,7 +56,8 @@ class FoldedEnergy:
         norms = [norm for p in self._parametrisations for norm in p]
         for norm in norms:
             norm.training = False
-        torch._foreach_copy_(self._targets, [getattr(layer, name) for layer, name in self._sources])
+        if self._targets:  # an energy may have none
+            torch._foreach_copy_(self._targets, [getattr(layer, name) for layer, name in self._sources])
         for norm, training in zip(norms, was, strict=True):
             norm.training = training
         return self
