@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ebm.losses.contrastive import contrastive_divergence
-from ebm.losses.output import Energy, LossOutput
+from ebm.losses.output import Energy, LossOutput, energies
 from ebm.streams import Generators, normal_
 
 
@@ -20,7 +20,8 @@ def tilted(energy: Energy, sigma: float) -> Callable[..., Tensor]:
     (Gao et al. 2021, eq. 5), at temperature 1."""
 
     def conditional(x: Tensor, centre: Tensor, *labels: Tensor) -> Tensor:
-        return energy(x, *labels).float() + (x - centre).square().flatten(1).sum(1) / (2 * sigma**2)
+        (e,) = energies(energy, [x], labels or (None,))
+        return e + (x - centre).square().flatten(1).sum(1) / (2 * sigma**2)
 
     return conditional
 
