@@ -14,7 +14,15 @@ from ebm.config.loading import (
 )
 from ebm.config.losses import ContrastiveConfig
 from ebm.config.samplers import LangevinConfig
-from ebm.config.sections import Config, DataConfig, HealthConfig, OptimConfig, TrackingConfig, TrainConfig
+from ebm.config.sections import (
+    Config,
+    DataConfig,
+    HealthConfig,
+    ObjectStore,
+    OptimConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 
 __all__ = [
     "DEFAULT_CONFIG",
@@ -28,6 +36,7 @@ __all__ = [
     "ImportConfig",
     "LangevinConfig",
     "MLPConfig",
+    "ObjectStore",
     "OptimConfig",
     "ResNetConfig",
     "TrackingConfig",
