@@ -9,7 +9,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ebm import checkpoint, optimisation
 from ebm.config import Config, SamplerConfig
-from ebm.data import ShardReader, load_manifest
+from ebm.data import Access, ShardReader, load_manifest
 from ebm.data.manifest import check_files
 from ebm.distributed import World
 from ebm.energies import FoldedEnergy, build_energy, chain_dtype
@@ -57,7 +57,7 @@ class TrainState:
 def build_state(config: Config, world: World) -> TrainState:
     """The state of a run at step 0: a function of the config alone."""
     streams = owned_streams(config.data.streams, world.rank, world.size)
-    manifest = load_manifest(config.data.shards)
+    manifest = load_manifest(config.data.shards, Access.of(config.data))
     check_files(manifest)
     energy = build_energy(config.energy, config.data.shape, config.run.seed).to(world.device).train()
     # Copies before `prepare`: accelerate replaces the forward of the module it is given.

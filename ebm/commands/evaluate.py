@@ -9,6 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from ebm import evaluation
+from ebm.config import DataConfig
+from ebm.data import Access
 from ebm.data.reader import read_all
 from ebm.data.shards import ensure_shards
 from ebm.data.toy import DENSITIES
@@ -92,14 +94,14 @@ class Sets:
     @cached_property
     def train(self) -> tuple[Tensor, Tensor | None]:
         data = self.config.data
-        return _read(data.shards, data.source, "train", data.shape)
+        return _read(data.shards, data.source, "train", data)
 
     @cached_property
     def heldout(self) -> tuple[Tensor, Tensor | None] | None:
         evaluate = self.config.evaluate
         if evaluate.shards is None:
             return None
-        return _read(evaluate.shards, evaluate.source, "test", self.config.data.shape)
+        return _read(evaluate.shards, evaluate.source, "test", self.config.data)
 
     @cached_property
     def chains(self) -> dict[str, Tensor]:
@@ -202,10 +204,10 @@ class Sets:
         return ", ".join(f"{len(images)} {name}" for name, images in [*read, *chains])
 
 
-def _read(shards: str, source: str | None, split: str, shape) -> tuple[Tensor, Tensor | None]:
+def _read(shards: str, source: str | None, split: str, data: DataConfig) -> tuple[Tensor, Tensor | None]:
     """All images (N, C, H, W) and labels (N,) of a set; None where there are not two or more classes, each labelled."""
     ensure_shards(shards, source, split)
-    blocks = list(read_all(shards, shape))
+    blocks = list(read_all(shards, data.shape, access=Access.of(data)))
     if not blocks:
         raise DataError(f"{shards}: holds no images; write them again with python -m ebm shard")
     images, labels = (torch.cat([block[part] for block in blocks]) for part in (0, 1))

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from ebm.commands.images import from_array, load_array, to_states
+from ebm.data import Access
 from ebm.data.reader import read_all
 from ebm.errors import ConfigError
 from ebm.trained import open_run
@@ -31,7 +32,7 @@ def run(arguments) -> int:
     if arguments.data.endswith(".npy"):
         energies = trained.energies(from_array(load_array(arguments.data, shape)))
     else:
-        blocks = (images for images, _, _ in read_all(arguments.data, shape))
+        blocks = (images for images, _, _ in read_all(arguments.data, shape, access=Access.of(trained.config.data)))
         energies = torch.cat([trained.energies(to_states(images)) for images in blocks])
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -15,8 +15,13 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63, description="all randomness of the run follows from it")
 
 
+ObjectStore = Literal["s3", "gs", "az", "abfs", "oss", "hf", "hdfs", "webhdfs", "sftp", "ftp", "memory"]  # to fsspec
+
+
 class DataConfig(Section):
-    shards: str = Field(description="directory with manifest.json, or the manifest itself")
+    shards: str = Field(
+        description="directory with manifest.json, or the manifest itself: a path, or a URL of https://"
+    )
     source: str | None = Field(
         None,
         description="write `shards` from this source first where they do not exist yet "
@@ -43,6 +48,16 @@ class DataConfig(Section):
         description="largest share of a stream's epoch that on_error=skip passes over; above it, exit 4",
     )
     max_pixels: int = Field(4096 * 4096, ge=1, description="larger images are refused before they are decoded")
+    schemes: tuple[ObjectStore, ...] = Field(
+        (), description="URLs that shards may have beside file, http and https; read through fsspec"
+    )
+    cache_dir: str | None = Field(
+        None,
+        description="where shards with a URL are kept, on a disk of the node; null: a directory of the user in /tmp",
+    )
+    cache_bytes: int = Field(32 << 30, ge=1, description="size of the cache, which all processes of a node share")
+    retries: int = Field(5, ge=0, le=100, description="further tries of a shard that stalls, breaks off or is altered")
+    timeout: float = Field(60.0, gt=0, le=3600, description="seconds in which each MiB of a shard must arrive")
 
     @field_validator("shape")
     @classmethod

@@ -17,6 +17,7 @@ from ebm.data.manifest import Manifest, check_files, load_manifest
 from ebm.data.order import Order, Window
 from ebm.data.processes import init_worker, worker_context
 from ebm.data.samples import Decoded, SampleReader, WindowDataset
+from ebm.data.transfer import Access
 from ebm.errors import DataError
 
 MAX_PIXELS = DataConfig.model_fields["max_pixels"].default
@@ -209,14 +210,15 @@ def _as_it_is(value):
 
 
 def read_all(
-    shards, shape: tuple[int, ...], *, batch: int = 1024, max_pixels: int = MAX_PIXELS
+    shards, shape: tuple[int, ...], *, batch: int = 1024, max_pixels: int = MAX_PIXELS, access: Access | None = None
 ) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
     """Every sample once, in the shards' order: (images (m, C, H, W) uint8 or vectors (m, D) float32, labels (m,) int64,
     keys), m <= batch.
 
-    `shards`: a directory, a manifest.json, or a Manifest. Raises DataError at the first sample that can't be read.
+    `shards`: a directory, a manifest.json (a path or a URL, as `access` allows), or a Manifest. Raises DataError at the
+    first sample that can't be read.
     """
-    manifest = shards if isinstance(shards, Manifest) else load_manifest(shards)
+    manifest = shards if isinstance(shards, Manifest) else load_manifest(shards, access)
     check_files(manifest)
     reader = SampleReader(manifest, tuple(shape), max_pixels)
     for shard, entry in enumerate(manifest.shards):

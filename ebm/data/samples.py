@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from ebm.data.decode import decode, read_header, show
 from ebm.data.manifest import Manifest
 from ebm.data.order import Order, Window
+from ebm.data.remote import Prefetch
 from ebm.data.tars import BLOCK, image_suffix, parse_label, read_block, read_range, vector_suffix
 from ebm.data.vectors import decode_vector
 from ebm.errors import DataError
@@ -47,7 +48,7 @@ class SampleReader:
         entry = self.manifest.shards[shard]
         path = self.manifest.path(entry)
         try:
-            with open(path, "rb") as file:
+            with self.manifest.open(entry) as file:
                 for block in range(start // BLOCK, -(-stop // BLOCK)):
                     low = block * BLOCK
                     found = self._block(file, shard, block)
@@ -61,6 +62,9 @@ class SampleReader:
         first, stop = block * BLOCK, min((block + 1) * BLOCK, entry.samples)
         begin, end = (*entry.offsets, entry.bytes)[block : block + 2]
         data = read_range(file, begin, end)
+        if zlib.crc32(data) != entry.crc32[block] and self.manifest.remote:
+            with self.manifest.reopen(entry) as again:
+                data = read_range(again, begin, end)
         if zlib.crc32(data) != entry.crc32[block]:
             lost = DataError(
                 f"{path}: changed since the manifest was made: samples {first} to {stop - 1} (bytes {begin} to "
@@ -75,7 +79,7 @@ class SampleReader:
         except ValueError as error:
             raise DataError(
                 f"{path}: is not what the manifest says: {error}; write the manifest anew with "
-                f"`python -m ebm index {self.manifest.directory}`"
+                f"`python -m ebm index{'' if self.manifest.remote else f' {self.manifest.directory}'}`"
             ) from error
         return found
 
@@ -146,9 +150,12 @@ class WindowDataset:
     reader: SampleReader
     order: Order
     on_error: Literal["fail", "skip"]
+    prefetch: Prefetch = field(default_factory=Prefetch)
 
     def __getitem__(self, window: Window) -> Decoded | DataError:
         try:
+            if self.reader.manifest.remote:
+                self._ask_ahead(window)
             return self._read(window)
         except DataError as error:
             return error
@@ -177,6 +184,12 @@ class WindowDataset:
             return Decoded(window.stream, images, labels, keys, ends, errors, end)
         kept = [key for key, ok in zip(keys, good, strict=True) if ok]
         return Decoded(window.stream, images[good], labels[good], kept, ends[good], errors, end)
+
+    def _ask_ahead(self, window: Window) -> None:
+        """For the shards that this window ends in, and that the stream's next window needs."""
+        following = self.order.window(window.stream, self.order.end(window))
+        segments = self.order.segments(window)[1:] + self.order.segments(following)
+        self.prefetch(self.reader.manifest, dict.fromkeys(shard for shard, _, _ in segments))
 
     def _samples(self, window: Window) -> Iterator[tuple[int, dict | DataError]]:
         for shard, start, stop in self.order.segments(window):

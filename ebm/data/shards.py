@@ -13,7 +13,7 @@ from tqdm import tqdm
 from webdataset import TarWriter
 
 from ebm.data.decode import encode, show, to_array, to_pillow
-from ebm.data.manifest import FILE_NAME, Manifest, assemble, manifest_path, sync_directory
+from ebm.data.manifest import FILE_NAME, Manifest, assemble, is_remote, manifest_path, sync_directory
 from ebm.data.processes import init_worker, worker_context
 from ebm.data.sources import Item, Source, open_source
 from ebm.data.tars import Scan, scan_shard
@@ -92,9 +92,12 @@ def write_shards(
 
 
 def ensure_shards(shards: str, source: str | None, split: str) -> None:
-    """Write `shards` from `source` where a source is given and there is no manifest yet. Raises DataError."""
+    """Write `shards`, a local directory, from `source` where one is given and there is no manifest yet. Raises
+    DataError."""
+    if source is None or is_remote(shards):
+        return
     path = manifest_path(shards)
-    if source is not None and not path.exists():
+    if not path.exists():
         write_shards(open_source(source, split), path.parent)
 
 
