@@ -108,7 +108,7 @@ def test_an_offline_run_and_its_resumption(tmp_path, capsys):
     tracker.panels(30, {"samples/fresh": torch.zeros(4, 1, 8, 8), "samples/data": torch.ones(4, 1, 8, 8)})
     tracker.histograms(30, {"energy/pos": torch.randn(32), "energy/neg": torch.randn(32)})
     tracker.close(0)
-    assert "wandb sync" in capsys.readouterr().out
+    assert "python -m ebm sync" in capsys.readouterr().out
     assert Image.open(tmp_path / "run/samples/step_00000030.png").size[0] > 500
 
     (file,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
@@ -167,8 +167,8 @@ def test_auto_is_online_with_a_login(tmp_path, monkeypatch, host, env, mode):
         monkeypatch.setenv(name, value)
     if host:
         (tmp_path / "home" / "netrc").write_text(f"machine {host} login user password {KEY}\n")
-    monkeypatch.setattr(WandbRun, "_start", lambda self, config: None)  # the choice alone, no connection
-    assert WandbRun(config(tmp_path), tmp_path / "run", print).mode == mode
+    monkeypatch.setattr(WandbRun, "_start", lambda self: None)  # the choice alone, no connection
+    assert WandbRun(config(tmp_path), tmp_path / "run", 0, print).mode == mode
 
 
 @pytest.mark.parametrize("absent", [True, False])
