@@ -130,13 +130,17 @@ class TrackingConfig(Section):
     sample_steps: int = Field(200, ge=1, description="chain steps of fresh samples")
     wandb_timeout: float = Field(30.0, gt=0, description="seconds W&B may take to start, and again to finish")
     offline_part: float = Field(
-        1800.0, gt=0, description="seconds after which an offline run begins a new file, so that the one before can be "
-        "uploaded (python -m ebm sync) while the run goes on"
+        1800.0,
+        gt=0,
+        description="seconds after which an offline run begins a new file, so that the one before can be "
+        "uploaded (python -m ebm sync) while the run goes on",
     )
     alerts: bool = Field(True, description="W&B alerts on divergence, stalls and failure")
     alert_every: float = Field(3600.0, gt=0, description="seconds between two alerts of the same kind")
     stall_after: float = Field(
-        300.0, gt=0, description="seconds without a step that are an alert; below train.collective_timeout, which ends the job"
+        300.0,
+        gt=0,
+        description="seconds without a step that are an alert; below train.collective_timeout, which ends the job",
     )
     slow_factor: float = Field(3.0, gt=1, description="an alert where steps take this many times as long as they did")
     artifacts: Literal["none", "final", "all"] = Field(
