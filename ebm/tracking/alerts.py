@@ -1,5 +1,6 @@
 """What deserves somebody's attention: divergence, stalls, the end of a run that failed."""
 
+import math
 import threading
 import time
 from collections import deque
@@ -27,7 +28,7 @@ class Alerts:
         """Send an alert that the log has already. Whether it was: not again within `tracking.alert_every`."""
         now, every = time.monotonic(), self._tracking.alert_every
         with self._lock:
-            if not self._tracking.alerts or now - self._sent.get(title, now - every) < every:
+            if not self._tracking.alerts or now - self._sent.get(title, -math.inf) < every:
                 return False
             self._sent[title] = now
         self._send(title, text, level)
