@@ -130,11 +130,18 @@ def train(config: Config, world: World, started: float) -> int:
     try:
         with (
             StopRequest(run.stop_file, config.train.time_limit, started) as stop,
-            Watchdog(config.train.collective_timeout, world.rank) as dog,
+            Watchdog(
+                config.train.collective_timeout,
+                world.rank,
+                config.tracking.stall_after,
+                None if tracker is None else tracker.stalled,
+            ) as dog,
             Saver(run.checkpoints, world, run.say) as saver,
         ):
             code = loop(state, run, saver, tracker, stop, dog)
     except Exception as error:
+        if tracker is not None:
+            tracker.alert("the run ended", f"step {state.step}: {error}", "ERROR")
         if not world.lost_peer(error):
             run.failed(f"{type(error).__name__}: {error}")
             raise
@@ -226,6 +233,8 @@ def heal(state: TrainState, result: StepResult, run: RunDirectory, saver: Saver,
     scales = f"learning rate x {state.ladder.lr_scale:g}, step size x {state.ladder.step_scale:g}"
     if verdict.action == "cut":
         run.say(f"diverging at {verdict.reason}: {scales} from here on")
+        if tracker is not None:
+            tracker.alert("steps were cut", f"{verdict.reason}: {scales} from here on")
         return False
     if saver.busy:
         finish_save(state, saver, tracker)
@@ -234,13 +243,17 @@ def heal(state: TrainState, result: StepResult, run: RunDirectory, saver: Saver,
     resume(state, run)
     if tracker is not None:
         tracker.rewind(state.step)
+        tracker.alert("rolled back", f"{verdict.reason}: back to step {state.step}, {scales}")
     run.say(f"diverged at {verdict.reason}: back to step {state.step} with new noise, {scales}")
     return True
 
 
 def finish_save(state: TrainState, saver: Saver, tracker: Tracker | None) -> bool:
     """Make the checkpoint under way final, with the records of its steps on the disk before it."""
-    return saver.finish(state.config.checkpoint.keep, tracker is None or tracker.flush()) is not None
+    path = saver.finish(state.config.checkpoint.keep, tracker is None or tracker.flush())
+    if path is not None and tracker is not None:
+        tracker.checkpoint(path)
+    return path is not None
 
 
 def save_now(state: TrainState, saver: Saver, tracker: Tracker | None) -> None:

@@ -151,12 +151,30 @@ class TrackingConfig(Section):
     project: str = Field("ebm", description="W&B project")
     entity: str | None = Field(None, description="W&B user or team")
     name: str | None = Field(None, description="W&B run name; the run directory's by default")
-    group: str | None = Field(None, description="W&B group")
+    group: str | None = Field(None, description="W&B group, such as the sweep a run belongs to; null: $WANDB_RUN_GROUP")
     tags: tuple[str, ...] = Field((), description="W&B tags")
     samples_every: int = Field(1000, ge=1, description="steps between sample panels")
     num_samples: int = Field(64, ge=1, description="images a panel")
     sample_steps: int = Field(200, ge=1, description="chain steps of fresh samples")
     wandb_timeout: float = Field(30.0, gt=0, description="seconds W&B may take to start, and again to finish")
+    offline_part: float = Field(
+        1800.0,
+        gt=0,
+        description="seconds after which an offline run begins a new file, so that the one before can be "
+        "uploaded (python -m ebm sync) while the run goes on",
+    )
+    alerts: bool = Field(True, description="W&B alerts on divergence, stalls and failure")
+    alert_every: float = Field(3600.0, gt=0, description="seconds between two alerts of the same kind")
+    stall_after: float = Field(
+        300.0,
+        gt=0,
+        description="seconds without a step that are an alert, below train.collective_timeout",
+    )
+    slow_factor: float = Field(3.0, gt=1, description="an alert where steps take this many times as long as they did")
+    artifacts: Literal["none", "final", "all"] = Field(
+        "none", description="checkpoints uploaded to W&B: the last one, with the samples, or each"
+    )
+    artifacts_gb: float = Field(10.0, gt=0, description="gigabytes of artifacts that may wait for their upload")
 
 
 class EvaluateConfig(Section):
