@@ -5,7 +5,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from test_samplers_metropolis import quartic, seeded
 
-from ebm.config import HMCConfig, LangevinConfig, MALAConfig, SamplerConfig, TemperingConfig
+from ebm.config import HMCConfig, LangevinConfig, MALAConfig, SamplerConfig, TemperingConfig, load_config
 from ebm.samplers import Engine, advance, fresh_chains, hmc, langevin, mala, sampler_of, settings_of, tempering
 
 CONFIGS = [
@@ -46,6 +46,12 @@ def test_kinds():
     ):
         with pytest.raises(ValidationError, match=words):
             parse(wrong)
+
+
+def test_the_kind_that_is_the_default_keeps_the_file_s_keys(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("data: {shards: d}\nsampler: {num_steps: 7}\n")
+    assert load_config(path, ["sampler.kind=langevin"]).sampler.num_steps == 7
 
 
 @every_kind
