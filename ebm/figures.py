@@ -35,3 +35,25 @@ def side_by_side(pictures: dict[str, np.ndarray], gap: int = 8, title: int = 16)
         sheet.paste(Image.fromarray(picture), (left, gap + title))
         left += picture.shape[1] + gap
     return sheet
+
+
+def landscape(panels: dict[str, tuple[np.ndarray | None, np.ndarray | None]], half_width: float) -> np.ndarray:
+    """Energies and points of the plane side by side, uint8 (height, width, 3).
+
+    By title: (energies (R, R) on the square of `half_width`, rows from low y to high y, or None; points (N, 2) or
+    None). All panels share one colour scale, measured from each one's lowest energy.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # loads for runs on the plane alone
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(panels), 4.3), dpi=100, layout="constrained")
+    canvas, extent = FigureCanvasAgg(figure), (-half_width, half_width, -half_width, half_width)
+    for axes, (title, (energies, points)) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(),
+                                                 strict=True):  # fmt: skip
+        if energies is not None:
+            axes.imshow(energies - energies.min(), origin="lower", extent=extent, cmap="viridis_r", vmin=0, vmax=6)
+        if points is not None:
+            axes.scatter(*points.T, s=2, alpha=0.5, linewidths=0, color="white" if energies is not None else "black")
+        axes.set(title=title, xlim=extent[:2], ylim=extent[2:], aspect="equal")
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

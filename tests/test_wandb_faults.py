@@ -78,7 +78,7 @@ def test_a_server_out_of_reach_leaves_the_whole_run_offline(digits, reference, s
     env = {"WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}", "WANDB_API_KEY": KEY}
     run = start(tmp_path, digits, "online", **(env if behaviour == "closed" else server(behaviour).environment))
     said = end(run, tmp_path / "run", reference)
-    assert said.count("logging offline instead") == 1 and "wandb sync --id" in said
+    assert said.count("logging offline instead") == 1 and "python -m ebm sync" in said
     assert steps_in(tmp_path / "run", "offline-run-*") == list(range(1, STEPS + 1))
 
 
@@ -88,7 +88,7 @@ def test_its_service_is_killed_in_mid_run(digits, reference, server, tmp_path):
     os.kill(service(run), signal.SIGKILL)
     assert run.process.poll() is None
     said = end(run, tmp_path / "run", reference)
-    assert said.count("training goes on") == 1 and "wandb sync --id" in said
+    assert said.count("training goes on") == 1 and "wandb sync --include-online" in said
     steps = steps_in(tmp_path / "run", "*run-*")
     assert len(steps) >= 20 and steps == list(range(1, len(steps) + 1))
 
@@ -104,7 +104,7 @@ def test_its_service_stalls_in_mid_run(digits, reference, tmp_path):
         said = end(run, tmp_path / "run", reference)
     finally:
         os.kill(stalled, signal.SIGKILL)
-    assert "did not finish in 8 s" in said and "wandb sync --id" in said
+    assert "did not finish in 8 s" in said and "python -m ebm sync" in said
 
 
 @pytest.mark.slow

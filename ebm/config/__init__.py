@@ -14,7 +14,15 @@ from ebm.config.loading import (
 )
 from ebm.config.losses import ContrastiveConfig
 from ebm.config.samplers import HMCConfig, LangevinConfig, MALAConfig, SamplerConfig, TemperingConfig
-from ebm.config.sections import Config, DataConfig, HealthConfig, OptimConfig, TrackingConfig, TrainConfig
+from ebm.config.sections import (
+    Config,
+    DataConfig,
+    HealthConfig,
+    ObjectStore,
+    OptimConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 
 __all__ = [
     "DEFAULT_CONFIG",
@@ -30,6 +38,7 @@ __all__ = [
     "LangevinConfig",
     "MALAConfig",
     "MLPConfig",
+    "ObjectStore",
     "OptimConfig",
     "ResNetConfig",
     "SamplerConfig",

@@ -1,13 +1,30 @@
 """loss.*: a section a kind of objective."""
 
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from ebm.config.section import Section
+from ebm.config.section import Section, kind_by_default
 
 
-class ContrastiveConfig(Section):
+class ObjectiveConfig(Section):
+    of_scores: ClassVar[bool] = False  # may differentiate dE/dx alone, to which a bias of the head is nothing
+    l2: float = Field(0.0, ge=0, description="weight of E(x_pos)^2 + E(x_neg)^2 (Du & Mordatch 2019)")
+    gradient_penalty: float = Field(
+        0.0, ge=0, description="weight of |dE/dx|^2 / 2 on data (R1, Mescheder et al. 2018)"
+    )
+
+    def negatives_at(self, step: int) -> str | None:
+        """Where the chains of a step start (`negatives`); None where the step needs none."""
+        return self.negatives
+
+    @property
+    def conditional_chains(self) -> bool:
+        """Whether the chains of a conditional energy have a label each."""
+        return True
+
+
+class ContrastiveConfig(ObjectiveConfig):
     kind: Literal["contrastive"] = "contrastive"
     negatives: Literal["persistent", "data", "noise"] = Field(
         "persistent",
@@ -15,3 +32,142 @@ class ContrastiveConfig(Section):
         "or fresh noise (Nijkamp et al. 2019)",
     )
     l2: float = Field(0.1, ge=0, description="weight of E(x_pos)^2 + E(x_neg)^2 (Du & Mordatch 2019)")
+    gradient_penalty_at: Literal["data", "interpolates"] = Field(
+        "data", description="interpolates: between data and chains (Gulrajani et al. 2017)"
+    )
+
+
+class ImprovedContrastiveConfig(ContrastiveConfig):
+    """Contrastive divergence with the gradient through the chain's end (Du et al. 2021)."""
+
+    kind: Literal["improved_contrastive"] = "improved_contrastive"
+    kl_steps: int = Field(1, ge=1, description="Langevin steps, beyond the chain's, that are differentiated")
+    kl_weight: float = Field(1.0, ge=0, description="weight of the energy at the chain's end, under frozen weights")
+    entropy_weight: float = Field(
+        0.3, ge=0, description="weight of the log distance to the nearest chain; components * temperature is exact"
+    )
+
+
+class JEMConfig(ContrastiveConfig):
+    """A classifier as an energy-based model (Grathwohl et al. 2020); energy.num_classes must be set."""
+
+    kind: Literal["jem"] = "jem"
+    joint: bool = Field(False, description="chains of p(x, y), each with its label; false: of p(x)")
+    contrastive_weight: float = Field(1.0, ge=0, description="weight of -log p(x) beside that of -log p(y | x)")
+
+    @property
+    def conditional_chains(self) -> bool:
+        """Whether the chains have a label each."""
+        return self.joint
+
+
+class RecoveryConfig(ObjectiveConfig):
+    """Recovery likelihood (Gao et al. 2021); needs chains at temperature 1."""
+
+    kind: Literal["recovery"] = "recovery"
+    negatives: ClassVar[str] = "recovery"  # at a noisy copy of the data, tied to it
+    sigma: float = Field(0.3, gt=0, description="noise of the copy that each chain starts from and is tied to")
+
+
+class EnergyMatchingConfig(ObjectiveConfig):
+    """Energy matching (Balcerak et al. 2025): a flow from N(0, I), then contrastive. Its chains have
+    sampler.start=normal and sampler.schedule=flow; epsilon of p ~ exp(-E / epsilon) is sampler.temperature."""
+
+    kind: Literal["energy_matching"] = "energy_matching"
+    of_scores: ClassVar[bool] = True
+    negatives: ClassVar[str] = "noise"
+    warmup_steps: int = Field(10_000, ge=0, description="steps of the flow alone, before chains are run")
+    flow_weight: float = Field(1.0, ge=0, description="weight of the flow's loss, a mean over components")
+    contrastive_weight: float = Field(1e-3, ge=0, description="weight of E(x_pos) - E(x_neg)")
+    floor: float | None = Field(0.02, gt=0, description="the weighted contrast counts down to minus this; null: no end")
+    trim: float = Field(0.1, ge=0, lt=1, description="share of a stream's chains of highest energy that is left out")
+
+    def negatives_at(self, step: int) -> str | None:
+        return None if step <= self.warmup_steps else self.negatives
+
+
+class WithoutChains(ObjectiveConfig):
+    negatives: ClassVar[None] = None
+
+
+class ScoreMatchingConfig(WithoutChains):
+    kind: Literal["score_matching"] = "score_matching"
+    of_scores: ClassVar[bool] = True
+    method: Literal["exact", "hutchinson", "sliced"] = Field(
+        "hutchinson",
+        description="trace of the Hessian: a backward a component (Hyvarinen 2005), estimated (Hutchinson 1990), or "
+        "sliced score matching (Song et al. 2019)",
+    )
+    num_projections: int = Field(1, ge=1, description="random directions a datum (hutchinson, sliced)")
+    variance_reduction: bool = Field(True, description="sliced: |score|^2 in place of its projections")
+    temperature: float = Field(1.0, gt=0, description="T of p ~ exp(-E / T); give the sampler the same")
+
+
+class DenoisingConfig(WithoutChains):
+    """Denoising score matching (Vincent 2011): finds the density smoothed by the noise; set data.noise_std=0."""
+
+    kind: Literal["denoising"] = "denoising"
+    of_scores: ClassVar[bool] = True
+    sigma: float = Field(0.1, gt=0, description="noise on data; with several levels, the largest")
+    sigma_min: float | None = Field(None, gt=0, description="the smallest of several levels, spaced geometrically")
+    num_sigmas: int = Field(1, ge=1, description="noise levels")
+    temperature: float = Field(1.0, gt=0, description="T of p ~ exp(-E / T); give the sampler the same")
+
+    @model_validator(mode="after")
+    def _levels(self):
+        if (self.num_sigmas > 1) != (self.sigma_min is not None):
+            raise ValueError("sigma_min and num_sigmas of 2 or more go together: give both, or neither")
+        if self.sigma_min is not None and not self.sigma_min < self.sigma:
+            raise ValueError(f"sigma_min={self.sigma_min} must be below sigma={self.sigma}")
+        return self
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """All levels, descending."""
+        if self.sigma_min is None:
+            return (self.sigma,)
+        factor = (self.sigma_min / self.sigma) ** (1 / (self.num_sigmas - 1))
+        return tuple(self.sigma * factor**k for k in range(self.num_sigmas))
+
+
+class NoiseContrastiveConfig(WithoutChains):
+    """Noise contrastive estimation (Gutmann & Hyvarinen 2010)."""
+
+    kind: Literal["noise_contrastive"] = "noise_contrastive"
+    noise: Literal["gaussian", "uniform"] = Field("gaussian", description="what data is told from")
+    noise_mean: float = Field(0.0, description="gaussian: mean of every component")
+    noise_std: float = Field(1.0, gt=0, description="gaussian: standard deviation of every component")
+    noise_bounds: tuple[float, float] = Field((-1.0, 1.0), description="uniform: interval of every component")
+    ratio: int = Field(1, ge=1, description="draws of noise a datum")
+
+    @model_validator(mode="after")
+    def _bounds(self):
+        if not self.noise_bounds[0] < self.noise_bounds[1]:
+            raise ValueError(f"noise_bounds {self.noise_bounds} must be (low, high) with low < high")
+        return self
+
+
+class EnergyDiscrepancyConfig(WithoutChains):
+    """Energy discrepancy (Schroeder et al. 2023), at temperature 1."""
+
+    kind: Literal["energy_discrepancy"] = "energy_discrepancy"
+    time: float = Field(0.05, gt=0, description="variance of each of the two steps from a datum to its draws")
+    num_samples: int = Field(16, ge=1, description="draws near a datum")
+    stabiliser: float = Field(1.0, ge=0, description="w: 1 is consistent at any number of draws")
+
+
+LossConfig = Annotated[
+    Annotated[
+        ContrastiveConfig
+        | ImprovedContrastiveConfig
+        | ScoreMatchingConfig
+        | DenoisingConfig
+        | NoiseContrastiveConfig
+        | EnergyDiscrepancyConfig
+        | RecoveryConfig
+        | EnergyMatchingConfig
+        | JEMConfig,
+        Field(discriminator="kind"),
+    ],
+    kind_by_default("contrastive"),
+]

@@ -1,25 +1,61 @@
 """sampler.*: a section a kind of sampler."""
 
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from ebm.config.section import Section
+from ebm.config.section import Section, kind_by_default
 
 
-class LangevinConfig(Section):
+class ChainConfig(Section):
+    """What all samplers share."""
+
+    bounds: tuple[float, float] | None = Field((-1.0, 1.0), description="states stay in this interval; null: free")
+    start: tuple[float, float] | Literal["normal"] | None = Field(
+        None, description="interval that chains begin in, uniformly; normal: N(0, 1); null: the bounds, or [-1, 1]"
+    )
+
+    @model_validator(mode="after")
+    def _intervals(self):
+        for name, interval in (("bounds", self.bounds), ("start", self.start)):
+            if isinstance(interval, tuple) and not interval[0] < interval[1]:
+                raise ValueError(f"{name} {interval} must be (low, high) with low < high")
+        return self
+
+    @property
+    def start_range(self) -> tuple[float, float] | None:
+        """The interval that chains begin in; None: N(0, 1)."""
+        if self.start == "normal":
+            return None
+        return self.start or self.bounds or (-1.0, 1.0)
+
+    @property
+    def levels(self) -> int:
+        """Replicas a chain."""
+        return 1
+
+    @property
+    def implied_temperature(self) -> float:
+        """T of exp(-E / T), which chains of these steps and this noise sample."""
+        return self.noise**2 / (2 * self.step_size)
+
+
+class LangevinConfig(ChainConfig):
     kind: Literal["langevin"] = "langevin"
+    adapt: ClassVar[bool] = False
     num_steps: int = Field(20, ge=1, description="Langevin steps a training step")
     step_size: float = Field(10.0, gt=0, description="x <- x - step_size * dE/dx + noise_scale * z")
     noise_scale: float | None = Field(0.005, ge=0, description="see step_size; null where temperature is given")
     temperature: float | None = Field(None, ge=0, description="sets noise_scale = sqrt(2 step_size temperature)")
     grad_clamp: float | None = Field(0.03, gt=0, description="each component of dE/dx is clamped to +- this")
-    bounds: tuple[float, float] | None = Field((-1.0, 1.0), description="states stay in this interval; null: free")
     boundary: Literal["clamp", "reflect"] = Field("clamp", description="how bounds are kept")
-    schedule: Literal["constant", "linear", "cosine", "geometric"] = Field(
-        "constant", description="how step_size and noise_scale go to step_size_end and noise_scale_end in a chain"
+    schedule: Literal["constant", "linear", "cosine", "geometric", "flow"] = Field(
+        "constant",
+        description="how step_size and noise_scale go to their ends in a chain; flow, for energy matching: no noise up "
+        "to the time flow_end, then a temperature rising to `temperature` at time 1, a step taking step_size of it",
     )
+    flow_end: float = Field(0.9, ge=0, lt=1, description="time from which a flow is noisy (schedule)")
     step_size_end: float | None = Field(None, gt=0, description="last step size of a chain (schedule)")
     noise_scale_end: float | None = Field(None, ge=0, description="last noise scale of a chain (schedule)")
     temperature_end: float | None = Field(
@@ -37,22 +73,18 @@ class LangevinConfig(Section):
     def _one_noise(self):
         if (self.noise_scale is None) == (self.temperature is None):
             raise ValueError("give exactly one of noise_scale and temperature, and set the other to null")
-        _check_bounds(self.bounds)
         if self.temperature_end is not None and (self.temperature is None or self.noise_scale_end is not None):
             raise ValueError("temperature_end goes with temperature, and noise_scale_end is null then")
         ends = (self.step_size_end, self.noise_scale_end, self.temperature_end)
-        if any(end is not None for end in ends) != (self.schedule != "constant"):
+        if any(end is not None for end in ends) != (self.schedule not in ("constant", "flow")):
             raise ValueError(
                 "step_size_end or noise_scale_end or temperature_end go together with a schedule other than constant"
             )
+        if self.schedule == "flow" and self.temperature is None:
+            raise ValueError("a flow schedule needs a temperature in the place of noise_scale")
         if self.schedule == "geometric" and 0 in (self.noise_scale, self.temperature, *ends):
             raise ValueError("a geometric schedule needs noise scales above 0; use linear or cosine")
         return self
-
-    @property
-    def levels(self) -> int:
-        """Replicas a chain."""
-        return 1
 
     @property
     def last_step_size(self) -> float:
@@ -75,20 +107,15 @@ class LangevinConfig(Section):
         return self.noise_scale if self.noise_scale is not None else (2 * self.step_size * self.temperature) ** 0.5
 
 
-class MetropolisConfig(Section):
+class MetropolisConfig(ChainConfig):
     """What all samplers with a Metropolis test share."""
 
     num_steps: int = Field(20, ge=1, description="steps (proposals and their tests) a training step")
-    bounds: tuple[float, float] | None = Field((-1.0, 1.0), description="domain of every component; null: free")
     boundary: Literal["reflect", "reject"] = Field(
         "reflect", description="fold proposals beyond the bounds back, or refuse them; both are exact"
     )
     adapt: bool = Field(True, description="move step_size towards target_acceptance while training")
-
-    @model_validator(mode="after")
-    def _domain(self):
-        _check_bounds(self.bounds)
-        return self
+    adapt_rate: float = Field(0.05, gt=0, description="log step_size moves by this share of acceptance off the target")
 
     def scaled(self, factor: float):
         """With the step size times `factor`."""
@@ -98,11 +125,6 @@ class MetropolisConfig(Section):
     def noise(self) -> float:
         """sqrt(2 step_size T)."""
         return (2 * self.step_size * self.temperature) ** 0.5
-
-    @property
-    def levels(self) -> int:
-        """Replicas a chain."""
-        return 1
 
     @property
     def last_step_size(self) -> float:
@@ -175,16 +197,7 @@ class TemperingConfig(MetropolisConfig):
         return (self.num_steps + 1) * self.levels
 
 
-def _check_bounds(bounds: tuple[float, float] | None) -> None:
-    if bounds is not None and not bounds[0] < bounds[1]:
-        raise ValueError(f"bounds {bounds} must be (low, high) with low < high")
-
-
-def _langevin_by_default(values: Any) -> Any:
-    return {"kind": "langevin", **values} if isinstance(values, dict) and "kind" not in values else values
-
-
 SamplerConfig = Annotated[
     Annotated[LangevinConfig | MALAConfig | HMCConfig | TemperingConfig, Field(discriminator="kind")],
-    BeforeValidator(_langevin_by_default),
+    kind_by_default("langevin"),
 ]

@@ -1,28 +1,21 @@
 """Contrastive divergence: the gradient of the log-likelihood with samples in the place of the model's mean."""
 
-from collections.abc import Callable
-from typing import NamedTuple
-
-import torch
 from torch import Tensor
 
-
-class LossOutput(NamedTuple):
-    """A loss to differentiate, and its terms: detached, float32, named as they are logged."""
-
-    loss: Tensor
-    terms: dict[str, Tensor]
+from ebm.losses.output import Energy, LossOutput, energies, terms
+from ebm.losses.regularisers import energy_l2
+from ebm.streams import Generators
 
 
 def contrastive_divergence(
-    energy: Callable[..., Tensor],
+    energy: Energy,
     x_pos: Tensor,
     x_neg: Tensor,
     *,
     l2: float = 0.0,
     y_pos: Tensor | None = None,
     y_neg: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
 ) -> LossOutput:
     """mean E(x_pos) - mean E(x_neg) + l2 * (mean E(x_pos)**2 + mean E(x_neg)**2).
 
@@ -30,10 +23,8 @@ def contrastive_divergence(
     (Hinton 2002, eq. 4); the last keeps the energies' scale (Du & Mordatch 2019, eq. 4). One forward of `energy` on
     both batches. `x_neg` is a constant: no gradient flows into the chain that made it. `generator` is not used.
     """
-    labels = () if y_pos is None else (torch.cat([y_pos, y_neg]),)
-    energies = energy(torch.cat([x_pos, x_neg.detach()]), *labels).float()
-    e_pos, e_neg = energies[: len(x_pos)], energies[len(x_pos) :]
+    e_pos, e_neg = energies(energy, [x_pos, x_neg.detach()], [y_pos, y_neg])
     loss = e_pos.mean() - e_neg.mean()
     if l2:
-        loss = loss + l2 * (e_pos.square().mean() + e_neg.square().mean())
-    return LossOutput(loss, {"e_pos": e_pos.detach(), "e_neg": e_neg.detach()})
+        loss = loss + l2 * energy_l2(e_pos, e_neg)
+    return LossOutput(loss, terms(e_pos=e_pos, e_neg=e_neg))

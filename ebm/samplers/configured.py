@@ -12,7 +12,7 @@ from ebm.samplers.hamiltonian import hmc
 from ebm.samplers.langevin import langevin
 from ebm.samplers.metropolis import mala
 from ebm.samplers.tempering import tempering
-from ebm.streams import generator, uniform_
+from ebm.streams import generator, start_
 
 
 def sampler_of(
@@ -42,7 +42,7 @@ def sampler_of(
 
 def schedule(kind: str, start: float, end: float | None, num_steps: int) -> list[float]:
     """`num_steps` values from `start` to `end` (None: constant): "constant", "linear", "cosine" or "geometric"."""
-    if kind == "constant" or end is None or num_steps == 1:
+    if kind in ("constant", "flow") or end is None or num_steps == 1:
         return [start] * num_steps
     fractions = [k / (num_steps - 1) for k in range(num_steps)]
     if kind == "geometric":
@@ -52,12 +52,23 @@ def schedule(kind: str, start: float, end: float | None, num_steps: int) -> list
     return [start + (end - start) * f for f in fractions]
 
 
+def flow_temperature(time: float, start: float, maximum: float) -> float:
+    """Of a flow's chain: 0 before `start`, rising linearly to `maximum` at time 1, constant from there on (Balcerak et
+    al. 2025, eq. 10)."""
+    return maximum * min(max(0.0, time - start) / (1 - start), 1.0)
+
+
 def settings_of(config: LangevinConfig, num_steps: int | None = None) -> dict:
     """The keyword arguments of `langevin` that a config asks for, with another number of steps where given."""
     num_steps = config.num_steps if num_steps is None else num_steps
     steps = schedule(config.schedule, config.step_size, config.step_size_end, num_steps)
     noises = schedule(config.schedule, config.noise, config.noise_scale_end, num_steps)
-    if config.temperature is not None and config.noise_scale_end is None:
+    if config.schedule == "flow":
+        times = (k * config.step_size for k in range(num_steps))
+        noises = [
+            math.sqrt(2 * config.step_size * flow_temperature(t, config.flow_end, config.temperature)) for t in times
+        ]
+    elif config.temperature is not None and config.noise_scale_end is None:
         temperatures = schedule(config.schedule, config.temperature, config.temperature_end, num_steps)
         noises = [math.sqrt(2 * step * t) for step, t in zip(steps, temperatures, strict=True)]
     return {
@@ -99,19 +110,18 @@ def fresh_chains(
     num_classes: int | None = None,
     block: int = 512,
 ):
-    """`num` chains of `num_steps` steps from uniform noise: states (num, *shape) and labels (num,) or None.
+    """`num` chains of `num_steps` steps from where `config.start` says: states (num, *shape) and labels (num,) or None.
 
     Every 32 chains have generators of their own, so the first chains depend neither on `num` nor on `block`, the
     number computed at a time. Labels run through the classes in turn.
     """
     group, states, engine = 32, [], Engine(energy, capture=False)  # a graph pays off over many chains
-    low, high = config.bounds or (-1.0, 1.0)
     labels = torch.arange(-(-num // group) * group, device=device) % num_classes if num_classes else None
     groups, at_once = range(-(-num // group)), max(1, block // group)
     for first in range(0, len(groups), at_once):
         numbers = groups[first : first + at_once]
         start, noise = ([generator(seed, purpose, n, device=device) for n in numbers] for purpose in ("start", "chain"))
-        x = uniform_(torch.empty(len(numbers) * group, *shape, device=device), start, low, high)
+        x = start_(torch.empty(len(numbers) * group, *shape, device=device), start, config.start_range)
         y = () if labels is None else (labels[first * group : first * group + len(x)],)
         states.append(advance(engine, config, x, *y, num_steps=num_steps, generator=noise))
     return torch.cat(states)[:num], None if labels is None else labels[:num]

@@ -70,7 +70,8 @@ def _of_states(energy: Callable[..., Tensor], labels: Sequence[Tensor]) -> Calla
     """x -> energy(x, *labels), also for several replicas of each labelled chain, one after the other (`tempering`)."""
 
     def closed(x: Tensor) -> Tensor:
-        return energy(x, *(y[:, None].expand(-1, len(x) // len(y)).flatten() for y in labels))
+        each = (y.unsqueeze(1).expand(-1, len(x) // len(y), *y.shape[1:]).flatten(0, 1) for y in labels)
+        return energy(x, *each)
 
     return closed
 

@@ -1,0 +1,54 @@
+"""What every loss returns, and the one way in which they call an energy."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Energy = Callable[..., Tensor]  # x (B, *shape), and labels (B,) where it is class-conditional -> (B,)
+
+
+class LossOutput(NamedTuple):
+    """A loss to differentiate, and its terms: detached, float32, named as they are logged."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+
+
+def terms(**values: Tensor) -> dict[str, Tensor]:
+    return {name: value.detach().float() for name, value in values.items()}
+
+
+def energies(energy: Energy, xs: Sequence[Tensor], ys: Sequence[Tensor | None] = (None,)) -> tuple[Tensor, ...]:
+    """The energies of each batch of `xs`, by one forward of all together; float32, or what is wider.
+
+    `ys`: the labels of each batch, or None for all. A batch with k times as many states as labels holds k of each
+    label in turn.
+    """
+    labels = ()
+    if ys[0] is not None:
+        labels = (torch.cat([y.repeat_interleave(len(x) // len(y)) for x, y in zip(xs, ys, strict=True)]),)
+    e = energy(torch.cat(list(xs)) if len(xs) > 1 else xs[0], *labels)
+    return e.to(torch.promote_types(e.dtype, torch.float32)).split([len(x) for x in xs])
+
+
+def energy_and_gradient(energy: Energy, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(E (B,), dE/dx (B, *shape)) at an `x` that requires gradients; both can be differentiated again.
+
+    Under float16 autocast the energy computes in float32: no loss scale reaches this inner gradient, and float16
+    would lose its small parts. bfloat16 has the range (and costs 1 % of a score's precision).
+    """
+    device = x.device.type
+    narrow = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    with torch.autocast(device, enabled=False) if narrow else nullcontext():
+        (e,) = energies(energy, [x], [y])
+        (gradient,) = torch.autograd.grad(e.sum(), x, create_graph=True, materialize_grads=True)
+    return e, gradient
+
+
+def num_parts(generator) -> int:
+    """Into how many equal parts a batch is cut: one a generator. What looks across samples looks within a part, so
+    that a run's losses don't depend on how many parts a process owns."""
+    return 1 if generator is None or isinstance(generator, torch.Generator) else len(generator)
