@@ -218,7 +218,7 @@ def test_a_bounce_off_walls_any_number_of_times():
             x, p = (2 * low - x if x < low else 2 * high - x), -p
         return x, p
 
-    x, low, high = torch.linspace(-9.0, 9.0, 172), -0.5, 0.75
+    x, low, high = torch.linspace(-9.0, 9.0, 173), -0.53, 0.71
     expected = torch.tensor([bounced(value, 2.0, low, high) for value in x.tolist()])
     p = torch.full_like(x, 2.0)
     bounce_(x, p, (low, high))

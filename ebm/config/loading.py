@@ -115,7 +115,8 @@ def _superseded(base, given):
     for section in given:
         if not (OmegaConf.is_dict(base.get(section)) and OmegaConf.is_dict(given[section])):
             continue
-        if "kind" in given[section] and given[section]["kind"] != base[section].get("kind"):
+        default = Config.model_fields[section].default if section in Config.model_fields else None
+        if "kind" in given[section] and given[section]["kind"] != base[section].get("kind", _kind_of(default)):
             base[section] = {}
     if OmegaConf.is_dict(given.get("sampler")):
         for one, other in (("noise_scale", "temperature"), ("temperature", "noise_scale")):
@@ -123,6 +124,10 @@ def _superseded(base, given):
             if replaced and OmegaConf.is_dict(base.get("sampler")):
                 base.sampler.pop(other, None)
     return base
+
+
+def _kind_of(section: Any) -> str | None:
+    return section.kind if isinstance(section, Section) and "kind" in type(section).model_fields else None
 
 
 def validate(values: Any, where: str) -> Config:

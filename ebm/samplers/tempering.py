@@ -102,5 +102,5 @@ def _ladder(temperatures: Sequence[float], chains: int, device: torch.device) ->
     """(B, L), filled on the device: a copy from the host would wait for it."""
     ladder = torch.empty(chains, len(temperatures), device=device)
     for level, temperature in enumerate(temperatures):
-        ladder[:, level] = temperature
+        ladder[:, level].fill_(temperature)
     return ladder
