@@ -108,16 +108,22 @@ def _problem_of(event: yaml.Event) -> str | None:
 def _superseded(base, given):
     """The file's values without those that an override makes void: another `kind`, or the other way to give noise."""
     for section in given:
-        if not (OmegaConf.is_dict(base.get(section)) and OmegaConf.is_dict(given[section])):
-            continue
-        if "kind" in given[section] and given[section]["kind"] != base[section].get("kind"):
-            base[section] = {}
+        _forget_other_kind(base, given, section)
+    if OmegaConf.is_dict(base.get("energy")) and OmegaConf.is_dict(given.get("energy")):
+        _forget_other_kind(base.energy, given.energy, "network")  # of a hybrid
     if OmegaConf.is_dict(given.get("sampler")):
         for one, other in (("noise_scale", "temperature"), ("temperature", "noise_scale")):
             replaced = given.sampler.get(one) is not None and other not in given.sampler
             if replaced and OmegaConf.is_dict(base.get("sampler")):
                 base.sampler.pop(other, None)
     return base
+
+
+def _forget_other_kind(base, given, section: str) -> None:
+    if not (OmegaConf.is_dict(base.get(section)) and OmegaConf.is_dict(given.get(section))):
+        return
+    if "kind" in given[section] and given[section]["kind"] != base[section].get("kind"):
+        base[section] = {}
 
 
 def validate(values: Any, where: str) -> Config:
