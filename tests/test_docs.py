@@ -33,8 +33,8 @@ def kl_from_the_truth(truth, energy):
 def test_training_learns(guide):
     untrained = kl_from_the_truth(guide["truth"], guide["prior"])
     assert untrained > 0.5
-    assert kl_from_the_truth(guide["truth"], guide["energy"]) < 0.2
-    assert kl_from_the_truth(guide["truth"], guide["scored"]) < 0.2
+    assert kl_from_the_truth(guide["truth"], guide["energy"]) < 0.1
+    assert kl_from_the_truth(guide["truth"], guide["scored"]) < 0.1
 
 
 def test_samples_are_of_the_density(guide):
