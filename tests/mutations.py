@@ -4,7 +4,7 @@ Each mutant is a copy of the package with one text of one loss replaced; the tes
 at least one must fail. WORD: only the files whose names hold it. Exits 1 where a mutant survives.
 """
 
-import multiprocessing
+import contextlib
 import os
 import shutil
 import sys
@@ -56,8 +56,8 @@ MUTANTS = {  # file of ebm/losses: (text, what replaces it)
         ("x = _inside(x, *bounds, boundary)", "pass"),
         ("loss + kl_weight *", "loss - kl_weight *"),
         ("loss + kl_weight *", "loss +"),
-        ("- entropy_weight *", "+ entropy_weight *"),
-        ("- entropy_weight *", "-"),
+        ("low_energy - entropy_weight", "low_energy + entropy_weight"),
+        ("- entropy_weight * entropy", "- entropy"),
         ("slope * (x - a.detach())", "slope * (a.detach() - x)"),
         (".sum() / len(x)", ".sum()"),
         ("e.detach().mean() +", "e.mean() +"),
@@ -177,54 +177,61 @@ MUTANTS = {  # file of ebm/losses: (text, what replaces it)
 }
 
 
-def run_tests(copy: Path, names: str) -> None:
-    """In a process of its own, forked so that torch is there already: its exit code is pytest's."""
-    os.chdir(copy)
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    files = [f"tests/{name}" for name in TESTS if name.startswith("test_")]
-    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:logging", *files, "-k", names])
-    assert str(copy) in str(sys.modules["ebm"].__file__)  # not the package that this file belongs to
-    os._exit(int(code))
+def run_tests(root: Path, names: str) -> int:
+    """pytest's exit code on the tests of `root` with these names: 0 passed, 1 failed. Leaves none of its modules."""
+    os.chdir(root)
+    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
+        files = [f"tests/{name}" for name in TESTS if name.startswith("test_")]
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *files, "-k", names])
+    assert Path(sys.modules["ebm"].__file__).is_relative_to(root), "the tests took another copy of the package"
+    for name in list(sys.modules):
+        if name.split(".")[0] in ("ebm", "conftest", "gaussians") or name.startswith("test_losses"):
+            del sys.modules[name]
+    sys.path[:] = [path for path in sys.path if not Path(path).is_relative_to(root)]
+    return int(code)
 
 
-def outcome(file: str, old: str = "", new: str = "") -> int:
-    """pytest's exit code on a copy of the package where `new` stands for `old`: 0 passed, 1 failed."""
+def outcome(file: str, old: str, new: str) -> int:
+    """The exit code of the tests on a copy of the package where `new` stands for `old`. In a process of its own,
+    forked so that it has loaded torch already."""
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder).resolve()
-        shutil.copytree(ROOT / "ebm", copy / "ebm", ignore=shutil.ignore_patterns("__pycache__"))
-        (copy / "tests").mkdir()
+        root = Path(folder).resolve()
+        shutil.copytree(ROOT / "ebm", root / "ebm", ignore=shutil.ignore_patterns("__pycache__"))
+        (root / "tests").mkdir()
         for name in TESTS:
-            shutil.copy(ROOT / "tests" / name, copy / "tests")
-        shutil.copy(ROOT / "pyproject.toml", copy)
-        path = copy / "ebm" / "losses" / f"{file}.py"
-        source = path.read_text()
-        assert not old or source.count(old) == 1, f"{file}.py holds {old!r} {source.count(old)} times, not once"
-        path.write_text(source.replace(old, new) if old else source)
-        process = multiprocessing.get_context("fork").Process(target=run_tests, args=(copy, RELEVANT[file]))
-        process.start()
-        process.join()
-        return process.exitcode
+            shutil.copy(ROOT / "tests" / name, root / "tests")
+        shutil.copy(ROOT / "pyproject.toml", root)
+        path = root / "ebm" / "losses" / f"{file}.py"
+        path.write_text(path.read_text().replace(old, new))
+        child = os.fork()
+        if child == 0:
+            code = 70
+            try:
+                code = run_tests(root, RELEVANT[file])
+            finally:
+                os._exit(code)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def main(word: str = "") -> int:
     torch.set_num_threads(1)
-    survivors = killed = 0
-    for file, mutants in MUTANTS.items():
-        if word not in file:
-            continue
-        code = outcome(file)
-        if code != 0:
-            print(f"{file}: the tests fail without any change (pytest's exit code {code})")
-            return 1
-        for old, new in mutants:
-            code = outcome(file, old, new)
-            killed += code == 1
-            if code != 1:
-                survivors += 1
-                print(f"{file}: survives (exit code {code}): {old!r} -> {new!r}", flush=True)
-        print(f"{file}: {len(mutants)} mutants", flush=True)
-    print(f"{killed} killed, {survivors} survived")
-    return int(survivors > 0)
+    files = [file for file in MUTANTS if word in file]
+    for file in files:
+        source = (ROOT / "ebm" / "losses" / f"{file}.py").read_text()
+        absent = [old for old, _ in MUTANTS[file] if source.count(old) != 1]
+        assert not absent, f"{file}.py: not there, or more than once: {absent}"
+    if code := run_tests(ROOT, " or ".join(RELEVANT[file] for file in files)):
+        print(f"the tests fail without any change (pytest's exit code {code})")
+        return 1
+    survivors = []
+    for file in files:
+        codes = {mutant: outcome(file, *mutant) for mutant in MUTANTS[file]}
+        survivors += [(file, *mutant, code) for mutant, code in codes.items() if code != 1]
+        print(f"{file}: {len(codes)} mutants", flush=True)
+    for file, old, new, code in survivors:
+        print(f"survives (exit code {code}): {file}: {old!r} -> {new!r}")
+    print(f"{sum(len(MUTANTS[file]) for file in files) - len(survivors)} killed, {len(survivors)} survived")
+    return int(bool(survivors))
 
 
 if __name__ == "__main__":
