@@ -171,6 +171,29 @@ def test_an_object_store(local, access):
     store.rm("/bucket", recursive=True)
 
 
+def test_s3(local, access, monkeypatch):
+    """The library itself against a server of its protocol: pip install s3fs 'moto[server]'."""
+    pytest.importorskip("s3fs")
+    moto = pytest.importorskip("moto.server")
+    for name, value in (("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b"), ("DEFAULT_REGION", "us-east-1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("no_proxy", "*")
+    s3 = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    s3.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*s3.get_host_and_port()))
+    store = fsspec.filesystem("s3", skip_instance_cache=True)
+    store.mkdir("bucket")
+    store.pipe({f"bucket/set/{path.name}": path.read_bytes() for path in local.directory.iterdir()})
+    access = Access(**vars(access) | {"schemes": ("s3",), "timeout": 20})
+    found = read_all("s3://bucket/set", local.shape, access=access)
+    for there, here in zip(found, read_all(local, local.shape), strict=True):
+        assert torch.equal(there[0], here[0]) and there[2] == here[2]
+    store.rm(f"bucket/set/{shard_name(2)}")
+    with pytest.raises(DataError, match=rf"s3://bucket/set/{shard_name(2)}: FileNotFoundError"):
+        verify(load_manifest("s3://bucket/set/manifest.json", access))
+    s3.stop()
+
+
 # Faults
 
 PASSING = ("stall", "drip", "drip_headers", "mute", "noise", "cut", "reset", "altered", "longer", "gzip")
