@@ -65,7 +65,7 @@ def sync(server: StandIn, homes: dict, *arguments: str, expect: int = 0) -> str:
 
 def test_a_requeued_run_is_one_run(digits, server, homes, tmp_path):
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    arguments = command(1, run_dir, digits, train__steps=300, tracking__group="sweep", **SETTINGS)
+    arguments = command(1, run_dir, digits, train__steps=260, tracking__group="sweep", **SETTINGS)
     run = Run(arguments, log, **homes)
     assert run.until_step(run_dir, 70)
     (run_dir / "STOP").touch()
@@ -84,7 +84,7 @@ def test_a_requeued_run_is_one_run(digits, server, homes, tmp_path):
     assert len(parts(run_dir)) >= 3  # a start that is killed at once may not have one
     rows, true = metric_rows(run_dir), records(run_dir / "metrics.jsonl")
     assert {row["step"]: row for row in rows} == {row["step"]: row for row in true}  # the last row of a step counts
-    assert sorted(row["step"] for row in true) == list(range(1, 301))
+    assert sorted(row["step"] for row in true) == list(range(1, 261))
     every = [record for file in parts(run_dir) for record in wandb_records(file)]
     assert {r.run.run_group for r in every if r.HasField("run")} == {"sweep"}
     assert any(item.key == "proc.memory.rssMB" for r in every if r.HasField("stats") for item in r.stats.item)
@@ -98,6 +98,7 @@ def test_a_requeued_run_is_one_run(digits, server, homes, tmp_path):
     assert server.history(identity) == uploaded
 
 
+@pytest.mark.slow
 def test_it_is_uploaded_part_by_part_while_it_goes_on(digits, server, homes, tmp_path):
     run_dir = tmp_path / "run"
     settings = SETTINGS | {"train__steps": 1200, "tracking__offline_part": 2}
@@ -115,6 +116,25 @@ def test_it_is_uploaded_part_by_part_while_it_goes_on(digits, server, homes, tmp
     steps = [row["step"] for row in server.history(identity) if "train/loss" in row]
     assert steps == list(range(1, 1201))
     assert len(parts(run_dir)) > 2 and len(set(sizes)) > 1  # it did arrive in parts
+
+
+@pytest.mark.parametrize("ladder", ["true", "false"])
+def test_divergence_is_an_alert(digits, homes, tmp_path, ladder):
+    run_dir = tmp_path / "run"
+    settings = SETTINGS | {"train__steps": 60, "checkpoint__every": 20, "health__every": 5, "health__patience": 2}
+    settings |= {"health__ladder": ladder, "tracking__artifacts": "final"}
+    fault = '{"kind": "nan_weight", "rank": 0, "step": 43}'
+    arguments = command(1, run_dir, digits, script="tests/faulty.py", **settings)
+    finish(arguments, tmp_path / "log", 0 if ladder == "true" else 1, EBM_FAULT=fault, **homes)
+    every = [record for file in parts(run_dir) for record in wandb_records(file)]
+    alerts = {r.alert.title: r.alert.text for r in every if r.HasField("alert")}
+    title, text = ("rolled back", "back to step 40") if ladder == "true" else ("the run ended", "training diverged")
+    assert "not finite" in alerts[title] and text in alerts[title]
+    assert ("training may diverge" in alerts) == (ladder == "true")  # without it, the first check is the end
+    kept = [r.artifact for r in every if r.HasField("artifact") and r.artifact.type == "checkpoint"]
+    assert len(kept) == (ladder == "true")
+    for entry in (entry for artifact in kept for entry in artifact.manifest.contents):
+        assert Path(entry.local_path).read_bytes() == (run_dir / "checkpoints/step_00000060" / entry.path).read_bytes()
 
 
 def test_what_can_not_be_uploaded_stays(homes, tmp_path):
