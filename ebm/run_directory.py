@@ -157,7 +157,8 @@ class RunDirectory:
                 f"  checkpoints  {self.checkpoints}/\n"
                 f"next:\n"
                 f"  python -m ebm sample {self.path} --num 64 --steps 200 --out samples.png\n"
-                f"  python -m ebm evaluate {self.path}"
+                f"  python -m ebm evaluate {self.path}\n"
+                f"  python -m ebm report {self.path}"
             )
         elif code == EXIT_STOPPED:
             self.say(f"stopped at step {step}, checkpoint in {self.checkpoints}/; the same command goes on from there")

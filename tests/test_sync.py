@@ -87,6 +87,7 @@ def test_a_requeued_run_is_one_run(digits, server, homes, tmp_path):
     assert sorted(row["step"] for row in true) == list(range(1, 261))
     every = [record for file in parts(run_dir) for record in wandb_records(file)]
     assert {r.run.run_group for r in every if r.HasField("run")} == {"sweep"}
+    assert sum(r.HasField("preempting") for r in every) == 2  # the two starts that were asked to stop
     assert any(item.key == "proc.memory.rssMB" for r in every if r.HasField("stats") for item in r.stats.item)
 
     said = sync(server, homes, str(run_dir))
@@ -111,6 +112,7 @@ def test_it_is_uploaded_part_by_part_while_it_goes_on(digits, server, homes, tmp
             sizes.append(sum(map(len, (server.history(name) for name in server.runs))))
         time.sleep(0.5)
     assert run.wait() == 0
+    assert sum(r.HasField("preempting") for p in parts(run_dir) for r in wandb_records(p)) == len(parts(run_dir)) - 1
     assert "still written to" not in sync(server, homes, str(run_dir))
     (identity,) = server.runs
     steps = [row["step"] for row in server.history(identity) if "train/loss" in row]
