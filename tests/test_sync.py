@@ -20,6 +20,9 @@ from ebm.data.shards import ensure_shards
 
 SETTINGS = {"data__trace": "false", "tracking__wandb": "offline", "checkpoint__every": 50}
 
+FAULTY = {"train__steps": 60, "checkpoint__every": 20, "health__every": 5, "health__patience": 2}
+NAN = '{"kind": "nan_weight", "rank": 0, "step": 43}'
+
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
@@ -120,23 +123,37 @@ def test_it_is_uploaded_part_by_part_while_it_goes_on(digits, server, homes, tmp
     assert len(parts(run_dir)) > 2 and len(set(sizes)) > 1  # it did arrive in parts
 
 
-@pytest.mark.parametrize("ladder", ["true", "false"])
-def test_divergence_is_an_alert(digits, homes, tmp_path, ladder):
+def test_divergence_is_an_alert_and_the_last_checkpoint_an_artifact(digits, server, homes, tmp_path):
     run_dir = tmp_path / "run"
-    settings = SETTINGS | {"train__steps": 60, "checkpoint__every": 20, "health__every": 5, "health__patience": 2}
-    settings |= {"health__ladder": ladder, "tracking__artifacts": "final"}
-    fault = '{"kind": "nan_weight", "rank": 0, "step": 43}'
-    arguments = command(1, run_dir, digits, script="tests/faulty.py", **settings)
-    finish(arguments, tmp_path / "log", 0 if ladder == "true" else 1, EBM_FAULT=fault, **homes)
-    every = [record for file in parts(run_dir) for record in wandb_records(file)]
-    alerts = {r.alert.title: r.alert.text for r in every if r.HasField("alert")}
-    title, text = ("rolled back", "back to step 40") if ladder == "true" else ("the run ended", "training diverged")
-    assert "not finite" in alerts[title] and text in alerts[title]
-    assert ("training may diverge" in alerts) == (ladder == "true")  # without it, the first check is the end
-    kept = [r.artifact for r in every if r.HasField("artifact") and r.artifact.type == "checkpoint"]
-    assert len(kept) == (ladder == "true")
-    for entry in (entry for artifact in kept for entry in artifact.manifest.contents):
-        assert Path(entry.local_path).read_bytes() == (run_dir / "checkpoints/step_00000060" / entry.path).read_bytes()
+    settings = SETTINGS | FAULTY | {"tracking__artifacts": "final", "tracking__samples_every": 50}
+    finish(command(1, run_dir, digits, script="tests/faulty.py", **settings), tmp_path / "log", EBM_FAULT=NAN, **homes)
+    texts = alerts(run_dir)
+    assert "not finite" in texts["rolled back"] and "back to step 40" in texts["rolled back"]
+    sync(server, homes, str(run_dir))
+    assert set(server.alerts) == {"training may diverge", "rolled back"} == set(texts)
+    identity = (run_dir / "wandb_id").read_text()
+    files = {
+        f"checkpoint-{identity}": run_dir / "checkpoints/step_00000060",
+        f"samples-{identity}": run_dir / "samples",
+    }
+    true = {
+        f"{kind}-{identity}/{file.name}": file.read_bytes() for kind, path in files.items() for file in path.iterdir()
+    }
+    assert server.artifacts == true
+    assert not (run_dir / "wandb/artifacts").exists()
+
+
+def test_the_end_by_divergence_is_an_alert(digits, homes, tmp_path):
+    settings = SETTINGS | FAULTY | {"health__ladder": "false"}
+    arguments = command(1, tmp_path / "run", digits, script="tests/faulty.py", **settings)
+    finish(arguments, tmp_path / "log", 1, EBM_FAULT=NAN, **homes)
+    assert "training diverged at step 45" in alerts(tmp_path / "run")["the run ended"]
+
+
+def alerts(run_dir: Path) -> dict[str, str]:
+    """Text by title."""
+    every = (record for file in parts(run_dir) for record in wandb_records(file))
+    return {record.alert.title: record.alert.text for record in every if record.HasField("alert")}
 
 
 def test_what_can_not_be_uploaded_stays(homes, tmp_path):

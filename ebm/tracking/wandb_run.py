@@ -145,6 +145,8 @@ class WandbRun:
             self._call(lambda: self._log_artifact("samples", "samples", newest_samples(self._run_dir)))
 
     def _log_artifact(self, kind: str, name: str, files: list[Path]) -> None:
+        if not files:
+            return
         artifact = self._wandb.Artifact(f"{kind}-{self._run.id}", type=kind)
         artifact.add_dir(str(self._artifacts.hold(name, files)), policy="immutable", skip_cache=True)
         self._run.log_artifact(artifact, aliases=["latest", name])
