@@ -60,7 +60,7 @@ def draw(records: report.Records, file: Path) -> None:
         for ax, keys in zip(rows[0].subplots(2, 3).flat, CHARTS, strict=True):
             bounds = healthy_range(records, report.metric_of(keys[0]))
             figures.draw_curves(ax, {key: records.series(key) for key in keys}, bounds, [])
-            ax.set_title(keys[0] if len(keys) == 1 else "")
+            ax.set_title(keys[0] if len(keys) == 1 else "", fontsize=9.5)
         ax = rows[1].subplots()
         ax.imshow(np.asarray(Image.open(records.panels[-1])))
         ax.set_axis_off()

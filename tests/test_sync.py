@@ -132,13 +132,9 @@ def test_divergence_is_an_alert_and_the_last_checkpoint_an_artifact(digits, serv
     sync(server, homes, str(run_dir))
     assert set(server.alerts) == {"training may diverge", "rolled back"} == set(texts)
     identity = (run_dir / "wandb_id").read_text()
-    files = {
-        f"checkpoint-{identity}": run_dir / "checkpoints/step_00000060",
-        f"samples-{identity}": run_dir / "samples",
-    }
-    true = {
-        f"{kind}-{identity}/{file.name}": file.read_bytes() for kind, path in files.items() for file in path.iterdir()
-    }
+    made = {"checkpoint": run_dir / "checkpoints/step_00000060", "samples": run_dir / "samples"}
+    files = [(kind, file) for kind, path in made.items() for file in path.iterdir()]
+    true = {f"{kind}-{identity}/{file.name}": file.read_bytes() for kind, file in files}
     assert server.artifacts == true
     assert not (run_dir / "wandb/artifacts").exists()
 

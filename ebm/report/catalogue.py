@@ -55,7 +55,7 @@ METRICS = (
     Metric("sampler/displacement", "mean distance that a chain moves in one step of training", "pixel",
            "level; 0: the chains are stuck"),
     Metric("sampler/saturated", "share of the chains' pixels at a bound", "share",
-           "near data/saturated, at most .2 above it", lambda _, data: (0.0, data["data/saturated"] + 0.2)),
+           "near data/saturated, at most .25 above it", lambda _, data: (0.0, data["data/saturated"] + 0.25)),
     Metric("sampler/temperature", "noise_scale^2 / (2 step_size)", "energy", "as configured; changes only with a cut"),
     Metric("sampler/acceptance*", "share of proposals that the Metropolis test accepts", "share",
            "near the sampler's target"),
