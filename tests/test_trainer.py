@@ -46,11 +46,7 @@ VARIANTS = {
     "mala": ["sampler.kind=mala", "sampler.num_steps=2"],
     "hmc": ["sampler.kind=hmc", "sampler.num_steps=2", "train.accumulate=2"],
     "tempering": ["sampler.kind=tempering", "sampler.num_steps=2", "energy.num_classes=10"],
-    "wide_resnet": ["energy.kind=wide_resnet", "energy.depth=10", "energy.widen=1", "energy.spectral_norm=true"],
-    "transformer": ["energy.kind=transformer", "energy.dim=16", "energy.depth=1", "energy.patch_size=4"],
-    "graph": ["energy.kind=graph", "energy.hidden_dim=8", "energy.num_layers=2"],
-    "gaussian": ["energy.kind=gaussian", "energy.std=0.5"],
-    "hybrid": ["energy.kind=hybrid", "energy.network.hidden_dim=16", "loss.kind=denoising"],
+    "hybrid_denoised": ["energy.kind=hybrid", "energy.network.hidden_dim=16", "loss.kind=denoising"],
 }
 
 

@@ -98,7 +98,7 @@ class Tracker:
         self._trace.append({"step": step, "samples": samples, "chains": chains})
 
     def panels(self, step: int, samples: dict[str, Tensor]) -> None:
-        """Images (N, C, H, W) in [-1, 1], or vectors (N, D), by panel: side by side in samples/step_N.png, each in W&B."""
+        """Images (N, C, H, W) in [-1, 1] or vectors (N, D), by panel: all in samples/step_N.png, each in W&B."""
         pictures = {name: picture(x) for name, x in samples.items()}
         file = BytesIO()
         side_by_side(pictures).save(file, format="png")
