@@ -1,0 +1,116 @@
+"""Every objective and sampler on the four peaks: the divergence of what is learned from the truth, by quadrature.
+
+python benchmarks/four_peaks.py [--out DIR] [--json FILE] [METHOD ...]
+
+Each method is a run of configs/four_peaks.yaml with the overrides of `METHODS`, on one thread, scored by `python -m ebm
+evaluate --metrics likelihood`: KL(true || learned) in nats, and the largest error of the weight of a mode. A run that
+is done already is only scored. Prints a table and one JSON object.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+from ebm.config import load_config
+
+ROOT = Path(__file__).parent.parent
+WITHOUT_CHAINS = ["train.steps=5000"]
+MALA = ["sampler.kind=mala", "sampler.bounds=null", "sampler.start=[-4,4]", "sampler.num_steps=10"]
+HMC = ["sampler.kind=hmc", "sampler.bounds=null", "sampler.start=[-4,4]", "sampler.num_steps=4"]
+TEMPERING = ["sampler.kind=tempering", "sampler.bounds=null", "sampler.start=[-4,4]", "sampler.num_steps=5"]
+FLOW = ["sampler.start=normal", "sampler.schedule=flow", "sampler.num_steps=40", "sampler.step_size=0.05"]
+METHODS = {
+    "contrastive, persistent": [],
+    "contrastive, from data": ["loss.negatives=data"],
+    "contrastive, MALA": [*MALA, "sampler.step_size=0.5"],
+    "contrastive, HMC": [*HMC, "sampler.step_size=0.7"],
+    "contrastive, tempering": [*TEMPERING, "sampler.step_size=0.5", "sampler.temperatures=[1,2,4]"],
+    "improved_contrastive": ["loss.kind=improved_contrastive", "loss.entropy_weight=2", "loss.negatives=data"],
+    "score_matching, exact": ["loss.kind=score_matching", "loss.method=exact", *WITHOUT_CHAINS],
+    "score_matching, hutchinson": ["loss.kind=score_matching", "loss.method=hutchinson", *WITHOUT_CHAINS],
+    "score_matching, sliced": ["loss.kind=score_matching", "loss.method=sliced", *WITHOUT_CHAINS],
+    "denoising": ["loss.kind=denoising", "loss.sigma=0.1", *WITHOUT_CHAINS],
+    "noise_contrastive": ["loss.kind=noise_contrastive", "loss.noise_std=2.5", "loss.ratio=2", *WITHOUT_CHAINS],
+    "energy_discrepancy": ["loss.kind=energy_discrepancy", "loss.time=1", *WITHOUT_CHAINS],
+    "recovery": ["loss.kind=recovery", "loss.sigma=2"],
+    "energy_matching": ["loss.kind=energy_matching", "loss.warmup_steps=1000", "loss.contrastive_weight=1",
+                        "loss.flow_weight=0.01", "loss.trim=0", "loss.floor=null", *FLOW],
+}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/four_peaks_methods"))
+    parser.add_argument("--json", type=Path, help="write the result to this file too")
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(METHODS)} (default: all)")
+    options = parser.parse_args()
+    rows = {}
+    print(f"{'method':<28}{'KL':>9}{'worst mode':>12}{'forwards a step':>17}{'seconds':>9}", flush=True)
+    for name in options.methods or METHODS:
+        rows[name] = row = measure(name, options.out)
+        print(f"{name:<28}{row['kl']:>9.4f}{row['worst_mode']:>11.1%}{row['forwards_a_step']:>17.0f}"
+              f"{row['seconds']:>9.0f}", flush=True)  # fmt: skip
+    result = {"methods": rows, "torch": torch.__version__, "threads": 1}
+    print(json.dumps(result, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def measure(name: str, out: Path) -> dict:
+    run = out / name.replace(", ", "_").replace(" ", "_")
+    settings = [f"run.dir={run}", "tracking.wandb=disabled", "tracking.samples_every=1000000", *METHODS[name]]
+    config_file = ROOT / "configs/four_peaks.yaml"
+    command(["train.py", "--config", str(config_file), *settings])
+    values = run / "likelihood.json"
+    command(["-m", "ebm", "evaluate", str(run), "--metrics", "likelihood", "--json", str(values)])
+    found = json.loads(values.read_text())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps_before = [0] + [line["step"] for line in lines]
+    spans = [line["step"] - before for line, before in zip(lines, steps_before, strict=False)]
+    return {
+        "kl": found["likelihood/kl"],
+        "worst_mode": max(abs(value - 1) for key, value in found.items() if key.endswith("_ratio")),
+        "forwards_a_step": forwards(load_config(config_file, settings)),
+        "seconds": sum(line["perf/step_s"] * n for line, n in zip(lines, spans, strict=True)),
+        "overrides": METHODS[name],
+    }
+
+
+def command(arguments: list[str]) -> None:
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True)  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
+
+
+def forwards(config) -> float:
+    """Forwards of a datum a step, a backward to the input or to the weights counting as one more each."""
+    loss, sampler = config.loss, config.sampler
+    chain = 0 if loss.negatives is None else 2 * sampler.evaluations
+    return chain + {
+        "contrastive": 6,
+        "improved_contrastive": 6 + 6 + 2,  # one more differentiated step, and the energy at its end
+        "jem": 6,
+        "recovery": 6,
+        "energy_matching": 6 + 6,
+        "score_matching": 6 + 4 * (math_dim(config) if loss.kind == "score_matching" and loss.method == "exact" else 1),
+        "denoising": 6,
+        "noise_contrastive": 3 * (1 + getattr(loss, "ratio", 0)),
+        "energy_discrepancy": 3 * (1 + getattr(loss, "num_samples", 0)),
+    }[loss.kind]
+
+
+def math_dim(config) -> int:
+    return torch.Size(config.data.shape).numel()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
