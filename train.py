@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import time
+from contextlib import suppress
 
 from ebm.config import DEFAULT_CONFIG, Config, describe, load_config
 from ebm.environment import prepare_process
@@ -76,5 +77,15 @@ def run(config: Config, started: float) -> int:
         world.close()
 
 
+def leave_code(code: int) -> None:
+    """Write an exit code to EBM_EXIT_FILE, for batch scripts: launchers turn all of them into 1."""
+    file = os.environ.get("EBM_EXIT_FILE")
+    if file and code not in (0, 1):
+        with suppress(OSError), open(file, "w") as stream:
+            stream.write(f"{code}\n")
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    leave_code(code)
+    sys.exit(code)

@@ -15,6 +15,8 @@ COMMANDS = {
     "sample": "draw fresh chains with a run's averaged weights",
     "score": "energies of images",
     "evaluate": "Fréchet distance, out-of-distribution AUROC and more",
+    "report": "RUN/report.html: curves, samples, energies, health on one page",
+    "sync": "upload to W&B what runs logged offline",
 }
 
 

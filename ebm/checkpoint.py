@@ -40,6 +40,7 @@ class _State(BaseModel):
     quarantined: Count
     good: bool
     ladder: dict[str, Any]  # checked by `ebm.ladder`
+    step_size: Annotated[FiniteFloat, Field(gt=0)] | None  # of a sampler that adapts its own
     scaler: dict[str, FiniteFloat] | None
 
 
@@ -76,6 +77,15 @@ class Saver:
     def __init__(self, root: Path, world, say):
         self._root, self._world, self._say = root, world, say
         self._step, self._thread, self._written, self._error = 0, None, {}, None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        """Wait for this rank's part, whatever ended the training: a thread that is still inside torch when the
+        interpreter ends takes the process down with SIGABRT in the place of its exit code."""
+        if self.busy:
+            self._thread.join()
 
     @property
     def busy(self) -> bool:

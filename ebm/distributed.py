@@ -9,6 +9,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from ebm.config import TrainConfig
 from ebm.errors import ConfigError
@@ -25,13 +26,15 @@ class World:
             )
         if config.mixed_precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise ConfigError("train.mixed_precision=bf16: this GPU has no bfloat16; use fp16 or no")
+        timeout = timedelta(seconds=config.collective_timeout)
+        _join_restarted(timeout, "nccl" if cuda else "gloo")
         self.accelerator = Accelerator(
             cpu=not cuda,
             mixed_precision=config.mixed_precision,
             # Power iteration does not depend on data, so the ranks' buffers stay equal without a broadcast.
             kwargs_handlers=[
                 DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=timedelta(seconds=config.collective_timeout)),
+                InitProcessGroupKwargs(timeout=timeout),
             ],
         )
         self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
@@ -117,3 +120,16 @@ class World:
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _join_restarted(timeout: timedelta, backend: str) -> None:
+    """Form the group where an elastic launcher (--max-restarts) started this process again; else accelerate does.
+
+    The launcher keeps its store over restarts, and in it the addresses of processes that are gone: gloo would call
+    these. So each restart meets under keys of its own."""
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restart == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(f"restart_{restart}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)

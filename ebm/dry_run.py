@@ -33,7 +33,7 @@ def estimate(config: Config) -> dict[str, str]:
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         energy(x, *labels)
     parameters = sum(p.numel() for p in energy.parameters())
-    batch, steps = config.train.batch_size, config.sampler.num_steps
+    batch, steps = config.train.batch_size, config.sampler.evaluations
     halved = 0.5 if config.train.mixed_precision != "no" else 1.0
     chain = x.numel() * getattr(torch, config.buffer.dtype).itemsize + 4  # and its age
     return {

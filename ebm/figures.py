@@ -1,4 +1,4 @@
-"""Pictures of images: grids, and grids side by side."""
+"""Pictures of samples: grids of images, points and energies on the plane, side by side."""
 
 import math
 
@@ -24,6 +24,14 @@ def grid(images: Tensor, min_pixels: int = 256) -> np.ndarray:
     return (picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
+def picture(x: Tensor) -> np.ndarray:
+    """Images (N, C, H, W) in [-1, 1] as a grid; vectors (N, D) as points, by their first two components."""
+    if x.ndim == 4:
+        return grid(x)
+    points = F.pad(x.detach().float().cpu(), (0, max(0, 2 - x.shape[1])))[:, :2].numpy()
+    return landscape({"": (None, points)}, half_width=max(1.0, float(np.abs(points).max())))
+
+
 def side_by_side(pictures: dict[str, np.ndarray], gap: int = 8, title: int = 16) -> Image.Image:
     """Pictures in a row, their titles above."""
     width = sum(p.shape[1] for p in pictures.values()) + gap * (len(pictures) + 1)
@@ -35,3 +43,25 @@ def side_by_side(pictures: dict[str, np.ndarray], gap: int = 8, title: int = 16)
         sheet.paste(Image.fromarray(picture), (left, gap + title))
         left += picture.shape[1] + gap
     return sheet
+
+
+def landscape(panels: dict[str, tuple[np.ndarray | None, np.ndarray | None]], half_width: float) -> np.ndarray:
+    """Energies and points of the plane side by side, uint8 (height, width, 3).
+
+    By title: (energies (R, R) on the square of `half_width`, rows from low y to high y, or None; points (N, 2) or
+    None). All panels share one colour scale, measured from each one's lowest energy.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # loads for runs on the plane alone
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(panels), 4.3), dpi=100, layout="constrained")
+    canvas, extent = FigureCanvasAgg(figure), (-half_width, half_width, -half_width, half_width)
+    for axes, (title, (energies, points)) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(),
+                                                 strict=True):  # fmt: skip
+        if energies is not None:
+            axes.imshow(energies - energies.min(), origin="lower", extent=extent, cmap="viridis_r", vmin=0, vmax=6)
+        if points is not None:
+            axes.scatter(*points.T, s=2, alpha=0.5, linewidths=0, color="white" if energies is not None else "black")
+        axes.set(title=title, xlim=extent[:2], ylim=extent[2:], aspect="equal")
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

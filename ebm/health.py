@@ -1,5 +1,7 @@
 """What a run's energies and chains say about its health."""
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 
@@ -20,21 +22,21 @@ def saturated(x: Tensor, bounds: tuple[float, float] | None) -> Tensor:
 
 
 class Meters:
-    """Means of scalars over the steps between two reads. They add up on the device; only `read` waits for it."""
+    """Means of scalars between two reads. They add up on the device; only `read` waits for it."""
 
     def __init__(self):
         self._sums: dict[str, Tensor] = {}
-        self._steps = 0
+        self._counts: Counter[str] = Counter()
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """One step's detached scalars; the same names each step."""
-        self._steps += 1
+        """One step's detached scalars; the same names on every rank."""
         for name, value in values.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+        self._counts.update(values.keys())
 
     def read(self, world) -> dict[str, float]:
-        """Each mean over the steps and all ranks; starts over."""
-        names, sums = list(self._sums), torch.stack([v.float() for v in self._sums.values()])
-        means = (world.mean(sums) / self._steps).tolist()
-        self._sums, self._steps = {}, 0
-        return dict(zip(names, means, strict=True))
+        """Each mean over the steps that gave it and over all ranks; starts over."""
+        sums = torch.stack([value.float() / self._counts[name] for name, value in self._sums.items()])
+        means = dict(zip(self._sums, world.mean(sums).tolist(), strict=True))
+        self._sums, self._counts = {}, Counter()
+        return means

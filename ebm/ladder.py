@@ -20,19 +20,25 @@ MINIMUM = 20
 ALERT = "health/warning"
 
 
-class Reading(NamedTuple):
-    """One step of the whole run. Energies are the global batch's."""
+class Chains(NamedTuple):
+    """One step's chains beside its data. Energies are the global batch's."""
 
     gap: float  # mean E(x_neg) - mean E(x_pos)
     spread: float  # standard deviation of both phases' energies together
     auc: float
     saturated: float  # share of the chains' components at the bounds, beyond that of the data
     drift: float  # step_size * root mean square of dE/dx, as a share of the bounds' width
-    void_in_row: int  # steps without a finite gradient up to now
-    replicas_agree: bool  # the ranks' weights are finite and equal
 
     def __str__(self) -> str:
         return f"gap {self.gap:.3g}, auc {self.auc:.3f}, saturated {self.saturated:+.2f}, drift {self.drift:.2g}"
+
+
+class Reading(NamedTuple):
+    """One step of the whole run."""
+
+    void_in_row: int  # steps without a finite gradient up to now
+    replicas_agree: bool  # the ranks' weights are finite and equal
+    chains: Chains | None  # None where the objective has none, or in a void step, whose energies mean nothing
 
 
 class Verdict(NamedTuple):
@@ -81,7 +87,7 @@ class Ladder:
         signs = self._signs(step, reading)
         worst = max(signs, key=lambda name: signs[name])
         self.warning = signs[worst]
-        reason = f"step {step}: {worst}" + ("" if math.isnan(reading.gap) else f" ({reading})")
+        reason = f"step {step}: {worst}" + ("" if reading.chains is None else f" ({reading.chains})")
         broken = reading.void_in_row >= self.config.max_skipped_steps or not reading.replicas_agree
         if self.warning < 1:
             self._well(reading)
@@ -103,26 +109,29 @@ class Ladder:
             "the ranks' weights differ or are not finite": 0.0 if r.replicas_agree else math.inf,
             "no finite gradient": r.void_in_row / c.max_skipped_steps,
         }
-        if r.void_in_row:  # the other numbers mean nothing
+        if r.chains is None:
             return signs
+        gap, _, auc, saturated, drift = r.chains
         signs |= {
-            "chains lie below all data": c.min_auc / max(r.auc, 1e-3) if r.auc <= 0.5 else 0.0,
-            "chains at the bounds": r.saturated / c.max_saturated,
-            "steps as large as the domain": r.drift / c.max_drift,
+            "chains lie below all data": c.min_auc / max(auc, 1e-3) if auc <= 0.5 else 0.0,
+            "chains at the bounds": saturated / c.max_saturated,
+            "steps as large as the domain": drift / c.max_drift,
         }
         if step > c.grace:  # chains begin as noise, which any energy tells from data
-            signs["chains lie above all data"] = (1 - c.max_auc) / max(1 - r.auc, 1e-4) if r.auc > 0.5 else 0.0
+            signs["chains lie above all data"] = (1 - c.max_auc) / max(1 - auc, 1e-4) if auc > 0.5 else 0.0
         if len(self.gaps) >= MINIMUM:
             centre = median(self.gaps)
             deviation = 1.4826 * median(abs(gap - centre) for gap in self.gaps)
             scale = max(deviation, median(self.spreads), 1e-6)
-            signs["the energy gap left its history"] = abs(r.gap - centre) / (c.gap_deviations * scale)
+            signs["the energy gap left its history"] = abs(gap - centre) / (c.gap_deviations * scale)
         return {name: value if math.isfinite(value) else math.inf for name, value in signs.items()}
 
     def _well(self, reading: Reading) -> None:
         if reading.void_in_row:
             return
-        self.gaps, self.spreads = [*self.gaps, reading.gap][-HISTORY:], [*self.spreads, reading.spread][-HISTORY:]
+        if reading.chains is not None:
+            self.gaps = [*self.gaps, reading.chains.gap][-HISTORY:]
+            self.spreads = [*self.spreads, reading.chains.spread][-HISTORY:]
         self.trouble, self.healthy = max(0, self.trouble - 1), self.healthy + 1
         if self.trouble == 0 and self.good:
             self.on_trial = False

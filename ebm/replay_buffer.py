@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ebm.streams import StreamGenerators, generator, uniform_
+from ebm.streams import StreamGenerators, generator, start_
 
 
 class Draw(NamedTuple):
@@ -25,7 +25,7 @@ class ReplayBuffer:
     float32 whatever the chains are kept in.
 
     A slot belongs to its stream for the run's life, and to class `slot % num_classes` in a conditional run. New
-    chains start uniformly in [low, high).
+    chains start as `ebm.streams.start_` says of `start`.
     """
 
     def __init__(
@@ -37,14 +37,13 @@ class ReplayBuffer:
         *,
         device="cpu",
         dtype: torch.dtype = torch.float32,
-        low: float = -1.0,
-        high: float = 1.0,
+        start: tuple[float, float] | None = (-1.0, 1.0),
     ):
-        self.streams, self.slots, self.seed, self.range = list(streams), slots, seed, (low, high)
+        self.streams, self.slots, self.seed, self.start = list(streams), slots, seed, start
         self.device = torch.device(device)
         self._noise = StreamGenerators(seed, self.streams, device)
         x = torch.empty(len(self.streams) * slots, *shape, device=device)
-        self.x = uniform_(x, self._noise("fill", 0), low, high).to(dtype)
+        self.x = start_(x, self._noise("fill", 0), start).to(dtype)
         self.age = torch.zeros(len(self.x), dtype=torch.int32, device=device)
 
     def draw(self, n: int, step: int, reinit_prob: float) -> Draw:
@@ -60,7 +59,7 @@ class ReplayBuffer:
         rows = rows.flatten().to(self.device, non_blocking=True)
         fresh = reinit.flatten().to(self.device, non_blocking=True)
         x = self.x[rows].float()
-        noise = uniform_(torch.empty_like(x), self._noise("reinit", step), *self.range)
+        noise = start_(torch.empty_like(x), self._noise("reinit", step), self.start)
         x = torch.where(fresh.view(-1, *[1] * (x.ndim - 1)), noise, x)
         return Draw(x, noise, rows, fresh, slots, reinit)
 

@@ -46,7 +46,8 @@ class RunDirectory:
             raise ConfigError(f"run.dir={self.path} holds checkpoints but no config.yaml; choose another run.dir")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._lock()
-        self.stop_file.unlink(missing_ok=True)
+        if _restarts()[0] == 0:  # else STOP is what ended the start before, and is to end this one
+            self.stop_file.unlink(missing_ok=True)
         checkpoint.sweep(self.checkpoints)
         _replace(file, to_yaml(config))
 
@@ -157,10 +158,18 @@ class RunDirectory:
                 f"  checkpoints  {self.checkpoints}/\n"
                 f"next:\n"
                 f"  python -m ebm sample {self.path} --num 64 --steps 200 --out samples.png\n"
-                f"  python -m ebm evaluate {self.path}"
+                f"  python -m ebm evaluate {self.path}\n"
+                f"  python -m ebm report {self.path}"
             )
         elif code == EXIT_STOPPED:
+            if _restarts()[1]:  # the launcher takes the end of the ranks for a failure and starts them again
+                self.stop_file.touch()
             self.say(f"stopped at step {step}, checkpoint in {self.checkpoints}/; the same command goes on from there")
+
+
+def _restarts() -> tuple[int, int]:
+    """How often an elastic launcher (--max-restarts) has started this process again, and how often it would."""
+    return tuple(int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
 
 
 def _replace(path: Path, text: str) -> None:

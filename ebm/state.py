@@ -8,14 +8,17 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ebm import checkpoint, optimisation
-from ebm.config import Config, LangevinConfig
-from ebm.data import ShardReader, load_manifest
+from ebm.config import Config, SamplerConfig
+from ebm.data import Access, ShardReader, load_manifest
 from ebm.data.manifest import check_files
 from ebm.distributed import World
 from ebm.energies import FoldedEnergy, build_energy, chain_dtype
 from ebm.errors import DataError
 from ebm.health import Meters
 from ebm.ladder import Ladder
+from ebm.losses import loss_of
+from ebm.negatives import chain_energy
+from ebm.objective import Objective
 from ebm.replay_buffer import ReplayBuffer
 from ebm.samplers import Engine
 from ebm.streams import StreamGenerators, derive_seed, owned_streams
@@ -23,7 +26,7 @@ from ebm.streams import StreamGenerators, derive_seed, owned_streams
 
 @dataclass
 class TrainState:
-    """All that a step reads and changes. `energy` is the bare module, `model` its wrapping for several ranks."""
+    """All that a step reads and changes. `energy` is the bare module, `model` the wrapped `Objective` around it."""
 
     config: Config
     world: World
@@ -37,6 +40,7 @@ class TrainState:
     reader: ShardReader
     random: StreamGenerators
     ladder: Ladder
+    step_size: Tensor | None  # float32 scalar, of a sampler that adapts its own
     step: int = 0
     skipped_steps: Tensor = None  # non-finite steps so far, and in a row; on the device
     skipped_in_row: Tensor = None
@@ -45,7 +49,7 @@ class TrainState:
     meters: Meters = field(default_factory=Meters)
 
     @property
-    def sampler(self) -> LangevinConfig:
+    def sampler(self) -> SamplerConfig:
         """The chain's settings, with the step size that the ladder has left."""
         return self.config.sampler.scaled(self.ladder.step_scale)
 
@@ -53,27 +57,27 @@ class TrainState:
 def build_state(config: Config, world: World) -> TrainState:
     """The state of a run at step 0: a function of the config alone."""
     streams = owned_streams(config.data.streams, world.rank, world.size)
-    manifest = load_manifest(config.data.shards)
+    manifest = load_manifest(config.data.shards, Access.of(config.data))
     check_files(manifest)
     energy = build_energy(config.energy, config.data.shape, config.run.seed).to(world.device).train()
     # Copies before `prepare`: accelerate replaces the forward of the module it is given.
     ema = AveragedModel(energy, multi_avg_fn=get_ema_multi_avg_fn(config.optim.ema_decay)).requires_grad_(False)
     folded = FoldedEnergy(energy, chain_dtype(world.autocast_dtype(), world.device))
-    model, optimizer = world.prepare(energy, optimisation.build_optimizer(config.optim, energy))
-    buffer = None
+    objective = Objective(energy, loss_of(config.loss), of_scores=config.loss.of_scores)
+    model, optimizer = world.prepare(objective, optimisation.build_optimizer(config.optim, energy))
+    buffer, levels = None, config.sampler.levels
     if config.loss.negatives == "persistent":
-        low, high = config.sampler.bounds or (-1.0, 1.0)
         buffer = ReplayBuffer(
-            config.data.shape,
+            (config.data.shape if levels == 1 else (levels, *config.data.shape)),
             config.buffer.size // config.data.streams,
             streams,
             config.run.seed,
             device=world.device,
             dtype=getattr(torch, config.buffer.dtype),
-            low=low,
-            high=high,
+            start=config.sampler.start_range,
         )
     zero = torch.zeros((), dtype=torch.int64, device=world.device)
+    adapts = config.loss.negatives is not None and config.sampler.adapt
     return TrainState(
         config,
         world,
@@ -82,11 +86,12 @@ def build_state(config: Config, world: World) -> TrainState:
         optimizer,
         ema,
         folded,
-        Engine(folded),
+        Engine(chain_energy(config, folded)),
         buffer,
         reader=open_reader(config, manifest, streams, {}),
         random=StreamGenerators(config.run.seed, streams, world.device),
         ladder=Ladder(config.health),
+        step_size=torch.tensor(config.sampler.step_size, device=world.device) if adapts else None,
         skipped_steps=zero,
         skipped_in_row=zero,
         quarantined=zero,
@@ -134,6 +139,7 @@ def snapshot(state: TrainState) -> tuple[dict[str, dict[str, Tensor]], dict]:
         "skipped_steps": int(state.skipped_steps),
         "skipped_in_row": int(state.skipped_in_row),
         "ladder": state.ladder.state(),
+        "step_size": None if state.step_size is None else state.step_size.item(),
         "good": state.step == 0 or state.ladder.good,
         "world_size": state.world.size,
         "scaler": scaler.state_dict() if scaler is not None else None,
@@ -162,6 +168,8 @@ def load(state: TrainState, path: Path, ladder: dict | None = None) -> None:
     # Sums over the ranks go on from rank 0.
     state.skipped_samples = meta["skipped_samples"] if state.world.is_main else 0
     state.quarantined = torch.full_like(state.quarantined, meta["quarantined"] if state.world.is_main else 0)
+    if state.step_size is not None:
+        state.step_size.fill_(meta["step_size"])  # in place: a captured chain reads it where it is
     if (meta["scaler"] is None) != (state.world.scaler is None):
         raise DataError(
             f"{path}/state.json: 'scaler' does not go with train.mixed_precision={config.train.mixed_precision}"

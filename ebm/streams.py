@@ -73,3 +73,8 @@ def uniform_(x: Tensor, generators: Generators = None, low: float = 0.0, high: f
     for part, gen in _parts(x, generators):
         part.uniform_(low, high, generator=gen)
     return x
+
+
+def start_(x: Tensor, generators: Generators, interval: tuple[float, float] | None) -> Tensor:
+    """Fill a dense `x` (B, ...) in place with states that chains start at: uniform in `interval`; None: N(0, 1)."""
+    return normal_(x, generators) if interval is None else uniform_(x, generators, *interval)

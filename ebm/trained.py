@@ -18,8 +18,18 @@ class TrainedRun(NamedTuple):
     checkpoint: Path
     device: torch.device
 
+    @property
+    def directory(self) -> Path:
+        """The run's."""
+        return self.checkpoint.parent.parent
+
+    @property
+    def temperature(self) -> float:
+        """T of the density exp(-E / T) that was learned: that of the chains, 1 for an objective without chains."""
+        return 1.0 if self.config.loss.negatives is None else self.config.sampler.implied_temperature
+
     def persistent_chains(self) -> Tensor:
-        """The replay buffer's states (N, C, H, W) float32, stream by stream."""
+        """The replay buffer's states (N, *shape) float32, stream by stream; of tempered ones the coldest replicas."""
         files = sorted(self.checkpoint.glob("stream_*.safetensors"))
         if not files:
             raise DataError(
@@ -28,12 +38,15 @@ class TrainedRun(NamedTuple):
             )
         buffer = self.config.buffer
         slots = buffer.size // self.config.data.streams
+        levels = self.config.sampler.levels
+        shape = self.config.data.shape if levels == 1 else (levels, *self.config.data.shape)
         expected = {
-            "x": torch.empty(slots, *self.config.data.shape, dtype=getattr(torch, buffer.dtype), device="meta"),
+            "x": torch.empty(slots, *shape, dtype=getattr(torch, buffer.dtype), device="meta"),
             "age": torch.empty(slots, dtype=torch.int32, device="meta"),
         }
         parts = [checkpoint.read_tensors(self.checkpoint, file.stem, expected)["x"] for file in files]
-        return torch.cat(parts).float().to(self.device)
+        x = torch.cat(parts).float().to(self.device)
+        return x if levels == 1 else x[:, 0]
 
     @torch.no_grad()
     def energies(self, x: Tensor, labels: Tensor | None = None, block: int = 512) -> Tensor:
@@ -46,13 +59,9 @@ class TrainedRun(NamedTuple):
         return torch.cat(parts) if parts else torch.empty(0)
 
     def _block(self, x: Tensor, y: Tensor | None) -> Tensor:
-        classes = self.config.energy.num_classes
-        if not classes:
+        if not self.config.energy.num_classes:
             return self.energy(x)
-        if y is not None:
-            return self.energy(x, y)
-        per_class = [self.energy(x, torch.full((len(x),), c, device=x.device)) for c in range(classes)]
-        return -torch.logsumexp(-torch.stack(per_class), 0)
+        return self.energy.marginal(x) if y is None else self.energy(x, y)
 
 
 def open_run(path: str | Path, device: str | None = None) -> TrainedRun:
@@ -70,8 +79,11 @@ def open_run(path: str | Path, device: str | None = None) -> TrainedRun:
     if chosen is None:
         raise DataError(f"{run}/checkpoints holds no valid checkpoint yet; train on, or lower checkpoint.every")
     config = load_config(run / "config.yaml")
-    step_scale = checkpoint.read_state(chosen)["ladder"]["step_scale"]
-    config = config.model_copy(update={"sampler": config.sampler.scaled(step_scale)})
+    state = checkpoint.read_state(chosen)
+    scale = state["ladder"]["step_scale"]
+    if state["step_size"] is not None:
+        scale = state["step_size"] / config.sampler.step_size
+    config = config.model_copy(update={"sampler": config.sampler.scaled(scale)})
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     energy = build_energy(config.energy, config.data.shape, config.run.seed)
     energy.load_state_dict(checkpoint.read_tensors(chosen, "ema", energy.state_dict()))

@@ -1,10 +1,7 @@
 """The trainer: one step, and the loop."""
 
-import math
 import time
-from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,59 +11,49 @@ from ebm.checkpoint import Saver
 from ebm.config import Config
 from ebm.data import Batch, augment
 from ebm.distributed import World
-from ebm.energies import FoldedEnergy
 from ebm.errors import EXIT_STOPPED, DataError, DivergenceError, LostPeerError, UserError
-from ebm.health import auc, saturated
-from ebm.ladder import Reading
-from ebm.losses import contrastive_divergence
-from ebm.replay_buffer import Draw
+from ebm.health import saturated
+from ebm.negatives import coldest, initial_states
+from ebm.readings import Interval, StepResult, measure, panels, read_health, trace
 from ebm.run_directory import RunDirectory
-from ebm.samplers import fresh_chains, langevin, settings_of
+from ebm.samplers import adapted, sampler_of
 from ebm.state import TrainState, build_state, load, snapshot
 from ebm.stopping import StopRequest
-from ebm.streams import StreamGenerators, uniform_
+from ebm.streams import StreamGenerators
 from ebm.tracking import Tracker
 from ebm.watchdog import Watchdog
-
-
-class StepResult(NamedTuple):
-    """What one step did on this rank; tensors stay on the device."""
-
-    draw: Draw | None
-    e_pos: Tensor  # (n,) float32
-    e_neg: Tensor  # (n,)
-    scalars: dict[str, Tensor]  # by metric
 
 
 def train_step(state: TrainState, batch: Batch) -> StepResult:
     """One optimizer step on this rank's part of the global batch. Reads no device memory on the host."""
     config, world, random, step = state.config, state.world, state.random, state.step + 1
-    parts = config.train.accumulate
+    parts, streams = config.train.accumulate, len(random.streams)
 
-    # Data: uint8 -> [-1, 1], dequantised, augmented, noised.
+    # Data: to [-1, 1], dequantised, augmented, noised; and where the chains start, for objectives that need any.
     x_pos = positives(config, batch.images.to(world.device, non_blocking=True), random, step)
     y_pos = batch.labels.to(world.device, non_blocking=True) if config.energy.num_classes else None
-
-    # Where the chains start.
-    draw, x_init, y_neg = initial_states(state, x_pos, y_pos, step)
+    start = initial_states(config, random, state.buffer, x_pos, y_pos, step)
 
     # Part by part (one, unless train.accumulate says more): chain, then loss and gradient of both phases together.
     state.folded.refresh()
-    noise = random("chain", step)
-    settings = settings_of(state.sampler) | {"grad_scale": 1024.0 if state.folded.dtype == torch.float16 else 1.0}
-    x_neg, scalars, energies = [], [], []
+    noise, random_of_loss = random("chain", step), random("loss", step)
+    chains, outputs, scalars = [], [], []
     for part in range(parts):
-        take = partial(_part, part=part, parts=parts, streams=len(random.streams))
-        labels = () if y_pos is None else (take(y_neg),)
-        x, info = state.engine(langevin, take(x_init), *labels, generator=noise, **settings)
+        take = partial(_part, part=part, parts=parts, streams=streams)
+        x_neg, happened, settings = None, {}, None
+        if start is not None:
+            sampler, settings = sampler_of(state.sampler, step_size=state.step_size)
+            settings["grad_scale"] = 1024.0 if state.folded.dtype == torch.float16 else 1.0
+            x, info = state.engine(sampler, take(start.x), *map(take, start.given), generator=noise, **settings)
+            happened = {f"sampler/{name}": value for name, value in info._asdict().items()}
+            chains.append(x)
+            x_neg = coldest(x, config.sampler.levels)
         with world.accumulating(state.model, last=part == parts - 1):
-            loss, terms = contrastive_divergence(
-                state.model, take(x_pos), x, l2=config.loss.l2, y_pos=take(y_pos), y_neg=take(y_neg)
-            )
+            labels = {"y_pos": take(y_pos), "y_neg": None if start is None else take(start.labels)}
+            loss, terms = state.model(take(x_pos), x_neg, **labels, generator=random_of_loss, step=step, chain=settings)
             world.backward(loss / parts)
-        x_neg.append(x)
-        energies.append(terms)
-        scalars.append(torch.stack([loss.detach(), *info]))
+        outputs.append(terms)
+        scalars.append({"train/loss": loss.detach()} | happened)
 
     # Update. The gradient is averaged over the ranks, so its norm tells every rank alike whether any had a NaN;
     # torch's fused Adam leaves weights and state alone where found_inf is 1, without the host having to look.
@@ -78,50 +65,41 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     state.ema.update_parameters(state.energy)
 
     # Chains go back to their slots; those that are not finite start again.
-    joined = partial(_join, streams=len(random.streams))
-    x_neg, e_neg = joined(x_neg), joined([terms["e_neg"] for terms in energies])
-    if draw is not None:
-        sick = ~(torch.isfinite(x_neg).flatten(1).all(1) & torch.isfinite(e_neg))
-        state.buffer.write(draw, x_neg, config.sampler.num_steps, finite, sick)
+    e_pos, e_neg = (_join([terms.pop(name, None) for terms in outputs], streams) for name in ("e_pos", "e_neg"))
+    if start is not None and start.draw is not None:
+        x = _join(chains, streams)
+        sick = ~torch.isfinite(x).flatten(1).all(1) | ~torch.isfinite(e_neg)
+        state.buffer.write(start.draw, x, config.sampler.num_steps, finite, sick)
         state.quarantined = state.quarantined + sick.sum()
 
     # Meters, on the device.
     state.step = step
     state.skipped_steps = state.skipped_steps + ~finite
     state.skipped_in_row = torch.where(finite, 0, state.skipped_in_row + 1)
-    e_pos = torch.cat([terms["e_pos"] for terms in energies])
-    names = ("train/loss", "sampler/grad_norm", "sampler/displacement", "sampler/saturated")
-    values = dict(zip(names, torch.stack(scalars).mean(0), strict=True))
-    values |= {"energy/pos_mean": e_pos.mean(), "energy/neg_mean": e_neg.mean(), "optim/grad_norm": grad_norm}
-    values["data/saturated"] = saturated(x_pos, config.sampler.bounds)
+    scalars = [own | {f"loss/{name}": term.mean() for name, term in terms.items()}
+               for own, terms in zip(scalars, outputs, strict=True)]  # fmt: skip
+    values = {name: torch.stack([own[name] for own in scalars]).mean() for name in scalars[0]}
+    values |= {f"energy/{name}_mean": e.mean() for name, e in (("pos", e_pos), ("neg", e_neg)) if e is not None}
+    values |= {"optim/grad_norm": grad_norm, "data/saturated": saturated(x_pos, config.sampler.bounds)}
     state.meters.add(values)
-    return StepResult(draw, e_pos, e_neg, values)
+    if state.step_size is not None and start is not None:
+        target, rate = config.sampler.target_acceptance, config.sampler.adapt_rate
+        state.step_size.copy_(adapted(state.step_size, world.mean(values["sampler/acceptance"]), target, rate))
+    return StepResult(None if start is None else start.draw, e_pos, e_neg, values)
 
 
-def positives(config: Config, images: Tensor, random: StreamGenerators, step: int) -> Tensor:
-    """uint8 images (B, C, H, W) -> the data of the loss, float32 in [-1, 1] (in the sampler's bounds)."""
-    data = config.data
-    x = augment.dequantize(images, random("dequantize", step) if data.dequantize else None)
+def positives(config: Config, samples: Tensor, random: StreamGenerators, step: int) -> Tensor:
+    """uint8 images (B, C, H, W), or float32 vectors (B, D) -> the data of the loss, float32; images in [-1, 1], and all
+    in the sampler's bounds."""
+    data, x = config.data, samples
+    if x.dtype == torch.uint8:
+        x = augment.dequantize(x, random("dequantize", step) if data.dequantize else None)
     if data.augment_flip or data.augment_crop:
         x = augment.augment(x, random("augment", step), flip=data.augment_flip, crop=data.augment_crop)
     if data.noise_std:
         x = augment.add_noise(x, data.noise_std, random("data_noise", step))
     # Chains never leave the bounds; data outside would be told apart by that alone.
     return x if config.sampler.bounds is None else x.clamp(*config.sampler.bounds)
-
-
-def initial_states(state: TrainState, x_pos: Tensor, y_pos: Tensor | None, step: int):
-    """(the draw or None, initial states of the chains, their labels or None)."""
-    if state.config.loss.negatives == "data":
-        return None, x_pos, y_pos
-    if state.config.loss.negatives == "noise":
-        low, high = state.config.sampler.bounds or (-1.0, 1.0)
-        return None, uniform_(torch.empty_like(x_pos), state.random("start", step), low, high), y_pos
-    per_stream = len(x_pos) // len(state.random.streams)
-    draw = state.buffer.draw(per_stream, step, state.config.buffer.reinit_prob)
-    if y_pos is None:
-        return draw, draw.x, None
-    return draw, draw.x, draw.rows % state.buffer.slots % state.config.energy.num_classes
 
 
 def _part(x: Tensor | None, part: int, parts: int, streams: int) -> Tensor | None:
@@ -131,8 +109,10 @@ def _part(x: Tensor | None, part: int, parts: int, streams: int) -> Tensor | Non
     return x.unflatten(0, (streams, parts, -1))[:, part].flatten(0, 1)
 
 
-def _join(xs: list[Tensor], streams: int) -> Tensor:
+def _join(xs: list[Tensor | None], streams: int) -> Tensor | None:
     """The inverse of `_part` over all parts."""
+    if xs[0] is None:
+        return None
     return torch.cat([x.unflatten(0, (streams, -1)) for x in xs], dim=1).flatten(0, 1)
 
 
@@ -150,10 +130,18 @@ def train(config: Config, world: World, started: float) -> int:
     try:
         with (
             StopRequest(run.stop_file, config.train.time_limit, started) as stop,
-            Watchdog(config.train.collective_timeout, world.rank) as dog,
+            Watchdog(
+                config.train.collective_timeout,
+                world.rank,
+                config.tracking.stall_after,
+                None if tracker is None else tracker.stalled,
+            ) as dog,
+            Saver(run.checkpoints, world, run.say) as saver,
         ):
-            code = loop(state, run, tracker, stop, dog)
+            code = loop(state, run, saver, tracker, stop, dog)
     except Exception as error:
+        if tracker is not None:
+            tracker.alert("the run ended", f"step {state.step}: {error}", "ERROR")
         if not world.lost_peer(error):
             run.failed(f"{type(error).__name__}: {error}")
             raise
@@ -178,18 +166,10 @@ def open_tracker(state: TrainState, run: RunDirectory) -> Tracker | None:
     return tracker
 
 
-@dataclass
-class Interval:
-    """What the loop adds up between two lines of metrics."""
-
-    step: int
-    started: float = field(default_factory=time.perf_counter)
-    waited: float = 0.0  # seconds for data
-    reinit: float = 0.0  # sum of the steps' shares
-
-
-def loop(state: TrainState, run: RunDirectory, tracker: Tracker | None, stop: StopRequest, dog: Watchdog) -> int:
-    config, world, saver = state.config, state.world, Saver(run.checkpoints, state.world, run.say)
+def loop(
+    state: TrainState, run: RunDirectory, saver: Saver, tracker: Tracker | None, stop: StopRequest, dog: Watchdog
+) -> int:
+    config, world = state.config, state.world
     if state.step == 0:
         saver.start(0, *snapshot(state))  # so that there is always one to roll back to
     interval = Interval(state.step)
@@ -253,6 +233,8 @@ def heal(state: TrainState, result: StepResult, run: RunDirectory, saver: Saver,
     scales = f"learning rate x {state.ladder.lr_scale:g}, step size x {state.ladder.step_scale:g}"
     if verdict.action == "cut":
         run.say(f"diverging at {verdict.reason}: {scales} from here on")
+        if tracker is not None:
+            tracker.alert("steps were cut", f"{verdict.reason}: {scales} from here on")
         return False
     if saver.busy:
         finish_save(state, saver, tracker)
@@ -261,34 +243,17 @@ def heal(state: TrainState, result: StepResult, run: RunDirectory, saver: Saver,
     resume(state, run)
     if tracker is not None:
         tracker.rewind(state.step)
+        tracker.alert("rolled back", f"{verdict.reason}: back to step {state.step}, {scales}")
     run.say(f"diverged at {verdict.reason}: back to step {state.step} with new noise, {scales}")
     return True
 
 
-def read_health(state: TrainState, result: StepResult) -> Reading:
-    """This step's numbers over all ranks. Waits for the device."""
-    world, sampler, step = state.world, state.sampler, result.scalars
-    e_pos, e_neg = world.concatenate(torch.stack([result.e_pos, result.e_neg], dim=1)).unbind(1)
-    weights = torch.stack([p.detach().double().sum() for p in state.energy.parameters()]).sum()
-    weights = world.concatenate(weights[None])
-    excess = step["sampler/saturated"] - step["data/saturated"]
-    excess, grad_norm = world.mean(torch.stack([excess, step["sampler/grad_norm"]])).tolist()
-    low, high = sampler.bounds or (-math.inf, math.inf)
-    size = math.prod(state.config.data.shape)
-    return Reading(
-        gap=(e_neg.mean() - e_pos.mean()).item(),
-        spread=torch.cat([e_pos, e_neg]).std().item(),
-        auc=auc(e_pos, e_neg).item(),
-        saturated=excess,
-        drift=settings_of(sampler)["step_size"][-1] * grad_norm / size**0.5 / (high - low),
-        void_in_row=int(state.skipped_in_row),
-        replicas_agree=bool(torch.isfinite(weights).all() and (weights == weights[0]).all()),
-    )
-
-
 def finish_save(state: TrainState, saver: Saver, tracker: Tracker | None) -> bool:
     """Make the checkpoint under way final, with the records of its steps on the disk before it."""
-    return saver.finish(state.config.checkpoint.keep, tracker is None or tracker.flush()) is not None
+    path = saver.finish(state.config.checkpoint.keep, tracker is None or tracker.flush())
+    if path is not None and tracker is not None:
+        tracker.checkpoint(path)
+    return path is not None
 
 
 def save_now(state: TrainState, saver: Saver, tracker: Tracker | None) -> None:
@@ -305,63 +270,3 @@ def save_now(state: TrainState, saver: Saver, tracker: Tracker | None) -> None:
         f"the checkpoint of step {state.step} could not be written in three tries; make room, then run the same "
         "command: it goes on from the checkpoint before"
     )
-
-
-def measure(state: TrainState, result: StepResult, interval: Interval) -> dict[str, float]:
-    """The metrics of an interval's steps, equal on all ranks but for perf/. Waits for the device."""
-    config, world, ladder, steps = state.config, state.world, state.ladder, state.step - interval.step
-    metrics = state.meters.read(world)
-    metrics["energy/gap"] = metrics["energy/neg_mean"] - metrics["energy/pos_mean"]
-    metrics["energy/auc"] = auc(world.concatenate(result.e_pos), world.concatenate(result.e_neg)).item()
-    metrics["sampler/temperature"] = state.sampler.noise**2 / (2 * state.sampler.step_size)
-    age = torch.zeros((), device=world.device) if state.buffer is None else state.buffer.age.float().mean()
-    sums = torch.tensor([interval.reinit / steps, float(state.skipped_samples)], device=world.device)
-    age, reinit, skipped, sick = world.mean(torch.cat([age[None], sums, state.quarantined[None].float()])).tolist()
-    metrics |= {"buffer/age_mean": age, "buffer/reinit_frac": reinit, "data/skipped": round(skipped * world.size)}
-    metrics["data/epoch"] = state.reader.epoch
-    metrics["optim/lr"] = optimisation.learning_rate(config, state.step) * ladder.lr_scale
-    metrics |= {"health/skipped_steps": int(state.skipped_steps), "health/quarantined": round(sick * world.size)}
-    metrics |= {"health/warning": min(ladder.warning, 1e6), "health/rollbacks": ladder.rollbacks}
-    metrics |= {"health/lr_scale": ladder.lr_scale, "health/step_scale": ladder.step_scale}
-    seconds = time.perf_counter() - interval.started
-    return metrics | {
-        "perf/step_s": seconds / steps,
-        "perf/data_wait_frac": interval.waited / seconds,
-        "perf/chain_steps_per_s": config.sampler.num_steps * config.train.batch_size * steps / seconds,
-    }
-
-
-def trace(state: TrainState, batch: Batch, draw: Draw | None, tracker: Tracker | None) -> None:
-    """One line of trace.jsonl: the samples and chains of the global batch, by stream."""
-    chains = []
-    if draw is not None:
-        for stream, slots, reinit in zip(state.buffer.streams, draw.slots.tolist(), draw.reinit.tolist(), strict=True):
-            chains += [[stream, slot, fresh] for slot, fresh in zip(slots, reinit, strict=True)]
-    per_rank = state.world.gather((batch.keys, chains))
-    if tracker is not None:
-        samples = sorted((list(key) for keys, _ in per_rank for key in keys), key=lambda s: s[0])
-        tracker.trace(state.step, samples, sorted((c for _, cs in per_rank for c in cs), key=lambda c: c[0]))
-
-
-def panels(state: TrainState, batch: Batch, result: StepResult, tracker: Tracker | None) -> None:
-    """Pictures of fresh chains (from noise, averaged weights), persistent chains and data; energy histograms."""
-    if tracker is None:
-        return
-    config, n = state.config, state.config.tracking.num_samples
-    folded = FoldedEnergy(state.ema.module, state.folded.dtype).refresh()
-    fresh, _ = fresh_chains(
-        folded,
-        state.sampler,
-        config.data.shape,
-        n,
-        config.tracking.sample_steps,
-        seed=config.run.seed + state.step,
-        device=state.world.device,
-        num_classes=config.energy.num_classes,
-    )
-    images = {"samples/fresh": fresh}
-    if state.buffer is not None:
-        images["samples/buffer"] = state.buffer.x[:n].float()
-    images["samples/data"] = batch.images[:n].float() / 127.5 - 1
-    tracker.panels(state.step, images)
-    tracker.histograms(state.step, {"energy/pos": result.e_pos, "energy/neg": result.e_neg})

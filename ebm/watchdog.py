@@ -4,6 +4,7 @@ import faulthandler
 import os
 import sys
 import threading
+from collections.abc import Callable
 
 GRACE = 5.0  # seconds between the stacks and the end, for the other ranks to show theirs
 
@@ -13,10 +14,18 @@ class Watchdog:
     stack of each of its threads to stderr and ends with exit code 1.
 
     A rank that waits for one that hangs stops beating at the same step, so every rank shows where it stands.
+    Before that, `stalled(seconds)` hears, in another thread, that there was no beat for `stall_after` seconds.
     """
 
-    def __init__(self, timeout: float, rank: int):
+    def __init__(
+        self,
+        timeout: float,
+        rank: int,
+        stall_after: float = float("inf"),
+        stalled: Callable[[float], None] | None = None,
+    ):
         self._timeout, self._rank = timeout, rank
+        self._stall_after, self._stalled = stall_after, stalled
         self._beaten, self._ended = threading.Event(), False
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -37,7 +46,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        while self._beaten.wait(self._timeout):
+        while self._beaten_in_time():
             self._beaten.clear()
             if self._ended:
                 return
@@ -46,3 +55,11 @@ class Watchdog:
         faulthandler.dump_traceback(all_threads=True)
         threading.Event().wait(GRACE)
         os._exit(1)
+
+    def _beaten_in_time(self) -> bool:
+        if self._stalled is None or self._stall_after >= self._timeout:
+            return self._beaten.wait(self._timeout)
+        if self._beaten.wait(self._stall_after):
+            return True
+        self._stalled(self._stall_after)
+        return self._beaten.wait(self._timeout - self._stall_after)

@@ -25,6 +25,7 @@ import time
 import traceback
 import warnings
 import zlib
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -41,6 +42,7 @@ from ebm.data.manifest import check_files, index_shards, verify
 from ebm.data.order import Order
 from ebm.data.shards import write_shards
 from ebm.data.sources import ArraySource
+from ebm.data.vectors import encode_vector
 from ebm.errors import UserError
 from ebm.ladder import Ladder
 from ebm.replay_buffer import ReplayBuffer
@@ -255,15 +257,19 @@ def shard_target(root: Path):
         (tar,) = (root / name).glob("*.tar")
         seeds.append((tar.read_bytes(), json.loads((root / name / "manifest.json").read_text())["shards"][0]))
         shutil.rmtree(root / name)
-    for make in (pax_tar, sparse_tar):
+    for make in (pax_tar, sparse_tar, vector_tar):
         (root / "shard.tar").write_bytes(make())
         seeds.append((make(), {"name": "shard.tar", "samples": 5, "offsets": [0]}))
-    weights = [4, 1, 4, 2]
+    weights = [4, 1, 4, 2, 4]
 
     def run(rng: random.Random) -> None:
-        data, entry = rng.choices(seeds, weights)[0]
+        number = rng.choices(range(len(seeds)), weights)[0]
+        data, entry = seeds[number]
+        vectors = number == len(seeds) - 1
+        shape = [6] if vectors else [1, 8, 8]
         for _ in range(rng.randint(1, 2)):
-            data = rng.choice([mutate_bytes, mutate_header, mutate_header, mutate_png])(rng, data)
+            member = mutate_npy if vectors else mutate_png
+            data = rng.choice([mutate_bytes, mutate_header, mutate_header, member])(rng, data)
         path = root / "shard.tar"
         path.write_bytes(data)
         (root / "manifest.json").unlink(missing_ok=True)
@@ -272,18 +278,30 @@ def shard_target(root: Path):
         else:
             digest = hashlib.sha256(data).hexdigest()
             shard = entry | {"name": path.name, "bytes": len(data), "sha256": digest}
-            manifest = {"version": 1, "shape": [1, 8, 8], "num_classes": rng.choice([None, 3]), "shards": [shard]}
+            shard["crc32"] = [zlib.crc32(data[a:b]) for a, b in pairwise((*shard["offsets"], len(data)))]
+            manifest = {"version": 2, "shape": shape, "num_classes": rng.choice([None, 3]), "shards": [shard]}
             text = mutate_json(rng, manifest) if rng.random() < 0.3 else json.dumps(manifest).encode()
             (root / "manifest.json").write_bytes(text)
         manifest = load_manifest(root)
         check_files(manifest)
         settings = {"seed": 0, "num_streams": 1, "streams": [0], "per_stream": 2, "window": 16, "workers": 0}
         settings |= {"on_error": rng.choice(["skip", "skip", "fail"]), "max_pixels": 10_000}
-        reader = ShardReader(manifest, (1, 8, 8), **settings)
+        reader = ShardReader(manifest, shape, **settings)
         while reader.epoch < 1:
             next(reader)
 
     return run
+
+
+def vector_tar() -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for i in range(5):
+            for name, data in (("npy", encode_vector(np.arange(6, dtype=np.float32))), ("cls", b"1")):
+                member = tarfile.TarInfo(f"{i}.{name}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return out.getvalue()
 
 
 def pax_tar() -> bytes:
@@ -361,6 +379,34 @@ def mutate_png(rng: random.Random, data: bytes) -> bytes:
         out[ihdr + 4 + rng.randrange(13)] = rng.randrange(256)
     out[ihdr + 17 : ihdr + 21] = zlib.crc32(out[ihdr : ihdr + 17]).to_bytes(4, "big")
     return bytes(out)
+
+
+def mutate_npy(rng: random.Random, data: bytes) -> bytes:
+    """Change the header of an array, its length kept, or its values."""
+    at = data.find(b"\x93NUMPY", rng.randrange(len(data) + 1))
+    if at < 0:
+        return mutate_bytes(rng, data)
+    header = data[at + 10 : at + 128]
+    if rng.random() < 0.2:
+        return data[: at + 6] + mutate_bytes(rng, data[at + 6 : at + 152], 1)[:146] + data[at + 152 :]
+    words = ["'<f4'", "(6,)", "False", "'descr'", "'shape'", "{", "}"]
+    values = ["'>f4'", "'|O'", "'V2147483647'", "[('a', '<f4')]", "(-6,)", f"({2**62},)", f"({2**70},)", "()", "(6, 1)"]
+    values += [
+        "(" * 60,
+        "[" * 60,
+        "-" * 60,
+        "9" * 70,
+        "1e999",
+        "True",
+        "None",
+        "'a'",
+        "{}",
+        "(2, 3)",
+        "b'x'",
+        "print(1)",
+    ]
+    header = header.replace(rng.choice(words).encode(), rng.choice(values).encode(), 1)
+    return data[: at + 10] + header.ljust(118)[:118] + data[at + 128 :]
 
 
 class AloneWorld:

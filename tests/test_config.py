@@ -83,9 +83,9 @@ def test_unknown_keys_are_named_with_the_nearest(config_file, override, nearest)
         ("optim.ema_decay=1", ("optim.ema_decay=1", "less than 1")),
         ("buffer.reinit_prob=1.5", ("buffer.reinit_prob=1.5", "less than or equal to 1")),
         ("data.on_error=ignore", ("data.on_error='ignore'", "'fail' or 'skip'")),
-        ("data.shape=[0,8,8]", ("shape (0, 8, 8)", "positive")),
+        ("data.shape=[0,8,8]", ("data.shape=[0, 8, 8]", "positive")),
         ("sampler.bounds=[1,-1]", ("bounds (1.0, -1.0)", "low < high")),
-        ("energy.kind=mpl", ("'mpl'", "'mlp', 'conv', 'resnet', 'import'")),
+        ("energy.kind=mpl", ("'mpl'", "'mlp', 'conv', 'resnet'")),
         ("tracking.wandb=yes", ("tracking.wandb", "'auto', 'online', 'offline' or 'disabled'")),
         ("train=5", ("train=5", "dictionary")),
         ("sampler=null", ("sampler=None", "dictionary")),
@@ -164,18 +164,35 @@ def test_another_kind_drops_the_other_keys_of_its_section(config_file):
         "num_layers": 2,
         "spectral_norm": False,
         "num_classes": None,
+        "activation": "silu",
+        "confine": 0.0,
     }
     assert load_config(path, ["energy.kind=conv"]).energy.features == (4, 4)
     assert load_config(path, ["energy.kind=resnet", "energy.features=[8]"]).energy.features == (8,)
 
 
+def test_sections_in_a_section(config_file):
+    """The parts of a hybrid energy: default kind, another kind, and messages that name the key as it is written."""
+    path = config_file("energy: {kind: hybrid, network: {kind: mlp, num_layers: 3}, prior: {std: 2}}\n")
+    energy = load_config(path).energy
+    assert (energy.network.num_layers, energy.prior.std, energy.prior.mean) == (3, 2, 0)
+    assert load_config(path, ["energy.network.kind=conv"]).energy.network.features == (16, 32, 32, 64)
+    default = config_file("energy: {kind: hybrid}\n")
+    energy = load_config(default, ["energy.network.hidden_dim=7", "energy.network.num_classes=3"]).energy
+    assert (energy.network.kind, energy.network.hidden_dim, energy.num_classes) == ("mlp", 7, 3)
+    assert "energy.network.widht: unknown key (did you mean energy.network" in refusal(path, "energy.network.widht=1")
+    assert "energy.prior.std=0: " in refusal(path, "energy.prior.std=0")
+    message = refusal(path, "energy.network.kind=hybrid")
+    assert "energy.network: " in message and "'mlp', 'conv', 'resnet'" in message
+
+
 def test_describe_covers_every_key(config_file):
     rows = describe()
-    named = [key for key, *_ in rows if key != "energy.kind"]  # which stands once a member of the union
+    named = [key for key, *_ in rows if not key.endswith(".kind")]  # which stands once a member of the union
     assert len(set(named)) == len(named)
     assert all(meaning for key, _, _, meaning in rows if ".kind" not in key)
     keys = {key.split(" ")[0] for key, *_ in rows}
-    for kind in ("mlp", "conv", "resnet", "import"):
+    for kind in ("mlp", "conv", "resnet", "wide_resnet", "transformer", "graph", "gaussian", "hybrid", "import"):
         overrides = [f"energy.kind={kind}"] + (["energy.path=a:B", "energy.settings.a=1"] if kind == "import" else [])
         resolved = set(flatten(load_config(config_file(""), overrides).model_dump())) - {"energy.settings.a"}
         assert resolved <= keys

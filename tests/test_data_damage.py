@@ -21,6 +21,7 @@ from ebm.data.decode import encode
 from ebm.data.manifest import Manifest, Shard, check_files, index_shards
 from ebm.data.shards import write_shards
 from ebm.data.sources import ArraySource
+from ebm.data.vectors import encode_vector
 from ebm.errors import DataError
 
 SHARDS, SIZE = 5, 70  # blocks of 64 and 6 samples
@@ -28,17 +29,21 @@ STREAMS = 2
 LENGTH = SHARDS * SIZE // STREAMS
 KEYS = [f"{i:06d}" for i in range(SHARDS * SIZE)]
 IMAGES = np.random.default_rng(0).integers(0, 256, (SHARDS * SIZE, 8, 8, 1), dtype=np.uint8)
+VECTORS = np.random.default_rng(0).normal(size=(SHARDS * SIZE, 6)).astype(np.float32)
 
 
 def make(directory: Path, format="png") -> Manifest:
-    source = ArraySource("test", IMAGES, np.arange(len(IMAGES)) % 10)
+    """Shards of images as `png` or `jpg`, or of vectors as `npy`."""
+    samples, format = (VECTORS, None) if format == "npy" else (IMAGES, format)
+    source = ArraySource("test", samples, np.arange(len(samples)) % 10)
     return write_shards(source, directory, samples_per_shard=SIZE, workers=1, format=format, progress=False)
 
 
 def reader(directory, streams=(0, 1), **options) -> ShardReader:
     settings = {"seed": 0, "num_streams": STREAMS, "per_stream": 1, "window": 64, "workers": 0, "num_classes": 10}
     settings |= {"on_error": "skip", "max_skipped": 0.99, "max_pixels": 64}
-    return ShardReader(load_manifest(directory), (1, 8, 8), streams=list(streams), **settings | options)
+    manifest = load_manifest(directory)
+    return ShardReader(manifest, manifest.shape, streams=list(streams), **settings | options)
 
 
 def shard(directory: Path, number: int = 0) -> Path:
@@ -120,7 +125,7 @@ def changed(damage, lost, shown="", **options) -> Kind:
     return Kind(damage, lost, f"changed since the manifest was made: {BLOCKS[lost]}.*{shown}", **options)
 
 
-PNG, CLS, JPG = "000066.png", "000066.cls", "000066.jpg"
+PNG, CLS, JPG, NPY = "000066.png", "000066.cls", "000066.jpg", "000066.npy"
 EIB = b"\x80\0\0\0\x7f" + b"\xff" * 7  # 8 EiB less one byte, as tar writes large numbers
 LAST = {name: len(encode(IMAGES[66], name[-3:])) - 1 for name in (PNG, JPG)}
 READ = {
@@ -156,6 +161,34 @@ READ = {
     "image gone": changed(lambda d: header(shard(d), PNG, 156, b"Z"), TAIL, r"\(key 000066: has no image"),
     "label gone": changed(lambda d: header(shard(d), CLS, 156, b"Z"), TAIL, r"\(key 000066: has no .cls"),
     "another shard of its size": changed(reversed_labels, WHOLE, r"trusted\. Copy"),
+    "truncated in a vector": changed(
+        lambda d: cut(shard(d), NPY, 130),
+        TAIL,
+        r"\(after key 000065: 000066.npy ends early,",
+        resized=True,
+        format="npy",
+    ),
+    "bit in a vector, still a number": changed(
+        lambda d: flip(shard(d), NPY, 130), TAIL, r"trusted\. Copy", format="npy"
+    ),
+    "bit in a vector's header": changed(
+        lambda d: flip(shard(d), NPY, 21, bit=1), TAIL, r"\(key 000066: array is >f4", format="npy"
+    ),
+    "vector gone": changed(
+        lambda d: header(shard(d), NPY, 156, b"Z"), TAIL, r"\(key 000066: has no vector", format="npy"
+    ),
+    "vector of another length": Kind(
+        lambda d: replace(d, {NPY: encode_vector(VECTORS[66, :5])}), ONE, "vector has 5 values", format="npy"
+    ),
+    "vector cut before the manifest": Kind(
+        lambda d: replace(d, {NPY: encode_vector(VECTORS[66])[:-3]}), ONE, "can't be decoded", format="npy"
+    ),
+    "vector not finite": Kind(
+        lambda d: replace(d, {NPY: encode_vector(np.float32([1, 2, np.nan, 4, 5, 6]))}),
+        ONE,
+        "value 2 is nan; all values must be finite",
+        format="npy",
+    ),
     "undecodable image": Kind(lambda d: replace(d, {PNG: b"\x89PNG\r\n\x1a\n"}), ONE, "not a readable image"),
     "undecodable pixels": Kind(lambda d: replace(d, {PNG: encode(IMAGES[66], "png")[:100]}), ONE, "can't be decoded"),
     "truncated JPEG": Kind(

@@ -35,9 +35,9 @@ def test_digits_are_the_real_ones_and_lossless(tmp_path):
     assert (manifest.samples, manifest.shape, manifest.num_classes) == (1437, (1, 8, 8), 10)
     images, labels, _ = (part[0] for part in zip(*read_all(manifest, (1, 8, 8), batch=1437), strict=True))
     source = open_source("digits", "train")
-    assert np.array_equal(images.numpy(), source.images[:1024].transpose(0, 3, 1, 2)[: len(images)])
+    assert np.array_equal(images.numpy(), source.arrays[:1024].transpose(0, 3, 1, 2)[: len(images)])
     assert np.array_equal(labels.numpy(), source.labels[: len(labels)])
-    assert set(np.unique(source.images)) <= set(np.rint(np.arange(17) * 255 / 16).astype(int))
+    assert set(np.unique(source.arrays)) <= set(np.rint(np.arange(17) * 255 / 16).astype(int))
     both = np.concatenate([source.labels, open_source("digits", "test").labels])
     assert len(both) == 1797
 

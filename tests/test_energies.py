@@ -9,22 +9,30 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from ebm.config import ConvConfig, ImportConfig, MLPConfig, ResNetConfig
+from ebm.config.energies import GaussianConfig, GraphConfig, HybridConfig, TransformerConfig, WideResNetConfig
 from ebm.energies import (
     BaseEnergyFunction,
     ConvolutionalEnergyFunction,
     FoldedEnergy,
     MLPEnergyFunction,
+    PointGraphEnergyFunction,
     ResNetEnergyFunction,
+    WideResNetEnergyFunction,
     build_energy,
+    mixture,
 )
-from ebm.energies.base import NORMALISED
+from ebm.energies.network import NORMALISED
 from ebm.errors import ConfigError
 
 SMALL = {
     "mlp": MLPConfig(hidden_dim=16),
     "conv": ConvConfig(features=(4, 8, 8), hidden_dim=8),
     "resnet": ResNetConfig(features=(4, 8, 8), blocks=1),
+    "wide_resnet": WideResNetConfig(depth=10, widen=1),
+    "transformer": TransformerConfig(dim=8, depth=2, num_heads=2),
+    "graph": GraphConfig(hidden_dim=8, num_layers=2),
 }
+IMAGES_ONLY = ("conv", "resnet", "wide_resnet", "transformer", "graph")
 
 
 def images(n, shape, seed=0):
@@ -45,18 +53,21 @@ def reach_fixed_point(energy, *inputs):
 
 
 @pytest.mark.parametrize("kind", SMALL)
-@pytest.mark.parametrize(("side", "channels"), list(product((8, 12, 20, 28, 30, 32), (1, 3))))
+@pytest.mark.parametrize(("side", "channels"), list(product((8, 12, 20, 28, 30, 32, 64), (1, 3, 4))))
 def test_any_size(kind, side, channels):
+    """Builds, gives each image an energy of its own, and differentiates twice."""
     shape = (channels, side, side)
-    energy, x = small(kind, shape).eval(), images(3, shape)
+    energy, x = small(kind, shape).eval(), images(3, shape).requires_grad_(True)
     values = energy(x)
     assert values.shape == (3,) and values.dtype == torch.float32 and values.isfinite().all()
     assert len(values.unique()) == 3
-    alone = torch.cat([energy(image[None]) for image in x])
-    torch.testing.assert_close(values, alone, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(values[:1], energy(x[:1]), rtol=1e-5, atol=1e-6)
+    (gradient,) = torch.autograd.grad(values.sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), x)
+    assert second.isfinite().all() and second.abs().max() > 0
 
 
-@pytest.mark.parametrize("kind", ["conv", "resnet"])
+@pytest.mark.parametrize("kind", IMAGES_ONLY)
 def test_height_and_width_are_not_mixed_up(kind):
     energy = small(kind, (2, 12, 20))
     assert energy(images(2, (2, 12, 20))).shape == (2,)
@@ -75,29 +86,52 @@ def test_gradients_of_a_sample_come_from_it_alone(kind):
 @pytest.mark.parametrize("kind", SMALL)
 def test_twice_differentiable(kind):
     """Against central differences of the gradient, in float64."""
-    energy = small(kind).eval().double()
+    energy = small(kind, confine=0.1).eval().double()
     x, v = images(1, (3, 8, 8)).double(), images(1, (3, 8, 8), seed=1).double()
-    energy.head.float()  # the head computes in float32
     x.requires_grad_(True)
     (grad,) = torch.autograd.grad(energy(x).sum(), x, create_graph=True)
     (product_,) = torch.autograd.grad((grad * v).sum(), x)
-    h = 1e-2
+    h = 1e-5
     differences = (energy.gradient(x + h * v) - energy.gradient(x - h * v)) / (2 * h)
     assert product_.abs().max() > 0
-    assert (product_ - differences).norm() < 0.01 * product_.norm() + 1e-6
+    assert (product_ - differences).norm() < 1e-6 * product_.norm()
 
 
 @pytest.mark.parametrize("kind", SMALL)
 def test_gradient_is_the_derivative(kind):
-    energy, x, v = small(kind).eval(), images(2, (3, 8, 8)), images(2, (3, 8, 8), seed=1)
+    energy, x, v = small(kind).eval().double(), images(2, (3, 8, 8)).double(), images(2, (3, 8, 8), seed=1).double()
     with torch.no_grad():
-        along = (energy(x + 0.02 * v) - energy(x - 0.02 * v)) / 0.04
+        along = (energy(x + 1e-5 * v) - energy(x - 1e-5 * v)) / 2e-5
         gradient = energy.gradient(x)
     assert not gradient.requires_grad and not x.requires_grad
-    torch.testing.assert_close((gradient * v).sum((1, 2, 3)), along, rtol=2e-2, atol=1e-4)
+    torch.testing.assert_close((gradient * v).sum((1, 2, 3)), along, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["conv", "resnet"])
+@pytest.mark.parametrize("kind", SMALL)
+@pytest.mark.parametrize("activation", ["softplus", "gelu", "leaky_relu"])
+def test_activations(kind, activation):
+    """Another function from the same weights; only the piecewise linear one is without a second derivative."""
+    energy, x = small(kind, activation=activation).eval(), images(2, (3, 8, 8))
+    silu = small(kind).eval()
+    assert all(torch.equal(a, b) for a, b in zip(energy.parameters(), silu.parameters(), strict=True))
+    assert not torch.isclose(energy(x), silu(x), rtol=1e-5, atol=0).any()
+    if kind != "transformer":  # where attention and LayerNorm have curvature of their own
+        x.requires_grad_(True)
+        (gradient,) = torch.autograd.grad(energy(x).sum(), x, create_graph=True)
+        second = torch.autograd.grad(gradient.square().sum(), x, allow_unused=True)[0]
+        assert (second is None or second.abs().max() == 0) == (activation == "leaky_relu")
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_the_confining_term_is_added(kind):
+    x = images(3, (3, 8, 8))
+    free, confined = small(kind).eval(), small(kind, confine=0.5).eval()
+    torch.testing.assert_close(confined(x) - free(x), 0.25 * x.square().sum((1, 2, 3)), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"confine=-1.*at least 0"):
+        MLPEnergyFunction(2, 4, confine=-1)
+
+
+@pytest.mark.parametrize("kind", IMAGES_ONLY)
 def test_a_missing_batch_dimension_is_refused(kind):
     with pytest.raises(ValueError, match=r"shape \(3, 8, 8\).*add the batch dimension: x\[None\]"):
         small(kind)(images(1, (3, 8, 8))[0])
@@ -134,9 +168,22 @@ def test_class_conditional(kind):
         torch.testing.assert_close(every[labels == label], values[labels == label])
         assert not torch.isclose(every[labels != label], values[labels != label], atol=1e-7).any()
     assert energy.gradient(x, labels).shape == x.shape
-    for call in (lambda: energy(x), lambda: small(kind)(x, labels)):
-        with pytest.raises(ValueError, match="labels y go with num_classes"):
-            call()
+    with pytest.raises(ValueError, match="labels y go with num_classes"):
+        small(kind)(x, labels)
+    with pytest.raises(ValueError, match="no classes; give it num_classes"):
+        small(kind).class_energies(x)
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_without_labels_the_marginal(kind):
+    """One pass of the body against a forward a class and the sum over classes."""
+    energy, x = small(kind, num_classes=3, confine=0.1).eval().double(), images(4, (3, 8, 8)).double()
+    by_class = torch.stack([energy(x, torch.full((4,), label)) for label in range(3)], 1)
+    torch.testing.assert_close(energy.class_energies(x), by_class)
+    torch.testing.assert_close(BaseEnergyFunction.class_energies(energy, x), by_class)
+    brute_force = -by_class.neg().exp().sum(1).log()
+    torch.testing.assert_close(energy(x), brute_force)
+    torch.testing.assert_close(energy.marginal(x), brute_force)
 
 
 @pytest.mark.parametrize("kind", SMALL)
@@ -171,6 +218,80 @@ def test_defaults_of_the_guide():
     assert resnet(torch.zeros(2, 3, 32, 32)).shape == (2,)
     with pytest.raises(TypeError, match="abstract"):
         BaseEnergyFunction()
+
+
+def test_size_of_the_wide_resnet():
+    """WRN-28-10 for 10 classes has 36.5 million parameters (Zagoruyko & Komodakis 2016, table 4), less 9,000 or so of
+    batch normalisation, more in the biases of the convolutions."""
+    with torch.device("meta"):
+        energy = WideResNetEnergyFunction(3, 32, 32, depth=28, widen=10, num_classes=10)
+    assert sum(p.numel() for p in energy.parameters()) == pytest.approx(36.5e6, rel=0.002)
+    with pytest.raises(ValueError, match=r"depth=20 must be 6 n \+ 4"):
+        WideResNetEnergyFunction(3, 32, 32, depth=20)
+
+
+POINT_GRAPHS = {"complete": None, "nearest": 3}
+
+
+@pytest.mark.parametrize("neighbours", POINT_GRAPHS.values(), ids=POINT_GRAPHS)
+def test_graph_of_points_does_not_know_their_order(neighbours):
+    energy = build_energy(GraphConfig(hidden_dim=8, point_dim=3, neighbours=neighbours), (21,), seed=0).double()
+    x = images(4, (7, 3)).double()
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(energy(x[:, order]), energy(x))
+    assert torch.equal(energy(x.flatten(1)), energy(x))
+    torch.testing.assert_close(energy.gradient(x[:, order]), energy.gradient(x)[:, order])
+    moved = torch.cat([x[:, :1] + 0.1, x[:, 1:]], 1)
+    assert not torch.isclose(energy(moved), energy(x), rtol=1e-6).any()
+    v = images(4, (7, 3), seed=1).double()
+    along = (energy(x + 1e-6 * v) - energy(x - 1e-6 * v)) / 2e-6
+    torch.testing.assert_close((energy.gradient(x) * v).sum((1, 2)), along, rtol=1e-5, atol=1e-8)
+
+
+def test_graph_of_nearest_points_is_continuous_where_neighbours_change():
+    """The two points at distances 1 and 1 + e of the first trade places as its nearest; the energy hardly moves."""
+    energy = PointGraphEnergyFunction(4, 2, hidden_dim=8, num_layers=1, neighbours=1).double()
+    points = torch.tensor([[0, 0], [0, 1], [1, 0], [5.0, 5]]).double()
+    step = torch.zeros(4, 2).double()
+    step[1, 1] = 1e-6
+    values = energy(torch.stack([points - step, points + step]))
+    assert abs(values[0] - values[1]) < 1e-4
+    farther = energy(torch.stack([points - 1e5 * step, points + 1e5 * step]))  # +-.1: it does depend on it
+    assert abs(farther[0] - farther[1]) > 1e-3
+
+
+def test_points_may_coincide():
+    energy = PointGraphEnergyFunction(5, 2, hidden_dim=8, neighbours=2)
+    x = torch.zeros(2, 10)
+    assert energy(x).isfinite().all() and energy.gradient(x).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("config", "shape", "words"),
+    [
+        *((kind, (12,), rf"energy\.kind={kind} with data\.shape=\[12\].*energy\.kind=mlp") for kind in IMAGES_ONLY[:4]),
+        (
+            GraphConfig(neighbours=2),
+            (3, 8, 8),
+            r"data\.shape=\[3, 8, 8\]: energy\.neighbours=2 is for point sets.*null",
+        ),
+        (GraphConfig(point_dim=2), (9,), r"data\.shape=\[9\].*energy\.point_dim=2"),
+        (GraphConfig(neighbours=4), (10,), r"energy\.neighbours=4 must be from 1 to 3"),
+    ],
+)
+def test_kinds_that_do_not_go_with_the_shape(config, shape, words):
+    with pytest.raises(ConfigError, match=words):
+        build_energy(SMALL.get(config, config), shape, seed=0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [MLPConfig(hidden_dim=8), GraphConfig(hidden_dim=8), GaussianConfig(), HybridConfig()],
+    ids=lambda c: c.kind,
+)
+def test_vectors(config):
+    energy, x = build_energy(config, (6,), seed=0), images(3, (6,))
+    assert energy(x).shape == (3,) and energy.gradient(x).shape == (3, 6)
 
 
 class AwkwardEnergy(BaseEnergyFunction):
@@ -237,6 +358,22 @@ def test_a_users_energy(importable):
     assert isinstance(importable("DropoutEnergy", p=0), DropoutEnergy)
 
 
+class ClassesEnergy(BaseEnergyFunction):
+    def forward(self, x, y):
+        return x.flatten(1).square().sum(1) * (1 + y)
+
+
+def test_a_users_classes(importable):
+    """`class_energies` and the folded copy's marginal, of a class that has `forward` alone."""
+    config = ImportConfig(path="user_energies:ClassesEnergy", num_classes=3)
+    energy, x = build_energy(config, (3, 8, 8), seed=0), images(4, (3, 8, 8)) / 10
+    squared = x.square().sum((1, 2, 3))
+    torch.testing.assert_close(energy.class_energies(x), squared[:, None] * torch.tensor([1, 2, 3]))
+    torch.testing.assert_close(
+        FoldedEnergy(energy).refresh().marginal(x), -(torch.arange(1, 4) * -squared[:, None]).exp().sum(1).log()
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [("BatchNormEnergy", r"body\.1 is a BatchNorm2d.*GroupNorm"), ("DropoutEnergy", "drop is a Dropout2d.*random")],
@@ -266,6 +403,12 @@ def folded_cases():
         )
     for spectral in (False, True):
         yield pytest.param(lambda spectral=spectral: AwkwardEnergy(spectral=spectral), id=f"awkward-{spectral}")
+        network = SMALL["conv"].model_copy(update={"spectral_norm": spectral})
+        hybrid = HybridConfig(network=network, weight=0.7)
+        yield pytest.param(lambda hybrid=hybrid: build_energy(hybrid, (3, 8, 8), seed=0), id=f"hybrid-{spectral}")
+    yield pytest.param(lambda: build_energy(GaussianConfig(covariance="full"), (3, 8, 8), seed=0), id="gaussian")
+    yield pytest.param(lambda: 0.5 * small("conv") - small("mlp", confine=0.1), id="sum")
+    yield pytest.param(lambda: mixture([small("conv"), small("transformer")], [0.3, 0.7]), id="mixture")
 
 
 def values_and_gradient(energy, x):
@@ -328,7 +471,9 @@ def test_folded_weights_have_spectral_norm_one():
 
 def test_folded_labels():
     energy, x, y = small("conv", num_classes=3).eval(), images(3, (3, 8, 8)), torch.tensor([2, 0, 1])
-    assert torch.allclose(FoldedEnergy(energy).refresh()(x, y), energy(x, y), atol=1e-6)
+    folded = FoldedEnergy(energy).refresh()
+    assert torch.allclose(folded(x, y), energy(x, y), atol=1e-6)
+    assert torch.allclose(folded.marginal(x), energy(x), atol=1e-6)
 
 
 @pytest.mark.parametrize("make", list(folded_cases()))

@@ -21,13 +21,17 @@ FLOORS = (
         "run_directory",
         "watchdog",
         "ladder",
+        "negatives",
+        "objective",
     ),
-    ("trainer", "state", "trained", "evaluation", "dry_run"),
+    ("trainer", "readings", "state", "trained", "evaluation", "report", "dry_run"),
     ("commands", "__main__", "train"),
 )
 WITHIN_A_FLOOR = {
     ("run_directory", "checkpoint"),
     ("trainer", "state"),
+    ("trainer", "readings"),
+    ("readings", "state"),
     ("tracking", "figures"),
     ("evaluation", "trained"),
 }

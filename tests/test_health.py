@@ -40,11 +40,11 @@ class OneProcess:
 
 
 class TwoProcesses:
-    """As seen by the one rank of two: the other holds the same sums plus 6."""
+    """As seen by the one rank of two: the other holds the same means plus 2."""
 
     @staticmethod
     def mean(values):
-        return (values + values + 6) / 2
+        return (values + values + 2) / 2
 
 
 def test_meters_are_means_over_steps():
@@ -57,6 +57,13 @@ def test_meters_are_means_over_steps():
     for _ in range(3):
         meters.add({"a": torch.tensor(1.0)})
     assert meters.read(TwoProcesses) == {"a": 2.0}
+
+
+def test_meters_count_each_name_apart():
+    meters = Meters()
+    for step in range(4):
+        meters.add({"a": torch.tensor(1.0)} | ({"b": torch.tensor(3.0)} if step == 3 else {}))
+    assert meters.read(OneProcess) == {"a": 1.0, "b": 3.0}
 
 
 def test_meters_keep_no_hold_on_what_they_are_given():

@@ -3,9 +3,17 @@
 import pytest
 
 from ebm.config import HealthConfig
-from ebm.ladder import Ladder, Reading
+from ebm.ladder import Chains, Ladder, Reading
 
-WELL = Reading(gap=0.01, spread=0.02, auc=0.55, saturated=0.2, drift=0.03, void_in_row=0, replicas_agree=True)
+CHAINS = Chains(gap=0.01, spread=0.02, auc=0.55, saturated=0.2, drift=0.03)
+
+
+def reading(**chains) -> Reading:
+    """Of a healthy run, but for what is given."""
+    return Reading(void_in_row=0, replicas_agree=True, chains=CHAINS._replace(**chains))
+
+
+WELL = reading()
 BAD = {
     "chains lie below all data": {"auc": 0.0},
     "chains lie above all data": {"auc": 1.0},
@@ -20,12 +28,12 @@ def ladder(**settings) -> Ladder:
 
 
 def walk(one: Ladder, readings, step: int = 2000) -> list[str]:
-    return [one.judge(step + 10 * i, reading).action for i, reading in enumerate(readings)]
+    return [one.judge(step + 10 * i, each).action for i, each in enumerate(readings)]
 
 
 def test_a_healthy_run_is_left_alone():
     one = ladder()
-    varied = [WELL._replace(gap=0.01 * (i % 7 - 3), auc=0.3 + 0.01 * (i % 40)) for i in range(500)]
+    varied = [reading(gap=0.01 * (i % 7 - 3), auc=0.3 + 0.01 * (i % 40)) for i in range(500)]
     assert set(walk(one, varied)) == {"go on"}
     assert one.good and one.warning < 0.5 and (one.lr_scale, one.step_scale, one.rollbacks) == (1, 1, 0)
 
@@ -34,8 +42,8 @@ def test_a_healthy_run_is_left_alone():
 def test_each_sign_alone_leads_to_a_cut_a_rollback_and_in_the_end_a_stop(sign):
     one = ladder(max_rollbacks=2)
     assert set(walk(one, [WELL] * 30)) == {"go on"}
-    bad = [WELL._replace(**BAD[sign])] * 5
-    verdict = [one.judge(2000 + i, reading) for i, reading in enumerate(bad[:3])][-1]
+    bad = [reading(**BAD[sign])] * 5
+    verdict = [one.judge(2000 + i, bad_one) for i, bad_one in enumerate(bad[:3])][-1]
     assert verdict.action == "cut" and sign in verdict.reason and one.warning >= 1 and not one.good
     actions = []
     for _ in range(3):
@@ -54,7 +62,7 @@ def test_what_an_earlier_state_alone_can_mend_cuts_nothing_the_first_time():
 
 def test_without_the_ladder_the_first_trouble_ends_the_run_with_its_reason():
     one = ladder(ladder=False)
-    verdicts = [one.judge(i, WELL._replace(auc=0.0)) for i in range(5)]
+    verdicts = [one.judge(i, reading(auc=0.0)) for i in range(5)]
     assert [v.action for v in verdicts] == ["go on"] * 4 + ["stop"]
     assert "chains lie below all data" in verdicts[-1].reason
     assert ladder(ladder=False).judge(9, WELL._replace(replicas_agree=False)).action == "stop"
@@ -62,7 +70,7 @@ def test_without_the_ladder_the_first_trouble_ends_the_run_with_its_reason():
 
 def test_a_cut_that_helps_is_the_end_of_it_and_the_rate_comes_back_to_half():
     one = ladder()
-    assert walk(one, [WELL._replace(auc=0.0)] * 3)[-1] == "cut" and one.lr_scale == pytest.approx(0.1)
+    assert walk(one, [reading(auc=0.0)] * 3)[-1] == "cut" and one.lr_scale == pytest.approx(0.1)
     assert set(walk(one, [WELL] * 99)) == {"go on"} and one.lr_scale == pytest.approx(0.1)
     walk(one, [WELL])
     assert (one.lr_scale, one.step_scale, one.cuts) == (0.5, 1, 0)
@@ -71,33 +79,38 @@ def test_a_cut_that_helps_is_the_end_of_it_and_the_rate_comes_back_to_half():
 def test_cuts_try_the_rate_then_the_chain_then_both():
     one, scales = ladder(), []
     for _ in range(4):
-        assert walk(one, [WELL._replace(auc=0.0)] * 5)[2:] == ["cut", "go on", "roll back"]
+        assert walk(one, [reading(auc=0.0)] * 5)[2:] == ["cut", "go on", "roll back"]
         scales.append((one.lr_scale, one.step_scale))
     assert scales == [pytest.approx(s) for s in [(0.1, 1), (1, 0.1), (0.1, 0.1), (0.01, 0.01)]]
 
 
 def test_chains_may_lie_above_all_data_at_first():
     one = ladder(grace=500)
-    assert set(walk(one, [WELL._replace(auc=1.0)] * 50, step=0)) == {"go on"}
+    assert set(walk(one, [reading(auc=1.0)] * 50, step=0)) == {"go on"}
 
 
 def test_a_void_step_says_nothing_about_the_energies():
-    nan = float("nan")
-    one, void = ladder(), WELL._replace(gap=nan, spread=nan, auc=1.0, saturated=nan, drift=nan, void_in_row=1)
+    one, void = ladder(), Reading(void_in_row=1, replicas_agree=True, chains=None)
     assert set(walk(one, [WELL, void] * 40)) == {"go on"}
     assert one.warning < 1 and len(one.gaps) == 40 and one.healthy == 40
 
 
 def test_bad_checks_now_and_then_are_forgotten():
     one = ladder()
-    assert set(walk(one, [WELL._replace(auc=0.0), WELL, WELL] * 30)) == {"go on"}
+    assert set(walk(one, [reading(auc=0.0), WELL, WELL] * 30)) == {"go on"}
 
 
 def test_the_state_of_a_checkpoint_decides_as_the_run_itself():
     one = ladder()
-    readings = [WELL._replace(auc=0.0 if i % 5 < 4 else 0.5, gap=0.001 * i) for i in range(60)]
+    readings = [reading(auc=0.0 if i % 5 < 4 else 0.5, gap=0.001 * i) for i in range(60)]
     walk(one, readings[:33])
     other = ladder()
     other.load(one.state())
     assert walk(one, readings[33:]) == walk(other, readings[33:])
     assert one.state() == other.state() and one.rollbacks > 0
+
+
+def test_an_objective_without_chains_is_judged_by_its_weights_and_gradients():
+    one, bare = ladder(), Reading(void_in_row=0, replicas_agree=True, chains=None)
+    assert set(walk(one, [bare] * 40)) == {"go on"} and one.good and one.gaps == []
+    assert walk(one, [bare._replace(void_in_row=20)]) == ["roll back"]

@@ -53,7 +53,7 @@ def test_any_number_of_ranks_gives_the_same_chains(world_size):
 
 
 def test_new_chains_are_uniform_and_differ():
-    buffer = make(slots=2000, low=-0.5, high=1.5)
+    buffer = make(slots=2000, start=(-0.5, 1.5))
     assert buffer.x.shape == (8000, *SHAPE) and buffer.x.dtype == torch.float32
     assert -0.5 <= buffer.x.min() < -0.49 and 1.49 < buffer.x.max() <= 1.5
     assert buffer.x.mean().item() == pytest.approx(0.5, abs=4 * (4 / 12 / buffer.x.numel()) ** 0.5)
@@ -84,7 +84,7 @@ def test_every_slot_is_drawn_equally_often():
 
 
 def test_the_share_of_new_chains():
-    buffer = make(slots=5000, low=2.0, high=3.0)
+    buffer = make(slots=5000, start=(2.0, 3.0))
     buffer.x.zero_()
     draw = buffer.draw(5000, 1, 0.2)
     new = (draw.x >= 2).flatten(1)

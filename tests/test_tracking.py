@@ -1,8 +1,11 @@
 """Records, panels, progress, and the real W&B client."""
 
 import json
+import math
 import sys
+import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +17,10 @@ from wandb_server import KEY, StandIn
 from ebm.config import load_config
 from ebm.figures import grid, side_by_side
 from ebm.tracking import Progress, Tracker
+from ebm.tracking.alerts import Alerts
 from ebm.tracking.records import Records
 from ebm.tracking.wandb_run import WandbRun
+from ebm.watchdog import Watchdog
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +113,7 @@ def test_an_offline_run_and_its_resumption(tmp_path, capsys):
     tracker.panels(30, {"samples/fresh": torch.zeros(4, 1, 8, 8), "samples/data": torch.ones(4, 1, 8, 8)})
     tracker.histograms(30, {"energy/pos": torch.randn(32), "energy/neg": torch.randn(32)})
     tracker.close(0)
-    assert "wandb sync" in capsys.readouterr().out
+    assert "python -m ebm sync" in capsys.readouterr().out
     assert Image.open(tmp_path / "run/samples/step_00000030.png").size[0] > 500
 
     (file,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
@@ -167,8 +172,8 @@ def test_auto_is_online_with_a_login(tmp_path, monkeypatch, host, env, mode):
         monkeypatch.setenv(name, value)
     if host:
         (tmp_path / "home" / "netrc").write_text(f"machine {host} login user password {KEY}\n")
-    monkeypatch.setattr(WandbRun, "_start", lambda self, config: None)  # the choice alone, no connection
-    assert WandbRun(config(tmp_path), tmp_path / "run", print).mode == mode
+    monkeypatch.setattr(WandbRun, "_start", lambda self: None)  # the choice alone, no connection
+    assert WandbRun(config(tmp_path), tmp_path / "run", 0, print).mode == mode
 
 
 @pytest.mark.parametrize("absent", [True, False])
@@ -224,3 +229,134 @@ def test_records_rewind_to_a_step_wherever_they_are(tmp_path):
         records.close()
         lines = [json.loads(line) for line in (tmp_path / f"{flushed_at}.jsonl").read_text().splitlines()]
         assert lines == [{"step": step} for step in range(1, 6)] + [{"step": 6, "again": True}]
+
+
+def logged_steps(run_dir) -> list[int]:
+    (file,) = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))[-1:]
+    return [row["step"] for row in history(file)]
+
+
+def test_what_a_killed_start_did_not_hand_over_comes_with_the_next(tmp_path):
+    """Lines of metrics up to the checkpoint, from the first that W&B may not have; as they were, a NaN included."""
+    settings, run_dir = config(tmp_path, "tracking.wandb=offline"), tmp_path / "run"
+    tracker = Tracker(config(tmp_path, "tracking.wandb=disabled"), run_dir, 0)
+    for step in range(1, 31):
+        tracker.log(step, {"train/loss": float("nan") if step == 18 else float(step), "energy/auc": 0.5})
+    tracker.close(0)
+    Tracker(settings, run_dir, 20).close(1)
+    assert logged_steps(run_dir) == list(range(1, 21))
+    identity = (run_dir / "wandb_id").read_text()
+    assert (run_dir / "wandb_step").read_text() == f"{identity} 20\n"
+    (run_dir / "wandb_step").write_text(f"{identity} 15\n")
+    time.sleep(1)  # the directory is named by the second
+    tracker = Tracker(settings, run_dir, 20)
+    tracker.log(21, {"train/loss": 21.0, "energy/auc": 0.5})
+    tracker.close(0)
+    assert logged_steps(run_dir) == list(range(16, 22))
+    (file,) = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))[-1:]
+    assert [math.isnan(row["train/loss"]) for row in history(file)] == [row["step"] == 18 for row in history(file)]
+    assert (run_dir / "wandb_step").read_text() == f"{identity} 21\n"
+
+
+def sent_by(tracking) -> tuple[Alerts, list]:
+    sent = []
+    return Alerts(tracking, lambda *alert: sent.append(alert), lambda text: None), sent
+
+
+def test_alerts_on_divergence_and_slow_steps_once_in_a_while(tmp_path):
+    tracking = config(tmp_path, "tracking.alert_every=1000").tracking
+    alerts, sent = sent_by(tracking)
+    for step in range(30):  # a panel now and then makes one line slow, which is nothing
+        alerts.read(step, {"health/warning": 0.9, "perf/step_s": 2.0 if step % 5 == 0 else 0.1})
+    assert not sent
+    for step in range(30, 40):
+        alerts.read(step, {"health/warning": 1.5, "perf/step_s": 0.5})
+    assert [(title, text.split(":")[0], level) for title, text, level in sent] == [
+        ("training may diverge", "step 30", "WARN"), ("steps are slow", "step 32", "WARN")]  # fmt: skip
+    assert "0.5 s a step, 5.0 times" in sent[1][1]
+    again, sent = sent_by(tracking.model_copy(update={"alert_every": 0.05}))
+    for _ in range(2):
+        again.event("rolled back", "a", "ERROR")
+        again.event("rolled back", "b", "ERROR")
+        time.sleep(0.1)
+    assert [text for _, text, _ in sent] == ["a", "a"]
+    none, sent = sent_by(tracking.model_copy(update={"alerts": False}))
+    none.event("rolled back", "a")
+    assert not sent
+
+
+def test_a_stall_is_an_alert_before_it_is_the_end():
+    heard, at = threading.Event(), []
+    with Watchdog(60.0, 0, 0.2, lambda seconds: (at.append(seconds), heard.set())) as dog:
+        for _ in range(20):
+            time.sleep(0.02)
+            dog.beat()
+        assert not at
+        assert heard.wait(20) and at == [0.2]
+        dog.beat()
+        heard.clear()
+        assert heard.wait(20)  # and again in the next one
+
+
+def test_alerts_reach_w_and_b(tmp_path, capsys):
+    tracker = Tracker(config(tmp_path, "tracking.wandb=offline", "tracking.alert_every=60"), tmp_path / "run", 0)
+    for step in (1, 2):
+        tracker.log(step, {"train/loss": 1.0, "health/warning": 3.0})
+    tracker.stalled(300.0)
+    tracker.alert("rolled back", "to step 0", "ERROR")
+    tracker.close(1)
+    (file,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
+    alerts = [r.alert for r in records(file) if r.HasField("alert")]
+    assert [(a.title, a.level, a.wait_duration) for a in alerts] == [
+        ("training may diverge", "WARN", 60_000), ("no step", "ERROR", 60_000), ("rolled back", "ERROR", 60_000),
+    ]  # fmt: skip
+    assert "no step in 300 s, the last line of metrics is step 2's" in alerts[1].text
+    assert capsys.readouterr().out.count("training may diverge: step 1") == 1
+
+
+def make_checkpoint(run_dir, step: int):
+    path = run_dir / "checkpoints" / f"step_{step:08d}"
+    path.mkdir(parents=True)
+    for name in ("manifest.json", "model.safetensors"):
+        (path / name).write_bytes(f"{name} {step}".encode() * 1000)
+    return path
+
+
+@pytest.mark.parametrize(("which", "steps"), [("none", []), ("final", [30]), ("all", [10, 20, 30])])
+def test_checkpoints_and_samples_as_artifacts(tmp_path, which, steps):
+    """What W&B is to upload is there, unchanged, when the run has long pruned its checkpoints."""
+    run_dir = tmp_path / "run"
+    settings = config(tmp_path, "tracking.wandb=offline", f"tracking.artifacts={which}", "train.steps=30")
+    tracker = Tracker(settings, run_dir, 0)
+    tracker.panels(20, {"samples/fresh": torch.zeros(4, 1, 8, 8)})
+    made = [make_checkpoint(run_dir, step) for step in (10, 20, 30)]
+    for path in made:
+        tracker.checkpoint(path)
+    tracker.close(0)
+    for file in (file for path in made for file in path.iterdir()):
+        file.unlink()
+    (file,) = (run_dir / "wandb").glob("offline-run-*/*.wandb")
+    artifacts = [r.artifact for r in records(file) if r.HasField("artifact")]
+    held = {entry.path: entry.local_path for a in artifacts for entry in a.manifest.contents if a.type == "samples"}
+    assert bool(held) == (which != "none")
+    for path, local in held.items():
+        assert Path(local).read_bytes() == (run_dir / "samples" / path).read_bytes()
+    checkpoints = [a for a in artifacts if a.type == "checkpoint"]
+    assert [set(a.aliases) for a in checkpoints] == [{"latest", f"step_{step:08d}"} for step in steps]
+    for artifact, step in zip(checkpoints, steps, strict=True):
+        files = {entry.path: entry for entry in artifact.manifest.contents}
+        assert set(files) == {"manifest.json", "model.safetensors"}
+        for name, entry in files.items():
+            assert Path(entry.local_path).read_bytes() == f"{name} {step}".encode() * 1000
+
+
+def test_artifacts_are_bounded(tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    settings = config(tmp_path, "tracking.wandb=offline", "tracking.artifacts=all", "tracking.artifacts_gb=5e-5")
+    tracker = Tracker(settings, run_dir, 0)
+    for step in (10, 20, 30):
+        tracker.checkpoint(make_checkpoint(run_dir, step))
+    tracker.close(0)
+    assert len(list((run_dir / "wandb/artifacts").iterdir())) == 1
+    said = capsys.readouterr().out
+    assert said.count("step_00000020 is left out") == 1 and "tracking.artifacts_gb" in said

@@ -13,6 +13,8 @@ from ebm.run_directory import RunDirectory
 from ebm.state import build_state, load, snapshot
 from ebm.trainer import train_step
 
+FLOW = ["sampler.start=normal", "sampler.schedule=flow", "sampler.bounds=null", "sampler.temperature=0.01"]
+FLOW += ["sampler.num_steps=12", "sampler.step_size=0.1", "sampler.grad_clamp=null"]
 VARIANTS = {
     "default": [],
     "accumulated": ["train.accumulate=2"],
@@ -22,9 +24,29 @@ VARIANTS = {
     "bf16": ["train.mixed_precision=bf16"],
     "mlp": ["energy.kind=mlp"],
     "resnet": ["energy.kind=resnet", "energy.features=[8,8]", "energy.blocks=1", "optim.weight_decay=0.01"],
+    "wide_resnet": ["energy.kind=wide_resnet", "energy.depth=10", "energy.widen=1"],
+    "transformer": ["energy.kind=transformer", "energy.dim=16", "energy.depth=1", "energy.num_classes=10"],
+    "graph": ["energy.kind=graph", "energy.hidden_dim=8", "energy.num_layers=2", "energy.spectral_norm=true"],
+    "gaussian": ["energy.kind=gaussian", "energy.covariance=full"],
+    "hybrid": ["energy.kind=hybrid", "energy.network.kind=conv", "energy.network.features=[8,16]"],
     "annealed": ["sampler.schedule=cosine", "sampler.step_size_end=1.0", "sampler.boundary=reflect"],
     "exact_noise": ["sampler.temperature=1e-5", "sampler.grad_clamp=null"],
     "augmented": ["data.augment_flip=true", "data.augment_crop=1", "data.dequantize=false"],
+    "improved": ["loss.kind=improved_contrastive", "sampler.step_size=1"],
+    "score_matching": ["loss.kind=score_matching"],
+    "sliced": ["loss.kind=score_matching", "loss.method=sliced", "energy.num_classes=10"],
+    "denoising": ["loss.kind=denoising", "loss.sigma=0.3", "train.accumulate=2"],
+    "noise_contrastive": ["loss.kind=noise_contrastive", "loss.noise=uniform"],
+    "energy_discrepancy": ["loss.kind=energy_discrepancy", "loss.num_samples=4"],
+    "recovery": ["loss.kind=recovery", "sampler.temperature=1", "sampler.step_size=0.002", "train.accumulate=2"],
+    "recovery_conditional": ["loss.kind=recovery", "sampler.kind=mala", "energy.num_classes=10"],
+    "energy_matching": ["loss.kind=energy_matching", "loss.warmup_steps=2", *FLOW],
+    "jem": ["loss.kind=jem", "energy.num_classes=10", "loss.gradient_penalty=0.1"],
+    "jem_joint": ["loss.kind=jem", "loss.joint=true", "energy.num_classes=10"],
+    "mala": ["sampler.kind=mala", "sampler.num_steps=2"],
+    "hmc": ["sampler.kind=hmc", "sampler.num_steps=2", "train.accumulate=2"],
+    "tempering": ["sampler.kind=tempering", "sampler.num_steps=2", "energy.num_classes=10"],
+    "hybrid_denoised": ["energy.kind=hybrid", "energy.network.hidden_dim=16", "loss.kind=denoising"],
 }
 
 

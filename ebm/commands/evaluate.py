@@ -1,20 +1,26 @@
-"""python -m ebm evaluate RUN [--metrics frechet,classes,ood,energy] [--json FILE]"""
+"""python -m ebm evaluate RUN [--metrics frechet,classes,ood,energy,likelihood] [--json FILE]"""
 
 import json
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ebm import evaluation
+from ebm.config import DataConfig
+from ebm.data import Access
 from ebm.data.reader import read_all
 from ebm.data.shards import ensure_shards
+from ebm.data.toy import DENSITIES, known_density
 from ebm.errors import ConfigError, DataError
+from ebm.figures import landscape
 from ebm.samplers import fresh_chains
 from ebm.trained import TrainedRun, open_run
 
-METRICS = ("frechet", "classes", "ood", "energy")
+METRICS = ("frechet", "classes", "ood", "energy", "likelihood")
+OF_IMAGES = METRICS[:3]
 
 
 def add_arguments(parser) -> None:
@@ -85,14 +91,14 @@ class Sets:
     @cached_property
     def train(self) -> tuple[Tensor, Tensor | None]:
         data = self.config.data
-        return _read(data.shards, data.source, "train", data.shape)
+        return _read(data.shards, data.source, "train", data)
 
     @cached_property
     def heldout(self) -> tuple[Tensor, Tensor | None] | None:
         evaluate = self.config.evaluate
         if evaluate.shards is None:
             return None
-        return _read(evaluate.shards, evaluate.source, "test", self.config.data.shape)
+        return _read(evaluate.shards, evaluate.source, "test", self.config.data)
 
     @cached_property
     def chains(self) -> dict[str, Tensor]:
@@ -100,7 +106,7 @@ class Sets:
         trained, config = self.trained, self.config
         sets = {}
         if any(trained.checkpoint.glob("stream_*.safetensors")):
-            sets["persistent"] = evaluation.to_levels(trained.persistent_chains(), "persistent chains")
+            sets["persistent"] = self._as_data(trained.persistent_chains(), "persistent chains")
         x, _ = fresh_chains(
             trained.energy,
             config.sampler,
@@ -111,7 +117,14 @@ class Sets:
             device=trained.device,
             num_classes=config.energy.num_classes,
         )
-        return sets | {"fresh": evaluation.to_levels(x, f"fresh chains of {self.steps} steps")}
+        return sets | {"fresh": self._as_data(x, f"fresh chains of {self.steps} steps")}
+
+    def _as_data(self, x: Tensor, what: str) -> Tensor:
+        return evaluation.to_levels(x, what) if self.of_images else x.cpu()
+
+    @property
+    def of_images(self) -> bool:
+        return len(self.config.data.shape) == 3
 
     @cached_property
     def classifier(self) -> evaluation.Classifier:
@@ -119,6 +132,14 @@ class Sets:
 
     def problem_with(self, metric: str) -> ConfigError | DataError | None:
         """Why the run does not support a metric."""
+        shape, source = list(self.config.data.shape), self.config.data.source
+        if metric in OF_IMAGES and not self.of_images:
+            return ConfigError(f"data.shape={shape}: {metric} is of images; use --metrics energy, or likelihood")
+        if metric == "likelihood" and source not in DENSITIES:
+            return ConfigError(
+                f"data.source={source}: likelihood needs a density that is known, on the plane; use one of "
+                f"{', '.join(DENSITIES)}"
+            )
         if metric in ("frechet", "ood") and self.heldout is None:
             return ConfigError(
                 f"evaluate.shards=None: {metric} needs held-out images; set evaluate.shards in the run's config.yaml "
@@ -139,11 +160,29 @@ class Sets:
             return evaluation.class_metrics(self.classifier, int(self.train[1].max()) + 1, self.chains, labelled)
         if metric == "ood":
             return evaluation.ood_metrics(self._energies, self.heldout[0], self.seed)
+        if metric == "likelihood":
+            return self._likelihood()
         heldout = {} if self.heldout is None else {"heldout": self.heldout[0]}
         return evaluation.energy_metrics(self._energies, {"train": self.train[0], **heldout, **self.chains})
 
-    def _energies(self, images: Tensor) -> Tensor:
-        values = torch.cat([self.trained.energies(evaluation.from_levels(block)) for block in images.split(4096)])
+    def _likelihood(self) -> dict:
+        """The learned density beside the true one, in numbers; and in RUN/landscape.png, with the fresh chains."""
+        energy, modes = known_density(self.config.data.source)
+        temperature, file = self.trained.temperature, self.trained.directory / "landscape.png"
+        values = evaluation.likelihood_metrics(
+            evaluation.density(energy), evaluation.density(self._energies, temperature), modes
+        )
+        near = 6.0
+        true, learned = (evaluation.density(e, t, near) for e, t in ((energy, 1.0), (self._energies, temperature)))
+        panels = {"true": (true, None), "learned": (learned, None), "chains": (learned, self.chains["fresh"].numpy())}
+        Image.fromarray(landscape({name: (d.energies, x) for name, (d, x) in panels.items()}, near)).save(file)
+        print(f"the true density, the learned one, and fresh chains -> {file}")
+        return values
+
+    def _energies(self, data: Tensor) -> Tensor:
+        """Of images, uint8 (N, C, H, W), or vectors (N, D)."""
+        blocks = data.split(4096)
+        values = torch.cat([self.trained.energies(evaluation.from_levels(b) if self.of_images else b) for b in blocks])
         if not values.isfinite().all():
             raise DataError(f"{self.trained.checkpoint}: gives non-finite energies; evaluate an earlier checkpoint")
         return values
@@ -155,10 +194,10 @@ class Sets:
         return ", ".join(f"{len(images)} {name}" for name, images in [*read, *chains])
 
 
-def _read(shards: str, source: str | None, split: str, shape) -> tuple[Tensor, Tensor | None]:
+def _read(shards: str, source: str | None, split: str, data: DataConfig) -> tuple[Tensor, Tensor | None]:
     """All images (N, C, H, W) and labels (N,) of a set; None where there are not two or more classes, each labelled."""
     ensure_shards(shards, source, split)
-    blocks = list(read_all(shards, shape))
+    blocks = list(read_all(shards, data.shape, access=Access.of(data)))
     if not blocks:
         raise DataError(f"{shards}: holds no images; write them again with python -m ebm shard")
     images, labels = (torch.cat([block[part] for block in blocks]) for part in (0, 1))

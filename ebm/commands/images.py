@@ -1,4 +1,4 @@
-"""Images as the commands read and write them: uint8 arrays (N, H, W, C)."""
+"""Samples as the commands read and write them: images uint8 (N, H, W, C), vectors float32 (N, D)."""
 
 from pathlib import Path
 
@@ -10,27 +10,50 @@ from ebm.errors import DataError
 from ebm.evaluation.levels import from_levels, to_levels
 
 
-def to_uint8(x: Tensor) -> np.ndarray:
-    """Images (N, C, H, W) in [-1, 1] -> uint8 (N, H, W, C), as `ebm.evaluation.levels.to_levels`."""
-    return to_levels(x, "samples").permute(0, 2, 3, 1).contiguous().numpy()
+def to_array(x: Tensor) -> np.ndarray:
+    """States of chains to what a file holds: images (N, C, H, W) in [-1, 1] -> uint8 (N, H, W, C), as
+    `ebm.evaluation.levels.to_levels`; vectors (N, D) as they are. Raises DataError where a value is not finite."""
+    if x.ndim == 4:
+        return to_levels(x, "samples").permute(0, 2, 3, 1).contiguous().numpy()
+    if not x.isfinite().all():
+        bad = int((~x.isfinite()).any(1).sum())
+        raise DataError(f"{bad} of {len(x)} samples hold non-finite values; use an earlier checkpoint of the run")
+    return x.float().cpu().numpy()
 
 
-def from_uint8(images: np.ndarray) -> Tensor:
-    """uint8 (N, H, W, C) -> (N, C, H, W) in [-1, 1], each level to the middle of its bin."""
-    return from_levels(torch.from_numpy(images).permute(0, 3, 1, 2))
+def from_array(array: np.ndarray) -> Tensor:
+    """The inverse: each of an image's levels to the middle of its bin."""
+    x = torch.from_numpy(array)
+    return to_states(x.permute(0, 3, 1, 2) if x.ndim == 4 else x)
 
 
-def load_array(path: str | Path, shape: tuple[int, int, int]) -> np.ndarray:
-    """A .npy of uint8 images (N, H, W, C) that fits `shape` (C, H, W); (N, H, W) where C is 1."""
+def to_states(data: Tensor) -> Tensor:
+    """What a reader gives as an energy takes it: uint8 images (N, C, H, W) to float32 in [-1, 1], vectors unchanged."""
+    return from_levels(data) if data.dtype == torch.uint8 else data
+
+
+def load_array(path: str | Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A .npy that fits `shape`: uint8 images (N, H, W, C) for (C, H, W), (N, H, W) too where C is 1; finite float32
+    vectors (N, D) for (D,). Raises DataError."""
     try:
-        images = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: {error}; give a .npy file of uint8 images (N, H, W, C)") from error
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: {error}; give a .npy file of {_expected(shape)}") from error
+    if not isinstance(array, np.ndarray):
+        raise DataError(f"{path}: is an archive; give a .npy file of {_expected(shape)}")
+    if array.ndim == 3 and shape[0] == 1 and len(shape) == 3:
+        array = array[..., None]
+    dtype, tail = (np.float32, shape) if len(shape) == 1 else (np.uint8, (*shape[1:], shape[0]))
+    if array.dtype != dtype or array.ndim != len(tail) + 1 or array.shape[1:] != tuple(tail):
+        raise DataError(f"{path}: {array.dtype} {array.shape}, but the run's samples are {_expected(shape)}")
+    if not np.isfinite(array).all():
+        bad = int((~np.isfinite(array)).any(1).argmax())
+        raise DataError(f"{path}: vector {bad} holds a value that is not finite")
+    return array
+
+
+def _expected(shape: tuple[int, ...]) -> str:
+    if len(shape) == 1:
+        return f"float32 vectors (N, {shape[0]})"
     channels, height, width = shape
-    if images.ndim == 3 and channels == 1:
-        images = images[..., None]
-    if images.dtype != np.uint8 or images.shape[1:] != (height, width, channels):
-        raise DataError(
-            f"{path}: {images.dtype} {images.shape}, but the run's images are uint8 (N, {height}, {width}, {channels})"
-        )
-    return images
+    return f"uint8 images (N, {height}, {width}, {channels})"

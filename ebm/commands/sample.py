@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ebm.commands.images import from_uint8, load_array, to_uint8
+from ebm.commands.images import from_array, load_array, to_array
 from ebm.errors import ConfigError
 from ebm.figures import grid
-from ebm.samplers import fresh_chains, langevin, settings_of
+from ebm.samplers import Engine, advance, fresh_chains
 from ebm.streams import generator
 from ebm.trained import TrainedRun, open_run
 
@@ -24,9 +24,14 @@ def add_arguments(parser) -> None:
         "--init",
         default="noise",
         help="noise (default); buffer: the persistent chains as they are; or "
-        "FILE.npy: start from these images, uint8 (N, H, W, C)",
+        "FILE.npy: start from these images, uint8 (N, H, W, C), or vectors, float32 (N, D)",
     )
-    parser.add_argument("--out", required=True, metavar="FILE.npy|FILE.png", help="array uint8 (N, H, W, C), or a grid")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="FILE.npy|FILE.png",
+        help="array, uint8 (N, H, W, C), for vectors float32 (N, D); or, of images, a grid",
+    )
 
 
 def run(arguments) -> int:
@@ -36,21 +41,23 @@ def run(arguments) -> int:
     if arguments.num < 1 or arguments.steps < 0:
         raise ConfigError(f"--num {arguments.num} must be at least 1 and --steps {arguments.steps} at least 0")
     trained = open_run(arguments.run)
+    if out.suffix == ".png" and len(trained.config.data.shape) != 3:
+        raise ConfigError(f"--out {out}: the run's samples are vectors; must end in .npy")
     x = states(trained, arguments.init, arguments.num, arguments.steps, arguments.seed).cpu()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.suffix == ".npy":
-            np.save(out, to_uint8(x))
+            np.save(out, to_array(x))
         else:
             Image.fromarray(grid(x)).save(out)
     except OSError as error:
         raise ConfigError(f"--out {out}: {error}") from error
-    print(f"{len(x)} images from {trained.checkpoint} -> {out}")
+    print(f"{len(x)} samples from {trained.checkpoint} -> {out}")
     return 0
 
 
 def states(trained: TrainedRun, init: str, num: int, steps: int, seed: int) -> Tensor:
-    """Final states (num, C, H, W), float32."""
+    """Final states (num, *shape), float32."""
     config, device = trained.config, trained.device
     if init == "buffer":
         chains = trained.persistent_chains()
@@ -68,17 +75,9 @@ def states(trained: TrainedRun, init: str, num: int, steps: int, seed: int) -> T
             device=device,
             num_classes=config.energy.num_classes,
         )[0]
-    x = from_uint8(load_array(init, config.data.shape)[:num]).to(device)
+    x = from_array(load_array(init, config.data.shape)[:num]).to(device)
     labels = ()
     if config.energy.num_classes:
         labels = (torch.arange(len(x), device=device) % config.energy.num_classes,)
-    return (
-        langevin(
-            lambda x: trained.energy(x, *labels),
-            x,
-            generator=generator(seed, "chain", device=device),
-            **settings_of(config.sampler, steps),
-        )[0]
-        if steps
-        else x
-    )
+    engine, noise = Engine(trained.energy, capture=False), [generator(seed, "chain", device=device)]
+    return advance(engine, config.sampler, x, *labels, num_steps=steps, generator=noise) if steps else x

@@ -5,16 +5,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ebm.commands.images import from_uint8, load_array
+from ebm.commands.images import from_array, load_array, to_states
+from ebm.data import Access
 from ebm.data.reader import read_all
 from ebm.errors import ConfigError
-from ebm.evaluation.levels import from_levels
 from ebm.trained import open_run
 
 
 def add_arguments(parser) -> None:
     parser.add_argument("run", metavar="RUN", help="run directory, or one checkpoint inside it")
-    parser.add_argument("--data", required=True, metavar="FILE.npy|SHARDS", help="uint8 images (N, H, W, C), or shards")
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="FILE.npy|SHARDS",
+        help="uint8 images (N, H, W, C) or float32 vectors (N, D), or shards",
+    )
     parser.add_argument("--out", required=True, metavar="FILE.npy", help="float32 energies (N,), in the data's order")
 
 
@@ -25,10 +30,10 @@ def run(arguments) -> int:
     trained = open_run(arguments.run)
     shape = trained.config.data.shape
     if arguments.data.endswith(".npy"):
-        energies = trained.energies(from_uint8(load_array(arguments.data, shape)))
+        energies = trained.energies(from_array(load_array(arguments.data, shape)))
     else:
-        blocks = (images for images, _, _ in read_all(arguments.data, shape))
-        energies = torch.cat([trained.energies(from_levels(images)) for images in blocks])
+        blocks = (images for images, _, _ in read_all(arguments.data, shape, access=Access.of(trained.config.data)))
+        energies = torch.cat([trained.energies(to_states(images)) for images in blocks])
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         np.save(out, energies.numpy())

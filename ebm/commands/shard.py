@@ -1,6 +1,6 @@
 """python -m ebm shard --source SOURCE --out DIR"""
 
-from ebm.data.decode import show
+from ebm.data.decode import describe
 from ebm.data.shards import write_shards
 from ebm.data.sources import KINDS, open_source
 from ebm.errors import ConfigError
@@ -41,7 +41,7 @@ def run(arguments) -> int:
     )
     classes = f", {manifest.num_classes} classes" if manifest.num_classes else ""
     shards = f"{len(manifest.shards)} shards -> {arguments.out}"
-    print(f"{manifest.samples} images of {show(manifest.shape)}{classes} in {shards}")
+    print(f"{manifest.samples} {describe(manifest.shape)}{classes} in {shards}")
     shape = ",".join(map(str, manifest.shape))
     print(f"next: accelerate launch train.py data.source=null data.shards={arguments.out} 'data.shape=[{shape}]'")
     return 0

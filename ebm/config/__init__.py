@@ -13,8 +13,16 @@ from ebm.config.loading import (
     validate,
 )
 from ebm.config.losses import ContrastiveConfig
-from ebm.config.samplers import LangevinConfig
-from ebm.config.sections import Config, DataConfig, HealthConfig, OptimConfig, TrackingConfig, TrainConfig
+from ebm.config.samplers import HMCConfig, LangevinConfig, MALAConfig, SamplerConfig, TemperingConfig
+from ebm.config.sections import (
+    Config,
+    DataConfig,
+    HealthConfig,
+    ObjectStore,
+    OptimConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 
 __all__ = [
     "DEFAULT_CONFIG",
@@ -24,12 +32,17 @@ __all__ = [
     "ConvConfig",
     "DataConfig",
     "EnergyConfig",
+    "HMCConfig",
     "HealthConfig",
     "ImportConfig",
     "LangevinConfig",
+    "MALAConfig",
     "MLPConfig",
+    "ObjectStore",
     "OptimConfig",
     "ResNetConfig",
+    "SamplerConfig",
+    "TemperingConfig",
     "TrackingConfig",
     "TrainConfig",
     "check_same_run",

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from ebm.config.energies import HybridConfig
 from ebm.config.section import Section
 from ebm.config.sections import Config
 from ebm.errors import ConfigError
@@ -42,6 +43,11 @@ FREE_TO_CHANGE = (
     "data.on_error",
     "data.max_skipped",
     "data.trace",
+    "data.schemes",
+    "data.cache_dir",
+    "data.cache_bytes",
+    "data.retries",
+    "data.timeout",
     "train.time_limit",
     "train.collective_timeout",
     "train.log_every",
@@ -108,16 +114,25 @@ def _problem_of(event: yaml.Event) -> str | None:
 def _superseded(base, given):
     """The file's values without those that an override makes void: another `kind`, or the other way to give noise."""
     for section in given:
-        if not (OmegaConf.is_dict(base.get(section)) and OmegaConf.is_dict(given[section])):
-            continue
-        if "kind" in given[section] and given[section]["kind"] != base[section].get("kind"):
-            base[section] = {}
+        default = Config.model_fields[section].default if section in Config.model_fields else None
+        _forget_other_kind(base, given, section, default)
+    if OmegaConf.is_dict(base.get("energy")) and OmegaConf.is_dict(given.get("energy")):
+        _forget_other_kind(base.energy, given.energy, "network", HybridConfig.model_fields["network"].default)
     if OmegaConf.is_dict(given.get("sampler")):
         for one, other in (("noise_scale", "temperature"), ("temperature", "noise_scale")):
             replaced = given.sampler.get(one) is not None and other not in given.sampler
             if replaced and OmegaConf.is_dict(base.get("sampler")):
                 base.sampler.pop(other, None)
     return base
+
+
+def _forget_other_kind(base, given, section: str, default: Any) -> None:
+    """Empty a section of the file that an override gives another kind than the file, or else `default`, says."""
+    if not (OmegaConf.is_dict(base.get(section)) and OmegaConf.is_dict(given.get(section))):
+        return
+    of_file = base[section].get("kind", default.kind if "kind" in getattr(type(default), "model_fields", ()) else None)
+    if "kind" in given[section] and given[section]["kind"] != of_file:
+        base[section] = {}
 
 
 def validate(values: Any, where: str) -> Config:
@@ -129,12 +144,16 @@ def validate(values: Any, where: str) -> Config:
         raise ConfigError(f"{where}:\n" + "\n".join(f"  {_explain(item)}" for item in error.errors())) from error
 
 
-_KINDS = {"mlp", "conv", "resnet", "import", "langevin", "contrastive"}  # pydantic names the union's member too
+def _kinds(section: type[Section] = Section) -> set[str]:
+    """The values of all `kind` keys below a section."""
+    own = {section.model_fields["kind"].default} if "kind" in section.model_fields else set()
+    return own.union(*map(_kinds, section.__subclasses__()))
 
 
 def _explain(item: dict) -> str:
     """One line of a validation error: the key, the value, what is allowed."""
-    location = [str(part) for i, part in enumerate(item["loc"]) if not (i == 1 and part in _KINDS)]
+    # At every odd place of a location pydantic may name the member of a union.
+    location = [str(part) for i, part in enumerate(item["loc"]) if not (i % 2 and part in _kinds())]
     key = ".".join(location) or "config"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
@@ -158,23 +177,24 @@ def _nearest(key: str) -> str:
 
 def describe() -> list[tuple[str, str, str, str]]:
     """(dotted key, type, default, meaning) of every key, in order; a union's members stand one after the other."""
+    return [row for section, info in Config.model_fields.items() for row in _rows(section, info)]
+
+
+def _rows(key: str, field, kinds: tuple[str, ...] = ()) -> list[tuple[str, str, str, str]]:
+    """The rows of a field: one, or a section's; `kinds` of the unions around it."""
     from typing import get_args
 
+    inner = [m for m in (field.annotation, *get_args(field.annotation)) if isinstance(m, type)]
+    models = [m for m in inner if issubclass(m, Section)]
+    if not models:
+        of = f" [{', '.join(kinds)}]" if kinds else ""
+        default = "required" if field.is_required() else _default(field)
+        return [(key + of, _type_name(field.annotation), default, field.description or "")]
     rows = []
-    for section, info in Config.model_fields.items():
-        inner = [m for m in (info.annotation, *get_args(info.annotation)) if isinstance(m, type)]
-        models = [m for m in inner if issubclass(m, Section)]
-        for model in models:
-            for name, field in model.model_fields.items():
-                kind = f" [{model.model_fields['kind'].default}]" if len(models) > 1 and name != "kind" else ""
-                rows.append(
-                    (
-                        f"{section}.{name}{kind}",
-                        _type_name(field.annotation),
-                        "required" if field.is_required() else _default(field),
-                        field.description or "",
-                    )
-                )
+    for model in models:
+        own = (*kinds, model.model_fields["kind"].default) if len(models) > 1 else kinds
+        for name, each in model.model_fields.items():
+            rows += _rows(f"{key}.{name}", each, () if name == "kind" else own)
     return rows
 
 

@@ -4,10 +4,11 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from ebm.config.section import Section
+from ebm.config.section import Section, kind_by_default
 
 
-class Objective(Section):
+class ObjectiveConfig(Section):
+    of_scores: ClassVar[bool] = False  # may differentiate dE/dx alone, to which a bias of the head is nothing
     l2: float = Field(0.0, ge=0, description="weight of E(x_pos)^2 + E(x_neg)^2 (Du & Mordatch 2019)")
     gradient_penalty: float = Field(
         0.0, ge=0, description="weight of |dE/dx|^2 / 2 on data (R1, Mescheder et al. 2018)"
@@ -17,8 +18,13 @@ class Objective(Section):
         """Where the chains of a step start (`negatives`); None where the step needs none."""
         return self.negatives
 
+    @property
+    def conditional_chains(self) -> bool:
+        """Whether the chains of a conditional energy have a label each."""
+        return True
 
-class ContrastiveConfig(Objective):
+
+class ContrastiveConfig(ObjectiveConfig):
     kind: Literal["contrastive"] = "contrastive"
     negatives: Literal["persistent", "data", "noise"] = Field(
         "persistent",
@@ -49,8 +55,13 @@ class JEMConfig(ContrastiveConfig):
     joint: bool = Field(False, description="chains of p(x, y), each with its label; false: of p(x)")
     contrastive_weight: float = Field(1.0, ge=0, description="weight of -log p(x) beside that of -log p(y | x)")
 
+    @property
+    def conditional_chains(self) -> bool:
+        """Whether the chains have a label each."""
+        return self.joint
 
-class RecoveryConfig(Objective):
+
+class RecoveryConfig(ObjectiveConfig):
     """Recovery likelihood (Gao et al. 2021); needs chains at temperature 1."""
 
     kind: Literal["recovery"] = "recovery"
@@ -58,29 +69,30 @@ class RecoveryConfig(Objective):
     sigma: float = Field(0.3, gt=0, description="noise of the copy that each chain starts from and is tied to")
 
 
-class EnergyMatchingConfig(Objective):
-    """Energy matching (Balcerak et al. 2025): a flow from N(0, I), then contrastive. Needs free bounds."""
+class EnergyMatchingConfig(ObjectiveConfig):
+    """Energy matching (Balcerak et al. 2025): a flow from N(0, I), then contrastive. Its chains have
+    sampler.start=normal and sampler.schedule=flow; epsilon of p ~ exp(-E / epsilon) is sampler.temperature."""
 
     kind: Literal["energy_matching"] = "energy_matching"
-    negatives: ClassVar[str] = "flow"  # at N(0, I), with the noise of `flow_noise`
+    of_scores: ClassVar[bool] = True
+    negatives: ClassVar[str] = "noise"
     warmup_steps: int = Field(10_000, ge=0, description="steps of the flow alone, before chains are run")
     flow_weight: float = Field(1.0, ge=0, description="weight of the flow's loss, a mean over components")
     contrastive_weight: float = Field(1e-3, ge=0, description="weight of E(x_pos) - E(x_neg)")
     floor: float | None = Field(0.02, gt=0, description="the weighted contrast counts down to minus this; null: no end")
     trim: float = Field(0.1, ge=0, lt=1, description="share of a stream's chains of highest energy that is left out")
-    temperature: float = Field(0.01, gt=0, description="epsilon of the chains near the data: p ~ exp(-E / epsilon)")
-    flow_end: float = Field(0.9, ge=0, lt=1, description="time from which epsilon rises, from 0 to its value at 1")
 
     def negatives_at(self, step: int) -> str | None:
         return None if step <= self.warmup_steps else self.negatives
 
 
-class WithoutChains(Objective):
+class WithoutChains(ObjectiveConfig):
     negatives: ClassVar[None] = None
 
 
 class ScoreMatchingConfig(WithoutChains):
     kind: Literal["score_matching"] = "score_matching"
+    of_scores: ClassVar[bool] = True
     method: Literal["exact", "hutchinson", "sliced"] = Field(
         "hutchinson",
         description="trace of the Hessian: a backward a component (Hyvarinen 2005), estimated (Hutchinson 1990), or "
@@ -95,6 +107,7 @@ class DenoisingConfig(WithoutChains):
     """Denoising score matching (Vincent 2011): finds the density smoothed by the noise; set data.noise_std=0."""
 
     kind: Literal["denoising"] = "denoising"
+    of_scores: ClassVar[bool] = True
     sigma: float = Field(0.1, gt=0, description="noise on data; with several levels, the largest")
     sigma_min: float | None = Field(None, gt=0, description="the smallest of several levels, spaced geometrically")
     num_sigmas: int = Field(1, ge=1, description="noise levels")
@@ -144,14 +157,17 @@ class EnergyDiscrepancyConfig(WithoutChains):
 
 
 LossConfig = Annotated[
-    ContrastiveConfig
-    | ImprovedContrastiveConfig
-    | ScoreMatchingConfig
-    | DenoisingConfig
-    | NoiseContrastiveConfig
-    | EnergyDiscrepancyConfig
-    | RecoveryConfig
-    | EnergyMatchingConfig
-    | JEMConfig,
-    Field(discriminator="kind"),
+    Annotated[
+        ContrastiveConfig
+        | ImprovedContrastiveConfig
+        | ScoreMatchingConfig
+        | DenoisingConfig
+        | NoiseContrastiveConfig
+        | EnergyDiscrepancyConfig
+        | RecoveryConfig
+        | EnergyMatchingConfig
+        | JEMConfig,
+        Field(discriminator="kind"),
+    ],
+    kind_by_default("contrastive"),
 ]

@@ -1,26 +1,66 @@
 """sampler.*: a section a kind of sampler."""
 
-from typing import Literal
+from itertools import pairwise
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from ebm.config.section import Section
+from ebm.config.section import Section, kind_by_default
 
 
-class LangevinConfig(Section):
+class ChainConfig(Section):
+    """What all samplers share."""
+
+    bounds: tuple[float, float] | None = Field((-1.0, 1.0), description="states stay in this interval; null: free")
+    start: tuple[float, float] | Literal["normal"] | None = Field(
+        None, description="interval that chains begin in, uniformly; normal: N(0, 1); null: the bounds, or [-1, 1]"
+    )
+
+    @model_validator(mode="after")
+    def _intervals(self):
+        for name, interval in (("bounds", self.bounds), ("start", self.start)):
+            if isinstance(interval, tuple) and not interval[0] < interval[1]:
+                raise ValueError(f"{name} {interval} must be (low, high) with low < high")
+        return self
+
+    @property
+    def start_range(self) -> tuple[float, float] | None:
+        """The interval that chains begin in; None: N(0, 1)."""
+        if self.start == "normal":
+            return None
+        return self.start or self.bounds or (-1.0, 1.0)
+
+    @property
+    def levels(self) -> int:
+        """Replicas a chain."""
+        return 1
+
+    @property
+    def implied_temperature(self) -> float:
+        """T of exp(-E / T), which chains of these steps and this noise sample."""
+        return self.noise**2 / (2 * self.step_size)
+
+
+class LangevinConfig(ChainConfig):
     kind: Literal["langevin"] = "langevin"
+    adapt: ClassVar[bool] = False
     num_steps: int = Field(20, ge=1, description="Langevin steps a training step")
     step_size: float = Field(10.0, gt=0, description="x <- x - step_size * dE/dx + noise_scale * z")
     noise_scale: float | None = Field(0.005, ge=0, description="see step_size; null where temperature is given")
     temperature: float | None = Field(None, ge=0, description="sets noise_scale = sqrt(2 step_size temperature)")
     grad_clamp: float | None = Field(0.03, gt=0, description="each component of dE/dx is clamped to +- this")
-    bounds: tuple[float, float] | None = Field((-1.0, 1.0), description="states stay in this interval; null: free")
     boundary: Literal["clamp", "reflect"] = Field("clamp", description="how bounds are kept")
-    schedule: Literal["constant", "linear", "cosine", "geometric"] = Field(
-        "constant", description="how step_size and noise_scale go to step_size_end and noise_scale_end in a chain"
+    schedule: Literal["constant", "linear", "cosine", "geometric", "flow"] = Field(
+        "constant",
+        description="how step_size and noise_scale go to their ends in a chain; flow, for energy matching: no noise up "
+        "to the time flow_end, then a temperature rising to `temperature` at time 1, a step taking step_size of it",
     )
+    flow_end: float = Field(0.9, ge=0, lt=1, description="time from which a flow is noisy (schedule)")
     step_size_end: float | None = Field(None, gt=0, description="last step size of a chain (schedule)")
     noise_scale_end: float | None = Field(None, ge=0, description="last noise scale of a chain (schedule)")
+    temperature_end: float | None = Field(
+        None, ge=0, description="last temperature of a chain (schedule): annealing from `temperature`"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -33,15 +73,28 @@ class LangevinConfig(Section):
     def _one_noise(self):
         if (self.noise_scale is None) == (self.temperature is None):
             raise ValueError("give exactly one of noise_scale and temperature, and set the other to null")
-        if self.bounds is not None and not self.bounds[0] < self.bounds[1]:
-            raise ValueError(f"bounds {self.bounds} must be (low, high) with low < high")
-        ends = self.step_size_end is not None or self.noise_scale_end is not None
-        if ends != (self.schedule != "constant"):
-            raise ValueError("step_size_end or noise_scale_end go together with a schedule other than constant")
-        starts_at_zero = self.noise_scale == 0 or self.temperature == 0
-        if self.schedule == "geometric" and (self.noise_scale_end == 0 or starts_at_zero):
+        if self.temperature_end is not None and (self.temperature is None or self.noise_scale_end is not None):
+            raise ValueError("temperature_end goes with temperature, and noise_scale_end is null then")
+        ends = (self.step_size_end, self.noise_scale_end, self.temperature_end)
+        if any(end is not None for end in ends) != (self.schedule not in ("constant", "flow")):
+            raise ValueError(
+                "step_size_end or noise_scale_end or temperature_end go together with a schedule other than constant"
+            )
+        if self.schedule == "flow" and self.temperature is None:
+            raise ValueError("a flow schedule needs a temperature in the place of noise_scale")
+        if self.schedule == "geometric" and 0 in (self.noise_scale, self.temperature, *ends):
             raise ValueError("a geometric schedule needs noise scales above 0; use linear or cosine")
         return self
+
+    @property
+    def last_step_size(self) -> float:
+        """What the gradient of a chain's last step is multiplied with."""
+        return self.step_size if self.step_size_end is None else self.step_size_end
+
+    @property
+    def evaluations(self) -> int:
+        """Gradients of the energy a chain takes."""
+        return self.num_steps
 
     def scaled(self, factor: float) -> "LangevinConfig":
         """With step sizes times `factor`; the noise follows where a temperature sets it."""
@@ -52,3 +105,99 @@ class LangevinConfig(Section):
     def noise(self) -> float:
         """The noise scale, given or from the temperature: sqrt(2 step_size T)."""
         return self.noise_scale if self.noise_scale is not None else (2 * self.step_size * self.temperature) ** 0.5
+
+
+class MetropolisConfig(ChainConfig):
+    """What all samplers with a Metropolis test share."""
+
+    num_steps: int = Field(20, ge=1, description="steps (proposals and their tests) a training step")
+    boundary: Literal["reflect", "reject"] = Field(
+        "reflect", description="fold proposals beyond the bounds back, or refuse them; both are exact"
+    )
+    adapt: bool = Field(True, description="move step_size towards target_acceptance while training")
+    adapt_rate: float = Field(0.05, gt=0, description="log step_size moves by this share of acceptance off the target")
+
+    def scaled(self, factor: float):
+        """With the step size times `factor`."""
+        return self.model_copy(update={"step_size": self.step_size * factor})
+
+    @property
+    def noise(self) -> float:
+        """sqrt(2 step_size T)."""
+        return (2 * self.step_size * self.temperature) ** 0.5
+
+    @property
+    def last_step_size(self) -> float:
+        """What the gradient of a chain's last step is multiplied with."""
+        return self.step_size
+
+    @property
+    def evaluations(self) -> int:
+        """Gradients of the energy a chain takes."""
+        return self.num_steps + 1
+
+
+class MALAConfig(MetropolisConfig):
+    kind: Literal["mala"] = "mala"
+    temperature: float = Field(1.0, gt=0, description="T of exp(-E / T), which is sampled exactly")
+    step_size: float = Field(0.01, gt=0, description="x' = x - step_size * dE/dx + sqrt(2 step_size T) z")
+    target_acceptance: float = Field(0.574, gt=0, lt=1, description="share of proposals to accept (adapt)")
+
+
+class HMCConfig(MetropolisConfig):
+    kind: Literal["hmc"] = "hmc"
+    temperature: float = Field(1.0, gt=0, description="T of exp(-E / T), which is sampled exactly")
+    step_size: float = Field(0.1, gt=0, description="length of a leapfrog step, in lengths of x")
+    num_leapfrog: int = Field(5, ge=1, description="leapfrog steps a proposal")
+    target_acceptance: float = Field(0.65, gt=0, lt=1, description="share of proposals to accept (adapt)")
+
+    @property
+    def last_step_size(self) -> float:
+        """What the gradient of a chain's last step is multiplied with."""
+        return self.step_size**2 / 2
+
+    @property
+    def evaluations(self) -> int:
+        """Gradients of the energy a chain takes."""
+        return self.num_steps * self.num_leapfrog + 1
+
+
+class TemperingConfig(MetropolisConfig):
+    kind: Literal["tempering"] = "tempering"
+    step_size: float = Field(0.01, gt=0, description="x' = x - step_size * dE/dx + sqrt(2 step_size T) z at each level")
+    target_acceptance: float = Field(0.574, gt=0, lt=1, description="share of proposals to accept (adapt)")
+    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (1.0, 2.0, 4.0, 8.0), min_length=2, description="T of the replicas of a chain, ascending; the first is sampled"
+    )
+    swap_every: int = Field(1, ge=1, description="steps between swaps of neighbours; at most num_steps")
+
+    @model_validator(mode="after")
+    def _ladder(self):
+        if any(hot <= cold for cold, hot in pairwise(self.temperatures)):
+            raise ValueError(f"temperatures {self.temperatures} must ascend")
+        if self.swap_every > self.num_steps:
+            raise ValueError(
+                f"swap_every={self.swap_every} is above num_steps={self.num_steps}: no replicas would ever be swapped"
+            )
+        return self
+
+    @property
+    def temperature(self) -> float:
+        """T of exp(-E / T), which the cold replicas sample."""
+        return self.temperatures[0]
+
+    @property
+    def levels(self) -> int:
+        """Replicas a chain."""
+        return len(self.temperatures)
+
+    @property
+    def evaluations(self) -> int:
+        """Gradients of the energy a chain takes."""
+        return (self.num_steps + 1) * self.levels
+
+
+SamplerConfig = Annotated[
+    Annotated[LangevinConfig | MALAConfig | HMCConfig | TemperingConfig, Field(discriminator="kind")],
+    kind_by_default("langevin"),
+]

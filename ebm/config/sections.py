@@ -5,8 +5,8 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from ebm.config.energies import EnergyConfig, ResNetConfig
-from ebm.config.losses import ContrastiveConfig
-from ebm.config.samplers import LangevinConfig
+from ebm.config.losses import ContrastiveConfig, LossConfig
+from ebm.config.samplers import LangevinConfig, SamplerConfig
 from ebm.config.section import Section
 
 
@@ -15,14 +15,21 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63, description="all randomness of the run follows from it")
 
 
+ObjectStore = Literal["s3", "gs", "az", "abfs", "oss", "hf", "hdfs", "webhdfs", "sftp", "ftp", "memory"]  # to fsspec
+
+
 class DataConfig(Section):
-    shards: str = Field(description="directory with manifest.json, or the manifest itself")
+    shards: str = Field(
+        description="directory with manifest.json, or the manifest itself: a path, or a URL of https://"
+    )
     source: str | None = Field(
         None,
         description="write `shards` from this source first where they do not exist yet "
-        "(digits, mnist, cifar10, svhn, celeba, folder:PATH, npy:PATH)",
+        "(digits, mnist, cifar10, svhn, celeba, four_peaks, eight_gaussians, rings, two_moons, folder:PATH, npy:PATH)",
     )
-    shape: tuple[int, int, int] = Field((3, 32, 32), description="channels, height, width of every image")
+    shape: tuple[int, ...] = Field(
+        (3, 32, 32), description="channels, height, width of every image; or [D] for vectors of D values"
+    )
     streams: int = Field(8, ge=1, description="streams, fixed for the run; divisible by the number of processes")
     workers: int = Field(1, ge=0, description="decoding processes a rank; 0 decodes in the training process")
     window: int = Field(2048, ge=1, description="samples a stream shuffles at a time; bounds the reader's memory")
@@ -41,12 +48,33 @@ class DataConfig(Section):
         description="largest share of a stream's epoch that on_error=skip passes over; above it, exit 4",
     )
     max_pixels: int = Field(4096 * 4096, ge=1, description="larger images are refused before they are decoded")
+    schemes: tuple[ObjectStore, ...] = Field(
+        (), description="URLs that shards may have beside file, http and https; read through fsspec"
+    )
+    cache_dir: str | None = Field(
+        None,
+        description="where shards with a URL are kept, on a disk of the node; null: a directory of the user in /tmp",
+    )
+    cache_bytes: int = Field(32 << 30, ge=1, description="size of the cache, which all processes of a node share")
+    retries: int = Field(5, ge=0, le=100, description="further tries of a shard that stalls, breaks off or is altered")
+    timeout: float = Field(60.0, gt=0, le=3600, description="seconds in which each MiB of a shard must arrive")
+
+    @field_validator("shape")
+    @classmethod
+    def _shape(cls, shape):
+        if len(shape) not in (1, 3) or min(shape) < 1:
+            raise ValueError(
+                "must be three positive numbers, channels, height, width, or one, the number of a vector's values"
+            )
+        return shape
 
     @model_validator(mode="after")
-    def _shape(self):
-        channels, height, width = self.shape
-        if channels < 1 or height < 1 or width < 1:
-            raise ValueError(f"shape {self.shape} must be three positive numbers: channels, height, width")
+    def _vectors_are_not_images(self):
+        if len(self.shape) == 1 and (self.augment_flip or self.augment_crop):
+            raise ValueError(
+                f"shape={list(self.shape)} is of vectors, which can't be flipped or cropped; set augment_flip=false "
+                "and augment_crop=0"
+            )
         return self
 
 
@@ -123,12 +151,30 @@ class TrackingConfig(Section):
     project: str = Field("ebm", description="W&B project")
     entity: str | None = Field(None, description="W&B user or team")
     name: str | None = Field(None, description="W&B run name; the run directory's by default")
-    group: str | None = Field(None, description="W&B group")
+    group: str | None = Field(None, description="W&B group, such as the sweep a run belongs to; null: $WANDB_RUN_GROUP")
     tags: tuple[str, ...] = Field((), description="W&B tags")
     samples_every: int = Field(1000, ge=1, description="steps between sample panels")
     num_samples: int = Field(64, ge=1, description="images a panel")
     sample_steps: int = Field(200, ge=1, description="chain steps of fresh samples")
     wandb_timeout: float = Field(30.0, gt=0, description="seconds W&B may take to start, and again to finish")
+    offline_part: float = Field(
+        1800.0,
+        gt=0,
+        description="seconds after which an offline run begins a new file, so that the one before can be "
+        "uploaded (python -m ebm sync) while the run goes on",
+    )
+    alerts: bool = Field(True, description="W&B alerts on divergence, stalls and failure")
+    alert_every: float = Field(3600.0, gt=0, description="seconds between two alerts of the same kind")
+    stall_after: float = Field(
+        300.0,
+        gt=0,
+        description="seconds without a step that are an alert, below train.collective_timeout",
+    )
+    slow_factor: float = Field(3.0, gt=1, description="an alert where steps take this many times as long as they did")
+    artifacts: Literal["none", "final", "all"] = Field(
+        "none", description="checkpoints uploaded to W&B: the last one, with the samples, or each"
+    )
+    artifacts_gb: float = Field(10.0, gt=0, description="gigabytes of artifacts that may wait for their upload")
 
 
 class EvaluateConfig(Section):
@@ -140,22 +186,15 @@ class Config(Section):
     run: RunConfig = RunConfig()
     data: DataConfig
     energy: EnergyConfig = ResNetConfig()
-    sampler: LangevinConfig = LangevinConfig()
+    sampler: SamplerConfig = LangevinConfig()
     buffer: BufferConfig = BufferConfig()
-    loss: ContrastiveConfig = ContrastiveConfig()
+    loss: LossConfig = ContrastiveConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     health: HealthConfig = HealthConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_energy(cls, values):
-        if isinstance(values, dict) and isinstance(values.get("energy"), dict) and "kind" not in values["energy"]:
-            values = {**values, "energy": {"kind": ResNetConfig().kind, **values["energy"]}}
-        return values
 
     @model_validator(mode="after")
     def _divisible(self):
@@ -175,5 +214,23 @@ class Config(Section):
             raise ValueError(
                 f"buffer.size={self.buffer.size} is below train.batch_size={batch}: a step draws a whole "
                 "batch of different chains; raise buffer.size"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _kinds_go_together(self):
+        loss, sampler = self.loss, self.sampler
+        if loss.kind == "jem" and not self.energy.num_classes:
+            raise ValueError("loss.kind=jem trains a classifier: set energy.num_classes to the number of classes")
+        if loss.kind in ("improved_contrastive", "energy_matching") and sampler.kind != "langevin":
+            raise ValueError(f"loss.kind={loss.kind} goes with sampler.kind=langevin, not {sampler.kind}")
+        if loss.kind == "energy_matching" and (sampler.start, sampler.schedule) != ("normal", "flow"):
+            raise ValueError(
+                "loss.kind=energy_matching flows from N(0, I): set sampler.start=normal and sampler.schedule=flow"
+            )
+        if loss.kind == "recovery" and (sampler.kind == "tempering" or abs(sampler.implied_temperature - 1) > 1e-6):
+            raise ValueError(
+                "loss.kind=recovery ties chains to noisy data at temperature 1: set sampler.temperature=1 and "
+                "sampler.kind=langevin, mala or hmc"
             )
         return self

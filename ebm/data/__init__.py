@@ -3,5 +3,6 @@
 from ebm.data import augment
 from ebm.data.manifest import Manifest, load_manifest
 from ebm.data.reader import Batch, ShardReader
+from ebm.data.transfer import Access
 
-__all__ = ["Batch", "Manifest", "ShardReader", "augment", "load_manifest"]
+__all__ = ["Access", "Batch", "Manifest", "ShardReader", "augment", "load_manifest"]

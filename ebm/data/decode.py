@@ -114,3 +114,8 @@ def encode(array: np.ndarray, suffix: str) -> bytes:
 
 def show(shape) -> str:
     return "x".join(str(n) for n in shape)
+
+
+def describe(shape: tuple[int, ...]) -> str:
+    """`images of 3x32x32`, or `vectors of 2 values`."""
+    return f"images of {show(shape)}" if len(shape) == 3 else f"vectors of {shape[0]} values"

@@ -7,16 +7,20 @@ import glob
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, BinaryIO, Literal
+from urllib.parse import unquote, urlsplit
 
 from braceexpand import braceexpand
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 from tqdm import tqdm
 
+from ebm.data.remote import Remote
 from ebm.data.tars import BLOCK, MAX_BYTES, scan_shard
-from ebm.errors import DataError
+from ebm.data.transfer import Access, TransferError, check_url, fetch, scheme_of
+from ebm.errors import ConfigError, DataError
 
 FILE_NAME = "manifest.json"
 MAX_MANIFEST = 1 << 28  # bytes
@@ -54,14 +58,22 @@ class Shard(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The shards in `directory`. `shape`: (C, H, W) of the images; `num_classes`: None without labels."""
+    """The shards in `directory`. `shape`: (C, H, W) of the images or (D,) of the vectors; `num_classes`: None without
+    labels."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     version: Literal[2] = 2
-    shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+    shape: tuple[PositiveInt, ...]
     num_classes: PositiveInt | None = None
     shards: tuple[Shard, ...] = Field(min_length=1)
-    directory: Path = Field(exclude=True)
+    directory: Path | Remote = Field(exclude=True)
+
+    @field_validator("shape")
+    @classmethod
+    def _image_or_vector(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if len(shape) not in (1, 3):
+            raise ValueError("must be three numbers (channels, height, width) or one (the values of a vector)")
+        return shape
 
     @model_validator(mode="after")
     def _unique(self):
@@ -74,8 +86,25 @@ class Manifest(BaseModel):
     def samples(self) -> int:
         return sum(shard.samples for shard in self.shards)
 
-    def path(self, shard: Shard) -> Path:
-        return self.directory / shard.name
+    @property
+    def remote(self) -> bool:
+        return isinstance(self.directory, Remote)
+
+    def path(self, shard: Shard) -> Path | str:
+        """A shard's path, or its URL."""
+        return self.directory.url_of(shard.name) if self.remote else self.directory / shard.name
+
+    def open(self, shard: Shard) -> BinaryIO:
+        """Raises OSError where a local shard can't be opened, DataError where another can't be fetched."""
+        if self.remote:
+            return self.directory.open(shard.name, shard.bytes, shard.sha256)
+        return open(self.path(shard), "rb")
+
+    def reopen(self, shard: Shard) -> BinaryIO:
+        """`open`, of a shard with a URL past the cache, where it may have been damaged."""
+        if self.remote:
+            self.directory.cache.discard(shard.sha256)
+        return self.open(shard)
 
     def save(self) -> Path:
         """Write manifest.json, atomically."""
@@ -98,13 +127,25 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
+def is_remote(path: str | Path) -> bool:
+    return scheme_of(str(path)) not in (None, "file")
+
+
 def manifest_path(path: str | Path) -> Path:
-    """A directory's manifest, or the manifest itself."""
-    return Path(path) if str(path).endswith(".json") else Path(path) / FILE_NAME
+    """A local directory's manifest, or the manifest itself."""
+    path = str(path)
+    if path.startswith("pipe:"):
+        raise ConfigError(f"{path}: shards are never read from a program; give a path or a URL")
+    if scheme_of(path) == "file":
+        path = unquote(urlsplit(path).path)
+    return Path(path) if path.endswith(".json") else Path(path) / FILE_NAME
 
 
-def load_manifest(path: str | Path) -> Manifest:
-    """The manifest of a directory of shards, or the file itself. Raises DataError."""
+def load_manifest(path: str | Path, access: Access | None = None) -> Manifest:
+    """The manifest of a directory of shards, or the file itself: a path or a URL. Raises DataError, and ConfigError for
+    a URL that `access` (default: Access()) does not allow."""
+    if is_remote(path):
+        return _remote_manifest(str(path), access or Access())
     file = manifest_path(path)
     try:
         with open(file, "rb") as stream:
@@ -119,12 +160,35 @@ def load_manifest(path: str | Path) -> Manifest:
     if len(text) > MAX_MANIFEST:
         raise DataError(f"{file}: larger than {MAX_MANIFEST} bytes, which no manifest is")
     try:
-        values = json.loads(text)
-        if not isinstance(values, dict):
-            raise ValueError(f"must be an object, found {type(values).__name__}")
-        return Manifest(**(values | {"directory": file.parent}))
+        return _parse(text, file.parent)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: {_reason(error)}; write it anew with `python -m ebm index {file.parent}`") from error
+
+
+def _remote_manifest(place: str, access: Access) -> Manifest:
+    check_url(place, access)
+    url = place if place.endswith(".json") else f"{place.rstrip('/')}/{FILE_NAME}"
+    directory = Remote(url[: url.rindex("/") + 1], access)
+
+    def receive(body: Iterator[bytes]) -> Manifest:
+        text = bytearray()
+        for piece in body:
+            text += piece
+            if len(text) > MAX_MANIFEST:
+                raise TransferError(f"larger than {MAX_MANIFEST} bytes, which no manifest is", final=True)
+        try:
+            return _parse(text, directory)
+        except (ValueError, RecursionError) as error:  # a body cut short, where the server gave no length
+            raise TransferError(_reason(error)) from error
+
+    return fetch(url, access, receive)
+
+
+def _parse(text: bytes, directory: Path | Remote) -> Manifest:
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        raise ValueError(f"must be an object, found {type(values).__name__}")
+    return Manifest(**(values | {"directory": directory}))
 
 
 def _reason(error: Exception) -> str:
@@ -137,7 +201,11 @@ def _reason(error: Exception) -> str:
 
 
 def check_files(manifest: Manifest) -> None:
-    """Every shard is there and has the manifest's size. Raises DataError; takes no longer than a listing."""
+    """Every shard is there and has the manifest's size. Raises DataError; takes no longer than a listing. Shards with a
+    URL are verified as they come: here, only that the cache can hold the largest."""
+    if manifest.remote:
+        manifest.directory.cache.prepare(max(shard.bytes for shard in manifest.shards))
+        return
     for shard in manifest.shards:
         path = manifest.path(shard)
         try:
@@ -153,8 +221,12 @@ def check_files(manifest: Manifest) -> None:
 
 def verify(manifest: Manifest, progress: bool = False) -> None:
     """`check_files`, and the sha256 of every shard. Raises DataError naming the first that differs."""
-    check_files(manifest)
+    if not manifest.remote:
+        check_files(manifest)
     for shard in tqdm(manifest.shards, desc="verifying", unit="shard", disable=None if progress else True):
+        if manifest.remote:
+            manifest.directory.verify(shard.name, shard.bytes, shard.sha256)
+            continue
         path = manifest.path(shard)
         with open(path, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -167,6 +239,8 @@ def index_shards(where: str | Path, progress: bool = False) -> Manifest:
 
     `where`: a directory, or a pattern (`*`, `?`, `{000..099}`). Raises DataError naming what can't be used.
     """
+    if is_remote(where):
+        raise ConfigError(f"{where}: index the shards where they are, and upload {FILE_NAME} beside them")
     paths = find_shards(str(where))
     directory = Path(os.path.commonpath([path.parent for path in paths]))
     bar = tqdm(paths, desc="indexing", unit="shard", disable=None if progress else True)
@@ -190,8 +264,8 @@ def assemble(directory: Path, names: list[str], scans: list) -> Manifest:
     for name, scan in zip(names, scans, strict=True):
         if scan.shape != scans[0].shape:
             raise DataError(
-                f"{directory / name} begins with an image of {scan.shape} (channels, height, width), {names[0]} "
-                f"with {scans[0].shape}: all images must have one shape; write shards with --size"
+                f"{directory / name} begins with a sample of {scan.shape}, {names[0]} with {scans[0].shape} (channels, "
+                "height, width, or values of a vector): all must have one shape; write images with --size"
             )
     labelled = all(scan.unlabelled == 0 for scan in scans)
     shards = [

@@ -17,6 +17,7 @@ from ebm.data.manifest import Manifest, check_files, load_manifest
 from ebm.data.order import Order, Window
 from ebm.data.processes import init_worker, worker_context
 from ebm.data.samples import Decoded, SampleReader, WindowDataset
+from ebm.data.transfer import Access
 from ebm.errors import DataError
 
 MAX_PIXELS = DataConfig.model_fields["max_pixels"].default
@@ -34,7 +35,7 @@ class Position(NamedTuple):
 class Batch(NamedTuple):
     """S streams times n samples, stream by stream in the order of the reader's `streams`."""
 
-    images: Tensor  # (S * n, C, H, W) uint8
+    images: Tensor  # (S * n, C, H, W) uint8, or vectors (S * n, D) float32
     labels: Tensor  # (S * n,) int64, -1 where there is none
     keys: list[tuple[int, str]]  # (stream, key)
     errors: list[str]  # one for each unreadable sample passed over to fill this batch: shard, key and reason
@@ -56,7 +57,7 @@ class ShardReader:
     def __init__(
         self,
         manifest: Manifest,
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         *,
         seed: int,
         num_streams: int,
@@ -209,13 +210,15 @@ def _as_it_is(value):
 
 
 def read_all(
-    shards, shape: tuple[int, int, int], *, batch: int = 1024, max_pixels: int = MAX_PIXELS
+    shards, shape: tuple[int, ...], *, batch: int = 1024, max_pixels: int = MAX_PIXELS, access: Access | None = None
 ) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
-    """Every sample once, in the shards' order: (images (m, C, H, W) uint8, labels (m,) int64, keys), m <= batch.
+    """Every sample once, in the shards' order: (images (m, C, H, W) uint8 or vectors (m, D) float32, labels (m,) int64,
+    keys), m <= batch.
 
-    `shards`: a directory, a manifest.json, or a Manifest. Raises DataError at the first sample that can't be read.
+    `shards`: a directory, a manifest.json (a path or a URL, as `access` allows), or a Manifest. Raises DataError at the
+    first sample that can't be read.
     """
-    manifest = shards if isinstance(shards, Manifest) else load_manifest(shards)
+    manifest = shards if isinstance(shards, Manifest) else load_manifest(shards, access)
     check_files(manifest)
     reader = SampleReader(manifest, tuple(shape), max_pixels)
     for shard, entry in enumerate(manifest.shards):

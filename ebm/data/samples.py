@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -10,7 +10,9 @@ import numpy as np
 from ebm.data.decode import decode, read_header, show
 from ebm.data.manifest import Manifest
 from ebm.data.order import Order, Window
-from ebm.data.tars import BLOCK, image_suffix, parse_label, read_block, read_range
+from ebm.data.remote import Prefetch
+from ebm.data.tars import BLOCK, image_suffix, parse_label, read_block, read_range, vector_suffix
+from ebm.data.vectors import decode_vector
 from ebm.errors import DataError
 
 
@@ -19,7 +21,7 @@ class Decoded(NamedTuple):
     was passed over, by the position after it."""
 
     stream: int
-    images: np.ndarray  # (m, C, H, W) uint8
+    images: np.ndarray  # (m, C, H, W) uint8, or vectors (m, D) float32
     labels: np.ndarray  # (m,) int64, -1 where there is none
     keys: list[str]
     ends: np.ndarray  # (m,) int64
@@ -29,19 +31,24 @@ class Decoded(NamedTuple):
 
 @dataclass(frozen=True)
 class SampleReader:
-    """Reads and checks samples of one shape. Its errors name shard, key and reason."""
+    """Reads and checks samples of one shape, (C, H, W) of images or (D,) of vectors. Its errors name shard, key and
+    reason."""
 
     manifest: Manifest
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     max_pixels: int
     num_classes: int | None = None
+
+    @property
+    def dtype(self) -> type:
+        return np.float32 if len(self.shape) == 1 else np.uint8
 
     def samples(self, shard: int, start: int, stop: int) -> Iterator[dict | DataError]:
         """Samples [start, stop) of a shard, still encoded; a DataError in the place of each that can't be reached."""
         entry = self.manifest.shards[shard]
         path = self.manifest.path(entry)
         try:
-            with open(path, "rb") as file:
+            with self.manifest.open(entry) as file:
                 for block in range(start // BLOCK, -(-stop // BLOCK)):
                     low = block * BLOCK
                     found = self._block(file, shard, block)
@@ -55,6 +62,9 @@ class SampleReader:
         first, stop = block * BLOCK, min((block + 1) * BLOCK, entry.samples)
         begin, end = (*entry.offsets, entry.bytes)[block : block + 2]
         data = read_range(file, begin, end)
+        if zlib.crc32(data) != entry.crc32[block] and self.manifest.remote:
+            with self.manifest.reopen(entry) as again:
+                data = read_range(again, begin, end)
         if zlib.crc32(data) != entry.crc32[block]:
             lost = DataError(
                 f"{path}: changed since the manifest was made: samples {first} to {stop - 1} (bytes {begin} to "
@@ -69,7 +79,7 @@ class SampleReader:
         except ValueError as error:
             raise DataError(
                 f"{path}: is not what the manifest says: {error}; write the manifest anew with "
-                f"`python -m ebm index {self.manifest.directory}`"
+                f"`python -m ebm index{'' if self.manifest.remote else f' {self.manifest.directory}'}`"
             ) from error
         return found
 
@@ -88,7 +98,7 @@ class SampleReader:
         return ""
 
     def decode(self, shard: int, sample: dict) -> tuple[np.ndarray, int, str]:
-        """(uint8 image of `shape`, label or -1, key). Raises DataError."""
+        """(image or vector of `shape`, label or -1, key). Raises DataError."""
         key = sample["__key__"]
         try:
             return *self._decode(sample), key
@@ -97,10 +107,17 @@ class SampleReader:
             raise DataError(f"{path}: key {key}: {error}") from error
 
     def _decode(self, sample: dict) -> tuple[np.ndarray, int]:
-        suffix = image_suffix(name for name in sample if not name.startswith("__"))
-        if suffix is None:
-            raise ValueError("has no image")
-        return self._image(sample[suffix]), self._label(sample.get("cls"))
+        names = [name for name in sample if not name.startswith("__")]
+        image, vector = image_suffix(names), vector_suffix(names)
+        if len(self.shape) == 1:
+            if vector is None:
+                shown = "; set data.shape=[C,H,W], as the images have it" if image else ""
+                raise ValueError(f"has no vector (.npy), and data.shape is {list(self.shape)}{shown}")
+            return decode_vector(sample[vector], *self.shape), self._label(sample.get("cls"))
+        if image is None:
+            shown = f", but a vector, and data.shape is {list(self.shape)}; set data.shape=[D]" if vector else ""
+            raise ValueError(f"has no image{shown}")
+        return self._image(sample[image]), self._label(sample.get("cls"))
 
     def _image(self, data: bytes) -> np.ndarray:
         header = read_header(data)
@@ -133,9 +150,12 @@ class WindowDataset:
     reader: SampleReader
     order: Order
     on_error: Literal["fail", "skip"]
+    prefetch: Prefetch = field(default_factory=Prefetch)
 
     def __getitem__(self, window: Window) -> Decoded | DataError:
         try:
+            if self.reader.manifest.remote:
+                self._ask_ahead(window)
             return self._read(window)
         except DataError as error:
             return error
@@ -143,7 +163,7 @@ class WindowDataset:
     def _read(self, window: Window) -> Decoded:
         ranks = self.order.ranks(window)
         count = len(ranks) - window.first
-        images = np.empty((count, *self.reader.shape), np.uint8)
+        images = np.empty((count, *self.reader.shape), self.reader.dtype)
         labels, keys, good = np.empty(count, np.int64), [""] * count, np.zeros(count, bool)
         end, errors = self.order.end(window), {}
         ends = np.arange(end - count + 1, end + 1)
@@ -164,6 +184,12 @@ class WindowDataset:
             return Decoded(window.stream, images, labels, keys, ends, errors, end)
         kept = [key for key, ok in zip(keys, good, strict=True) if ok]
         return Decoded(window.stream, images[good], labels[good], kept, ends[good], errors, end)
+
+    def _ask_ahead(self, window: Window) -> None:
+        """For the shards that this window ends in, and that the stream's next window needs."""
+        following = self.order.window(window.stream, self.order.end(window))
+        segments = self.order.segments(window)[1:] + self.order.segments(following)
+        self.prefetch(self.reader.manifest, dict.fromkeys(shard for shard, _, _ in segments))
 
     def _samples(self, window: Window) -> Iterator[tuple[int, dict | DataError]]:
         for shard, start, stop in self.order.segments(window):

@@ -1,4 +1,4 @@
-"""Writing shards: images of a source to webdataset tars and their manifest, a shard a task of a process pool."""
+"""Writing shards: samples of a source to webdataset tars and their manifest, a shard a task of a process pool."""
 
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -13,10 +13,11 @@ from tqdm import tqdm
 from webdataset import TarWriter
 
 from ebm.data.decode import encode, show, to_array, to_pillow
-from ebm.data.manifest import FILE_NAME, Manifest, assemble, manifest_path, sync_directory
+from ebm.data.manifest import FILE_NAME, Manifest, assemble, is_remote, manifest_path, sync_directory
 from ebm.data.processes import init_worker, worker_context
 from ebm.data.sources import Item, Source, open_source
 from ebm.data.tars import Scan, scan_shard
+from ebm.data.vectors import VECTOR_SUFFIX, check_finite, encode_vector
 from ebm.errors import DataError
 
 TEMPORARY = ".tmp"
@@ -43,7 +44,7 @@ class Conversion:
 
     def encoded(self, item: Item, image: np.ndarray) -> tuple[bytes, str]:
         kept = item.encoded
-        if kept is not None and image is item.image and self.format in (None, kept[1]):
+        if kept is not None and image is item.array and self.format in (None, kept[1]):
             return kept
         suffix = self.format or "png"
         return encode(image, suffix), suffix
@@ -71,18 +72,18 @@ def write_shards(
 ) -> Manifest:
     """Write `source` to `out` as shard-000000.tar ... and manifest.json, last. Returns the manifest.
 
-    The bytes depend on the source and the conversion alone, not on `workers` (default: the CPUs; a few shards are
-    written in this process). Raises DataError where `out` has shards already (unless `overwrite`) or the images differ
-    in shape.
+    The bytes depend on the source and the conversion alone, not on `workers` (default: the CPUs; vectors and a few
+    shards are written in this process). Raises DataError where `out` has shards already (unless `overwrite`), where
+    the samples differ in shape, and at a vector that is not finite.
     """
     out = Path(out)
     try:
         prepare(out, overwrite)
         starts = range(0, len(source), samples_per_shard)
         writer = ShardWriter(source, Conversion(size, mode, format), str(out), samples_per_shard)
-        with tqdm(total=len(source), desc=f"writing {out}", unit="image", disable=None if progress else True) as bar:
+        with tqdm(total=len(source), desc=f"writing {out}", unit="sample", disable=None if progress else True) as bar:
             scans = []
-            for scan in _run(writer, len(starts), workers or default_workers(len(starts))):
+            for scan in _run(writer, len(starts), workers or default_workers(source, len(starts))):
                 scans.append(scan)
                 bar.update(scan.samples)
         return _publish(out, scans)
@@ -91,9 +92,12 @@ def write_shards(
 
 
 def ensure_shards(shards: str, source: str | None, split: str) -> None:
-    """Write `shards` from `source` where a source is given and there is no manifest yet. Raises DataError."""
+    """Write `shards`, a local directory, from `source` where one is given and there is no manifest yet. Raises
+    DataError."""
+    if source is None or is_remote(shards):
+        return
     path = manifest_path(shards)
-    if source is not None and not path.exists():
+    if not path.exists():
         write_shards(open_source(source, split), path.parent)
 
 
@@ -108,7 +112,7 @@ class ShardWriter:
 
     def __call__(self, shard: int) -> Scan:
         first = self.source.item(0)
-        shape = self.conversion.image(first.image).shape
+        shape = self._converted(first).shape
         path = Path(self.out) / (shard_name(shard) + TEMPORARY)
         start = shard * self.samples_per_shard
         with open(path, "wb") as file:
@@ -120,16 +124,37 @@ class ShardWriter:
             os.fsync(file.fileno())
         return scan_shard(path)
 
-    def _sample(self, item: Item, shape: tuple[int, int, int], first: str) -> dict[str, bytes]:
-        image = self.conversion.image(item.image)
-        if image.shape != shape:
+    def _converted(self, item: Item) -> np.ndarray:
+        if item.array.ndim > 1:
+            return self.conversion.image(item.array)
+        if self.conversion != Conversion():
             raise DataError(
-                f"{item.name} is {show(image.shape)} (height, width, channels), {first} is {show(shape)}: all images "
+                f"{item.name} is a vector of {len(item.array)} values; --size, --grayscale, --rgb and --format are for "
+                "images"
+            )
+        return item.array
+
+    def _sample(self, item: Item, shape: tuple[int, ...], first: str) -> dict[str, bytes]:
+        array = self._converted(item)
+        if array.shape != shape:
+            raise DataError(
+                f"{item.name} is {show(array.shape)} (height, width, channels), {first} is {show(shape)}: all images "
                 "must have one shape; give --size N, and --rgb or --grayscale where channels differ"
             )
-        data, suffix = self.conversion.encoded(item, image)
+        if array.ndim == 1:
+            data, suffix = _encoded_vector(item), VECTOR_SUFFIX
+        else:
+            data, suffix = self.conversion.encoded(item, array)
         label = {} if item.label is None else {"cls": str(item.label).encode()}
         return {"__key__": item.key, suffix: data} | label
+
+
+def _encoded_vector(item: Item) -> bytes:
+    try:
+        check_finite(item.array)
+    except ValueError as error:
+        raise DataError(f"{item.name}: {error}") from error
+    return encode_vector(item.array)
 
 
 def shard_name(shard: int) -> str:
@@ -149,9 +174,9 @@ def prepare(out: Path, overwrite: bool) -> None:
         path.unlink(missing_ok=True)
 
 
-def default_workers(shards: int) -> int:
-    """A worker needs seconds to start: as long as a few shards take."""
-    return len(os.sched_getaffinity(0)) if shards >= 4 else 1
+def default_workers(source: Source, shards: int) -> int:
+    """A worker needs seconds to start: as long as a few shards of images take, or many of vectors."""
+    return len(os.sched_getaffinity(0)) if shards >= 4 and source.item(0).array.ndim > 1 else 1
 
 
 def _run(writer: ShardWriter, shards: int, workers: int):

@@ -1,4 +1,4 @@
-"""Where images come from before they are shards: built-in data sets, folders, arrays."""
+"""Where images and vectors come from before they are shards: built-in data sets, toy densities, folders, arrays."""
 
 import os
 from dataclasses import dataclass
@@ -10,23 +10,25 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ebm.data.decode import CHANNELS, FORMATS, IMAGE_SUFFIXES, to_array
+from ebm.data.toy import TOYS, sample_toy
 from ebm.errors import DataError
 
-KINDS = "digits, mnist, cifar10, svhn, celeba, folder:PATH, npy:PATH"
+KINDS = f"digits, mnist, cifar10, svhn, celeba, {', '.join(TOYS)}, folder:PATH, npy:PATH"
 
 
 class Item(NamedTuple):
-    """One image. `image`: uint8 (H, W, C). `encoded`: the file as it is and its suffix, where it can be kept so."""
+    """One sample. `array`: an image, uint8 (H, W, C), or a vector, float32 (D,). `encoded`: an image's file as it is
+    and its suffix, where it can be kept so."""
 
     key: str
     name: str  # for error messages
-    image: np.ndarray
+    array: np.ndarray
     label: int | None
     encoded: tuple[bytes, str] | None = None
 
 
 class Source(Protocol):
-    """Images in a fixed order; sent to worker processes, so it must be picklable."""
+    """Samples in a fixed order; sent to worker processes, so it must be picklable."""
 
     def __len__(self) -> int: ...
 
@@ -35,23 +37,23 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class ArraySource:
-    """`images`: uint8 (N, H, W, C); `labels`: (N,) or None."""
+    """`arrays`: images, uint8 (N, H, W, C), or vectors, float32 (N, D); `labels`: (N,) or None."""
 
     name: str
-    images: np.ndarray
+    arrays: np.ndarray
     labels: np.ndarray | None
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.arrays)
 
     def item(self, i: int) -> Item:
         label = None if self.labels is None else int(self.labels[i])
-        return Item(f"{i:06d}", f"{self.name}, image {i}", self.images[i], label)
+        return Item(f"{i:06d}", f"{self.name}, sample {i}", self.arrays[i], label)
 
 
 @dataclass(frozen=True)
 class NpySource:
-    """uint8 (N, H, W) or (N, H, W, C) in a .npy file, which is mapped, not loaded."""
+    """uint8 (N, H, W) or (N, H, W, C), or float32 (N, D), in a .npy file, which is mapped, not loaded."""
 
     path: str
     length: int
@@ -60,9 +62,9 @@ class NpySource:
         return self.length
 
     def item(self, i: int) -> Item:
-        image = np.array(_open_npy(self.path)[i])
-        image = image[:, :, None] if image.ndim == 2 else image
-        return Item(f"{i:06d}", f"{self.path}, image {i}", image, None)
+        array = np.array(_open_npy(self.path)[i])
+        array = array[:, :, None] if array.ndim == 2 else array
+        return Item(f"{i:06d}", f"{self.path}, sample {i}", array, None)
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ def open_source(spec: str, split: str = "train") -> Source:
         return open_npy(path)
     if spec == "digits":
         return open_digits(split)
+    if spec in TOYS:
+        return open_toy(spec, split)
     if spec in ("mnist", "cifar10", "svhn", "celeba"):
         return open_torchvision(spec, split)
     raise DataError(f"source {spec!r} is not known; use one of {KINDS}")
@@ -121,6 +125,13 @@ def open_digits(split: str) -> ArraySource:
     images = np.rint(digits.images * 255 / 16).astype(np.uint8)[..., None]
     train, test, y_train, y_test = train_test_split(images, digits.target, test_size=0.2, random_state=0)
     return ArraySource("digits", *((train, y_train) if split == "train" else (test, y_test)))
+
+
+def open_toy(name: str, split: str) -> ArraySource:
+    if split not in ("train", "test"):
+        raise DataError(f"split {split!r}: {name} has train and test")
+    x, labels = sample_toy(name, split)
+    return ArraySource(name, x.numpy(), None if labels is None else labels.numpy())
 
 
 def open_torchvision(name: str, split: str) -> Source:
@@ -185,8 +196,13 @@ def open_npy(path: str) -> NpySource:
         array = _open_npy(path)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"npy:{path}: not a readable .npy file without pickles ({error})") from error
-    if array.dtype != np.uint8 or array.ndim not in (3, 4) or 0 in array.shape:
-        raise DataError(f"npy:{path}: is {array.dtype} {array.shape}; must be uint8 (N, H, W) or (N, H, W, C)")
+    images = array.dtype == np.uint8 and array.ndim in (3, 4)
+    vectors = array.dtype == np.float32 and array.ndim == 2
+    if not (images or vectors) or 0 in array.shape:
+        raise DataError(
+            f"npy:{path}: is {array.dtype} {array.shape}; must be images, uint8 (N, H, W) or (N, H, W, C), or vectors, "
+            "float32 (N, D)"
+        )
     if array.ndim == 4 and array.shape[3] not in (1, 2, 3, 4):
         raise DataError(f"npy:{path}: is {array.shape}; channels come last, (N, H, W, C), and are 1 to 4")
     return NpySource(path, len(array))

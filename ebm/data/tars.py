@@ -17,6 +17,7 @@ from typing import NamedTuple
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from ebm.data.decode import IMAGE_SUFFIXES, read_header
+from ebm.data.vectors import VECTOR_SUFFIX, read_vector_shape
 from ebm.errors import DataError
 
 ZEROS, OCTAL = bytes(512), re.compile(rb"[0-7]+")
@@ -50,14 +51,15 @@ class Member(tarfile.TarInfo):
 
 
 class Scan(NamedTuple):
-    """One shard. `shape`: (C, H, W) of its first image; `max_label`: None without labels; `unlabelled`: samples."""
+    """One shard. `shape`: (C, H, W) of its first image, or (D,) of its first vector where that has none; `max_label`:
+    None without labels; `unlabelled`: samples."""
 
     samples: int
     bytes: int
     sha256: str
     offsets: list[int]
     crc32: list[int]
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     max_label: int | None
     unlabelled: int
 
@@ -65,6 +67,11 @@ class Scan(NamedTuple):
 def image_suffix(suffixes) -> str | None:
     """The suffix of a sample's image (`png`, `image.jpg`), the first in tar order; None where there is none."""
     return next((s for s in suffixes if s.rpartition(".")[2] in IMAGE_SUFFIXES), None)
+
+
+def vector_suffix(suffixes) -> str | None:
+    """The suffix of a sample's vector (`npy`, `latent.npy`), as `image_suffix`."""
+    return next((s for s in suffixes if s.rpartition(".")[2] == VECTOR_SUFFIX), None)
 
 
 def parse_label(data: bytes) -> int:
@@ -80,7 +87,7 @@ def scan_shard(path: Path) -> Scan:
         with _BoundedFile(path) as file:
             samples = _samples(path, file)
             if not samples:
-                raise DataError(f"{path}: holds no samples (members such as KEY.png with KEY.cls)")
+                raise DataError(f"{path}: holds no samples (members such as KEY.png or KEY.npy, with KEY.cls)")
             offsets = [s.offset for s in samples[::BLOCK]]
             size = path.stat().st_size
             crc32 = [zlib.crc32(read_range(file, *block)) for block in pairwise((*offsets, size))]
@@ -104,7 +111,7 @@ def scan_shard(path: Path) -> Scan:
 
 class _Sample(NamedTuple):
     offset: int
-    shape: tuple[int, int, int] | None  # of the first sample alone
+    shape: tuple[int, ...] | None  # of the first sample alone
     label: int | None
 
 
@@ -141,16 +148,23 @@ def _samples(path: Path, file) -> list[_Sample]:
 
 
 def _sample(path: Path, file, key: str, group: dict, first: bool) -> _Sample:
-    image = image_suffix(group)
-    if image is None:
+    image, vector = image_suffix(group), vector_suffix(group)
+    if image is None and vector is None:
         found = ", ".join(f".{s}" for s in group)
-        raise DataError(f"{path}: key {key} has no image (found {found}; images are .{', .'.join(IMAGE_SUFFIXES)})")
+        raise DataError(
+            f"{path}: key {key} has no image and no vector (found {found}; images are "
+            f".{', .'.join(IMAGE_SUFFIXES)}, vectors .{VECTOR_SUFFIX})"
+        )
     try:
-        shape = read_header(_content(file, group[image])).shape if first else None
+        shape = _shape(_content(file, group[image or vector]), image is not None) if first else None
         label = parse_label(_content(file, group["cls"])) if "cls" in group else None
     except ValueError as error:
         raise DataError(f"{path}: key {key}: {error}") from error
     return _Sample(min(member.offset for member in group.values()), shape, label)
+
+
+def _shape(data: bytes, is_image: bool) -> tuple[int, ...]:
+    return read_header(data).shape if is_image else read_vector_shape(data)
 
 
 def _content(file, member: tarfile.TarInfo) -> bytes:

@@ -1,18 +1,21 @@
-"""What every energy shares: the contract, the head, spectral normalisation."""
+"""What every energy shares: the contract, its arithmetic, and what is refused."""
 
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
 
 from ebm.errors import ConfigError
 
-NORMALISED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
-
 
 class BaseEnergyFunction(nn.Module, ABC):
-    """An unnormalised density: p(x) is proportional to exp(-E(x) / T). A subclass needs `forward` alone."""
+    """An unnormalised density: p(x) is proportional to exp(-E(x) / T). A subclass needs `forward` alone.
+
+    Energies are values: `a + b` (a product of experts), `a - b`, `-a`, `w * a` and `a / w` are energies again, of the
+    same modules (ebm.energies.composition). `w` is a number, or in `w * a` an nn.Parameter, which is then learned.
+    """
+
+    num_classes: int | None = None  # of a class-conditional energy, whose forward takes (x, y)
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -24,45 +27,50 @@ class BaseEnergyFunction(nn.Module, ABC):
             x = x.detach().requires_grad_(True)
             return torch.autograd.grad(self(x, *labels).sum(), x)[0]
 
+    def class_energies(self, x: Tensor) -> Tensor:
+        """E(x, y) of every class y, (B, num_classes): a forward a class, where a subclass knows no faster way."""
+        if not self.num_classes:
+            raise ValueError("class_energies: this energy has no classes; give it num_classes")
+        each = (self(x, torch.full((len(x),), y, device=x.device)) for y in range(self.num_classes))
+        return torch.stack(list(each), 1)
+
+    def marginal(self, x: Tensor) -> Tensor:
+        """-log sum_y exp(-E(x, y)), (B,): the energy of x whatever its class (Grathwohl et al. 2020, eq. 6)."""
+        return -torch.logsumexp(-self.class_energies(x), 1)
+
+    def __add__(self, other: "BaseEnergyFunction") -> "BaseEnergyFunction":
+        from ebm.energies.composition import plus  # which is made of subclasses of this class
+
+        return plus(self, other) if isinstance(other, BaseEnergyFunction) else NotImplemented
+
+    def __radd__(self, other) -> "BaseEnergyFunction":
+        return self if isinstance(other, int) and other == 0 else NotImplemented  # sum() begins with 0
+
+    def __mul__(self, weight: float | Tensor) -> "BaseEnergyFunction":
+        from ebm.energies.composition import WeightedSum
+
+        return NotImplemented if isinstance(weight, nn.Module) else WeightedSum([self], [weight])
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, weight: float) -> "BaseEnergyFunction":
+        return NotImplemented if isinstance(weight, nn.Module | nn.Parameter) else self * (1 / weight)
+
+    def __neg__(self) -> "BaseEnergyFunction":
+        return self * -1.0
+
+    def __sub__(self, other: "BaseEnergyFunction") -> "BaseEnergyFunction":
+        return self + -other if isinstance(other, BaseEnergyFunction) else NotImplemented
+
 
 def require_batch(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """`x`, if it is (B, *shape). An image without its batch dimension is refused, since a guess may be wrong."""
+    """`x`, if it is (B, *shape). A state without its batch dimension is refused, since a guess may be wrong."""
     if tuple(x.shape[1:]) != tuple(shape):
         raise ValueError(
             f"x has shape {tuple(x.shape)}; this energy takes (batch, {', '.join(map(str, shape))})"
             + ("; add the batch dimension: x[None]" if tuple(x.shape) == tuple(shape) else "")
         )
     return x
-
-
-class EnergyHead(nn.Module):
-    """Features (B, D) -> energies (B,), float32 whatever the autocast type: `scale * (w h + b)`, and for a class
-    condition the projection `+ <embedding(y), h>` (Miyato & Koyama 2018, eq. 3). `scale` is learned."""
-
-    def __init__(self, dim: int, num_classes: int | None = None):
-        super().__init__()
-        self.linear = nn.Linear(dim, 1)
-        self.scale = nn.Parameter(torch.ones(()))
-        self.classes = nn.Embedding(num_classes, dim) if num_classes else None
-
-    def forward(self, h: Tensor, y: Tensor | None = None) -> Tensor:
-        if (y is None) != (self.classes is None):
-            raise ValueError("labels y go with num_classes: give both or neither")
-        with torch.autocast(h.device.type, enabled=False):
-            h = h.float()
-            energy = self.linear(h).squeeze(1)
-            if y is not None:
-                energy = energy + (self.classes(y) * h).sum(1)
-            return self.scale * energy
-
-
-def spectrally_normalise(module: nn.Module) -> nn.Module:
-    """Give every linear, convolutional and embedding weight, seen as a matrix (out, rest), a largest singular value
-    of 1 by power iteration at each forward in training mode (Miyato et al. 2018, algorithm 1). In place."""
-    for layer in list(module.modules()):
-        if isinstance(layer, NORMALISED):
-            parametrizations.spectral_norm(layer, "weight", n_power_iterations=1)
-    return module
 
 
 def refuse_mixing_layers(energy: nn.Module, where: str) -> nn.Module:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ebm.energies.base import EnergyHead
+from ebm.energies.network import EnergyHead
 
 
 def chain_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -56,16 +56,20 @@ class FoldedEnergy:
         norms = [norm for p in self._parametrisations for norm in p]
         for norm in norms:
             norm.training = False
-        torch._foreach_copy_(self._targets, [getattr(layer, name) for layer, name in self._sources])
+        if self._targets:  # an energy may have none
+            torch._foreach_copy_(self._targets, [getattr(layer, name) for layer, name in self._sources])
         for norm, training in zip(norms, was, strict=True):
             norm.training = training
         return self
 
     def __call__(self, x: Tensor, *labels: Tensor) -> Tensor:
-        if self.dtype == torch.float32:
+        with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             return self.module(x, *labels).float()
-        with torch.autocast(x.device.type, dtype=self.dtype):
-            return self.module(x, *labels).float()
+
+    def marginal(self, x: Tensor) -> Tensor:
+        """-log sum_y exp(-E(x, y)), (B,) float32, of a class-conditional energy."""
+        with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            return self.module.marginal(x).float()
 
 
 def _unparametrise(layer: nn.Module) -> None:

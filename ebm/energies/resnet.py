@@ -5,25 +5,30 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ebm.energies.base import BaseEnergyFunction, EnergyHead, require_batch, spectrally_normalise
+from ebm.energies.base import require_batch
+from ebm.energies.network import NetworkEnergy, make_activation, sum_over
 
 
 class ResidualBlock(nn.Module):
-    """h + conv(SiLU(conv(SiLU(h)))), with a 1x1 convolution on the shortcut where the width changes. No norm layer."""
+    """h + conv(a(conv(a(h)))), `a` the activation. A 1x1 convolution is on the shortcut where the width changes or the
+    second convolution has a stride. No norm layer."""
 
-    def __init__(self, narrow: int, wide: int):
+    def __init__(self, narrow: int, wide: int, activation: str = "silu", stride: int = 1):
         super().__init__()
+        self.activation = make_activation(activation)
         self.conv1 = nn.Conv2d(narrow, wide, 3, padding=1)
-        self.conv2 = nn.Conv2d(wide, wide, 3, padding=1)
-        self.shortcut = nn.Identity() if narrow == wide else nn.Conv2d(narrow, wide, 1)
+        self.conv2 = nn.Conv2d(wide, wide, 3, stride=stride, padding=1)
+        same = narrow == wide and stride == 1
+        self.shortcut = nn.Identity() if same else nn.Conv2d(narrow, wide, 1, stride=stride)
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.shortcut(h) + self.conv2(F.silu(self.conv1(F.silu(h))))
+        return self.shortcut(h) + self.conv2(self.activation(self.conv1(self.activation(h))))
 
 
-class ResNetEnergyFunction(BaseEnergyFunction):
+class ResNetEnergyFunction(NetworkEnergy):
     """E(x) of images (B, channels, height, width): a stage of `blocks` residual blocks a feature width, halving the
-    resolution after each, features summed over space, a linear head with a learned scale. Any size from 8x8 up."""
+    resolution after each, features summed over space, a linear head with a learned scale. Any size from 8x8 up.
+    `options`: num_classes, confine (NetworkEnergy.finish)."""
 
     def __init__(
         self,
@@ -34,24 +39,24 @@ class ResNetEnergyFunction(BaseEnergyFunction):
         blocks: int = 1,
         spectral_norm: bool = True,
         *,
-        num_classes: int | None = None,
+        activation: str = "silu",
+        **options,
     ):
         super().__init__()
         self.shape = (channels, height, width)
         self.stem = nn.Conv2d(channels, features[0], 3, padding=1)
         widths = [features[0], *features]
         self.stages = nn.ModuleList(
-            nn.Sequential(*(ResidualBlock(narrow if i == 0 else wide, wide) for i in range(blocks)))
+            nn.Sequential(*(ResidualBlock(narrow if i == 0 else wide, wide, activation) for i in range(blocks)))
             for narrow, wide in zip(widths, features, strict=False)
         )
-        self.head = EnergyHead(features[-1], num_classes)
-        if spectral_norm:
-            spectrally_normalise(self)
+        self.activation = make_activation(activation)
+        self.finish(features[-1], spectral_norm=spectral_norm, **options)
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+    def features(self, x: Tensor) -> Tensor:
         h = self.stem(require_batch(x, self.shape))
         for stage in self.stages:
             h = stage(h)
             if min(h.shape[2:]) > 1:
                 h = F.avg_pool2d(h, 2, ceil_mode=True)
-        return self.head(F.silu(h).float().sum((2, 3)), y)
+        return sum_over(self.activation(h), (2, 3))

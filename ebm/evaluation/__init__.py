@@ -3,17 +3,24 @@
 from ebm.evaluation.classifier import Classifier, train_classifier
 from ebm.evaluation.frechet import frechet_distance
 from ebm.evaluation.levels import from_levels, to_levels
-from ebm.evaluation.metrics import class_metrics, energy_metrics, frechet_metrics, ood_metrics
+from ebm.evaluation.metrics import class_metrics, energy_metrics, frechet_metrics, likelihood_metrics, ood_metrics
 from ebm.evaluation.ood import auroc, ood_sets
+from ebm.evaluation.quadrature import CELLS, Density, density, kl_divergence, mode_weights
 
 __all__ = [
+    "CELLS",
     "Classifier",
+    "Density",
     "auroc",
     "class_metrics",
+    "density",
     "energy_metrics",
     "frechet_distance",
     "frechet_metrics",
     "from_levels",
+    "kl_divergence",
+    "likelihood_metrics",
+    "mode_weights",
     "ood_metrics",
     "ood_sets",
     "to_levels",

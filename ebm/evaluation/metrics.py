@@ -9,6 +9,7 @@ from ebm.errors import DataError
 from ebm.evaluation.classifier import Classifier
 from ebm.evaluation.frechet import frechet_distance
 from ebm.evaluation.ood import auroc, ood_sets
+from ebm.evaluation.quadrature import Density, kl_divergence, mode_weights
 
 PRESENT = 0.01  # a class is present among chains if this share of them is predicted to be of it
 
@@ -54,3 +55,12 @@ def ood_metrics(energies: Callable[[Tensor], Tensor], heldout: Tensor, seed: int
 def energy_metrics(energies: Callable[[Tensor], Tensor], sets: dict[str, Tensor]) -> dict:
     """Mean energy of each set of uint8 images (N, C, H, W). Of a well-trained model all lie close together."""
     return {f"energy/{name}": float(energies(images).double().mean()) for name, images in sets.items()}
+
+
+def likelihood_metrics(true: Density, learned: Density, modes: Tensor) -> dict:
+    """KL(true || learned) in nats, and the share of each of `modes` (M, 2), beside the true one. By quadrature."""
+    values = {"likelihood/kl": kl_divergence(true, learned)}
+    shares = zip(mode_weights(true, modes).tolist(), mode_weights(learned, modes).tolist(), strict=True)
+    for number, (should, share) in enumerate(shares):
+        values |= {f"likelihood/mode_{number}": share, f"likelihood/mode_{number}_ratio": share / should}
+    return values

@@ -7,7 +7,7 @@ from ebm.config import losses as kinds
 from ebm.losses.contrastive import contrastive_divergence
 from ebm.losses.denoising import denoising_score_matching
 from ebm.losses.energy_discrepancy import energy_discrepancy
-from ebm.losses.energy_matching import energy_matching, flow_noise
+from ebm.losses.energy_matching import energy_matching
 from ebm.losses.improved_contrastive import improved_contrastive_divergence
 from ebm.losses.jem import joint_energy, marginal
 from ebm.losses.noise_contrastive import GaussianNoise, UniformNoise, noise_contrastive
@@ -25,7 +25,6 @@ __all__ = [
     "energy_discrepancy",
     "energy_l2",
     "energy_matching",
-    "flow_noise",
     "gradient_penalty",
     "implicit_score_matching",
     "improved_contrastive_divergence",

@@ -1,8 +1,6 @@
 """Energy matching: a potential whose gradient flow carries noise to data, then sampled as an energy near the data
 (Balcerak et al. 2025)."""
 
-import math
-
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -32,7 +30,7 @@ def energy_matching(
     -dE/dx is the velocity of the flow (Balcerak et al. 2025, eq. 5; the mean over D components as in their code).
     Contrastive: max(contrastive_weight * (mean E(x_pos) - mean E(x_neg)), -floor) (algorithm 2), without the share
     `trim` of chains that lie highest: those are lost, not near the data. Of chains that sample at temperature epsilon
-    (`flow_noise`) the density is exp(-E / epsilon), as far as the flow, which knows nothing of it, leaves room:
+    the density is exp(-E / epsilon), as far as the flow, which knows nothing of it, leaves room:
     flow_weight = 0 and trim = 0 are consistent. Pairs, floor and trim look within the part of a generator.
     """
     loss, logged = x_pos.new_zeros(()), {}
@@ -72,16 +70,3 @@ def pairing(x0: Tensor, x1: Tensor, parts: int = 1) -> Tensor:
     size = a.shape[1]
     rows = [torch.from_numpy(linear_sum_assignment(c)[1]) + i * size for i, c in enumerate(cost)]
     return torch.cat(rows).to(x0.device)
-
-
-def temperature(time: float, start: float, maximum: float) -> float:
-    """epsilon(t) of the chain: 0 before `start` (the flow), rising linearly to `maximum` at t = 1, constant from there
-    on (Balcerak et al. 2025, eq. 10)."""
-    if time >= 1:
-        return maximum
-    return maximum * max(0.0, time - start) / (1 - start)
-
-
-def flow_noise(num_steps: int, step_size: float, start: float, maximum: float) -> list[float]:
-    """The noise scales of a chain from N(0, I) at time 0 with `step_size` of time a step: sqrt(2 step_size epsilon)."""
-    return [math.sqrt(2 * step_size * temperature(k * step_size, start, maximum)) for k in range(num_steps)]

@@ -1,7 +1,35 @@
-"""Samplers: pure functions on a callable energy, and a front with the names of the guide."""
+"""Samplers: pure functions on a callable energy, and fronts with the names of the guide."""
 
-from ebm.samplers.dynamics import LangevinDynamics
+from ebm.samplers.chain import ChainInfo
+from ebm.samplers.configured import advance, fresh_chains, sampler_of, schedule, settings_of
+from ebm.samplers.dynamics import HamiltonianMonteCarlo, LangevinDynamics, MetropolisAdjustedLangevin, ParallelTempering
 from ebm.samplers.engine import Engine
-from ebm.samplers.langevin import ChainInfo, fresh_chains, langevin, schedule, settings_of
+from ebm.samplers.gibbs import GibbsInfo, class_flips, within_gibbs
+from ebm.samplers.hamiltonian import hmc
+from ebm.samplers.langevin import langevin
+from ebm.samplers.metropolis import MetropolisInfo, adapted, mala
+from ebm.samplers.tempering import TemperingInfo, tempering
 
-__all__ = ["ChainInfo", "Engine", "LangevinDynamics", "fresh_chains", "langevin", "schedule", "settings_of"]
+__all__ = [
+    "ChainInfo",
+    "Engine",
+    "GibbsInfo",
+    "HamiltonianMonteCarlo",
+    "LangevinDynamics",
+    "MetropolisAdjustedLangevin",
+    "MetropolisInfo",
+    "ParallelTempering",
+    "TemperingInfo",
+    "adapted",
+    "advance",
+    "class_flips",
+    "fresh_chains",
+    "hmc",
+    "langevin",
+    "mala",
+    "sampler_of",
+    "schedule",
+    "settings_of",
+    "tempering",
+    "within_gibbs",
+]

@@ -30,11 +30,11 @@ class Engine:
         if x.is_cuda and self.capture:
             captured = self._captured(sampler, x, labels, generator, settings)
             if captured is not None:
-                return captured(x, labels)
+                return captured(x, labels, settings)
         threads = 1 if x.is_cuda else _threads(len(generator))
         if threads > 1:
             return self._in_threads(threads, sampler, x, labels, generator, settings)
-        return sampler(lambda x: self.energy(x, *labels), x, generator=generator, **settings)
+        return sampler(_of_states(self.energy, labels), x, generator=generator, **settings)
 
     def _in_threads(self, threads: int, sampler, x, labels, generator, settings):
         share = len(generator) // threads  # streams a thread
@@ -42,17 +42,18 @@ class Engine:
         def chain(part: int):
             own = [y.chunk(threads)[part] for y in (x, *labels)]
             generators = generator[part * share : (part + 1) * share]
-            return sampler(lambda x: self.energy(x, *own[1:]), own[0], generator=generators, **settings)
+            return sampler(_of_states(self.energy, own[1:]), own[0], generator=generators, **settings)
 
         states, infos = zip(*_pool(threads).map(chain, range(threads)), strict=True)
         means = (torch.stack(values).mean(0) for values in zip(*infos, strict=True))
         return torch.cat(states), type(infos[0])(*means)
 
     def _captured(self, sampler, x, labels, generator, settings) -> "_Captured | None":
-        """The graph of this call. Other settings (a step size that was cut) make a new one in place of the old."""
+        """The graph of this call. Other settings (a step size that was cut) make a new one in place of the old; tensors
+        among them (a step size that adapts) are inputs of the graph."""
         key = (sampler, x.shape, len(labels), tuple(map(id, generator)))
         captured = self._graphs.get(key)
-        if captured is None or captured.settings != settings:
+        if captured is None or captured.settings != _numbers(settings):
             self._graphs.pop(key, None)
             try:
                 captured = self._graphs[key] = _Captured(self.energy, sampler, x, labels, generator, settings)
@@ -63,6 +64,21 @@ class Engine:
                 print(f"the chain can't be captured as a CUDA graph and runs step by step: {reason}", flush=True)
                 return None
         return captured
+
+
+def _of_states(energy: Callable[..., Tensor], labels: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    """x -> energy(x, *labels), also for several replicas of each labelled chain, one after the other (`tempering`)."""
+
+    def closed(x: Tensor) -> Tensor:
+        each = (y.unsqueeze(1).expand(-1, len(x) // len(y), *y.shape[1:]).flatten(0, 1) for y in labels)
+        return energy(x, *each)
+
+    return closed
+
+
+def _numbers(settings: dict) -> dict:
+    """The settings without the tensors among them."""
+    return {name: value for name, value in settings.items() if not isinstance(value, Tensor)}
 
 
 def _threads(streams: int) -> int:
@@ -85,12 +101,13 @@ class _Captured:
     """One chain as a CUDA graph: static inputs, a replay, copies of the static outputs."""
 
     def __init__(self, energy, sampler, x, labels, generator, settings):
-        self.settings, self.generator = settings, generator
+        self.settings, self.generator = _numbers(settings), generator
         self.x, self.labels = x.clone(), tuple(y.clone() for y in labels)
+        self.tensors = {name: value.clone() for name, value in settings.items() if isinstance(value, Tensor)}
         self.graph = torch.cuda.CUDAGraph()
 
         def chain(generator):
-            return sampler(lambda x: energy(x, *self.labels), self.x, generator=generator, **settings)
+            return sampler(_of_states(energy, self.labels), self.x, generator=generator, **settings | self.tensors)
 
         # Libraries choose algorithms and allocate at their first calls, which can't be captured.
         side = torch.cuda.Stream(x.device)
@@ -105,9 +122,11 @@ class _Captured:
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.out, self.info = chain(generator)
 
-    def __call__(self, x: Tensor, labels: tuple[Tensor, ...]):
+    def __call__(self, x: Tensor, labels: tuple[Tensor, ...], settings: dict):
         self.x.copy_(x)
         for own, given in zip(self.labels, labels, strict=True):
             own.copy_(given)
+        for name, own in self.tensors.items():
+            own.copy_(settings[name])
         self.graph.replay()
         return self.out.clone(), type(self.info)(*(value.clone() for value in self.info))

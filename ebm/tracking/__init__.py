@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from ebm.config import Config
 from ebm.errors import UserError
-from ebm.figures import grid, side_by_side
+from ebm.figures import picture, side_by_side
+from ebm.tracking.alerts import Alerts
 from ebm.tracking.records import Records, WholeFiles
 from ebm.tracking.wandb_run import WandbRun
 
@@ -66,12 +67,27 @@ class Tracker:
             ) from error
         self._records = [self._metrics] if self._trace is None else [self._metrics, self._trace]
         self._samples = WholeFiles(str(self._samples_dir), self.say)
-        self._wandb = WandbRun(config, run_dir, self.say)
+        self._wandb = WandbRun(config, run_dir, resume_step, self.say)
+        self._alerts, self._step = Alerts(config.tracking, self._wandb.alert, self.say), resume_step
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._step = step
         self._metrics.append({"step": step, **metrics})
         self._wandb.log(step, metrics)
         self._progress.update(step, metrics)
+        self._alerts.read(step, metrics)
+
+    def alert(self, title: str, text: str, level: str = "WARN") -> None:
+        """Send what the log says already to those who don't read it. `level`: INFO, WARN or ERROR."""
+        self._alerts.event(title, text, level)
+
+    def stalled(self, seconds: float) -> None:
+        """There was no step for `seconds`. From any thread."""
+        self._alerts.stalled(self._step, seconds)
+
+    def checkpoint(self, path: Path) -> None:
+        """A checkpoint became final: an artifact, where `tracking.artifacts` says so."""
+        self._wandb.log_checkpoint(path)
 
     def rewind(self, step: int) -> None:
         """Training went back to `step`: the records after it go, so that every step stands once."""
@@ -81,9 +97,9 @@ class Tracker:
     def trace(self, step: int, samples: list, chains: list) -> None:
         self._trace.append({"step": step, "samples": samples, "chains": chains})
 
-    def panels(self, step: int, images: dict[str, Tensor]) -> None:
-        """Images (N, C, H, W) in [-1, 1] by panel: side by side in samples/step_N.png, each in W&B."""
-        pictures = {name: grid(x) for name, x in images.items()}
+    def panels(self, step: int, samples: dict[str, Tensor]) -> None:
+        """Images (N, C, H, W) in [-1, 1] or vectors (N, D), by panel: all in samples/step_N.png, each in W&B."""
+        pictures = {name: picture(x) for name, x in samples.items()}
         file = BytesIO()
         side_by_side(pictures).save(file, format="png")
         self._samples.write(self._samples_dir / f"step_{step:08d}.png", file.getvalue())

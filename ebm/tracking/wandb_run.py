@@ -2,12 +2,14 @@
 
 import errno
 import logging
+import math
 import netrc
 import os
 import secrets
 import shlex
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
@@ -17,9 +19,14 @@ from urllib.parse import urlparse
 import numpy as np
 
 from ebm.config import Config, TrackingConfig
+from ebm.errors import EXIT_STOPPED
+from ebm.tracking.artifacts import Artifacts, newest_samples
+from ebm.tracking.catch_up import Handed, rows_between
 from ebm.tracking.records import replace
 
+CLOSED = "closed"  # a file in the directory of an offline part that nobody writes to any more
 MAX_WAITING = 10_000  # calls; W&B is given up on here, not memory
+UNSAFE = {"offline": 3.0, "online": 60.0}  # seconds a row is with the client before it is on the disk, or uploaded
 
 
 class WandbRun:
@@ -27,10 +34,14 @@ class WandbRun:
     failure is said, further ones are counted.
 
     A thread starts the client and makes its calls, in order: the start takes `tracking.wandb_timeout` where the server
-    does not answer, and a call may block for ever where the client's service process stalls."""
+    does not answer, and a call may block for ever where the client's service process stalls.
 
-    def __init__(self, config: Config, run_dir: Path, say: Callable[[str], None]):
-        self._say, self._timeout, self._run_dir = say, config.tracking.wandb_timeout, run_dir
+    A run that is resumed goes on as the same W&B run, and hands over what an earlier start, killed, did not."""
+
+    def __init__(self, config: Config, run_dir: Path, resume_step: int, say: Callable[[str], None]):
+        self._config, self._run_dir, self._resume_step, self._say = config, run_dir, resume_step, say
+        self._timeout = config.tracking.wandb_timeout
+        self._artifacts = Artifacts(run_dir, config.tracking.artifacts_gb)
         self._failures = self._left_out = 0
         self._run, self._wandb, self._thread, self.mode = None, None, None, config.tracking.wandb
         self._calls, self._started, self._uploaded = SimpleQueue(), threading.Event(), False
@@ -47,53 +58,98 @@ class WandbRun:
             say(f"W&B can't be used ({_first_line(error)}); metrics.jsonl has everything")
             return
         if self.mode != "disabled":
-            self._thread = threading.Thread(target=self._work, args=(config,), daemon=True)
+            self._thread = threading.Thread(target=self._work, daemon=True)
             self._thread.start()
 
-    def _work(self, config: Config) -> None:
-        self._run = self._start(config)
+    def _work(self) -> None:
+        self._run = self._start()
         self._started.set()
-        while (call := self._calls.get()) is not None:
+        call = self._catch_up
+        while call is not None:
             if self._run is not None:
                 self._try(call)
+            if self._run is not None and self.mode == "offline" and time.monotonic() > self._part_ends:
+                self._try(self._new_part)
+            call = self._calls.get()
 
-    def _start(self, config: Config):
+    def _start(self):
         try:
-            return self._init(config)
+            return self._init()
         except Exception as error:  # the client raises many kinds; none may end a training run
             if self.mode == "online":
                 self._say(f"W&B can't be reached ({_first_line(error)}); logging offline instead")
                 self.mode = "offline"
                 self._bounded(self._wandb.teardown, self._timeout)  # its service still holds the failed attempt's id
-                return self._start(config)
+                return self._start()
             self._say(f"W&B could not start ({_first_line(error)}); metrics.jsonl has everything")
             return None
 
-    def _init(self, config: Config):
-        wandb, tracking = self._wandb, config.tracking
+    def _init(self):
+        wandb, tracking = self._wandb, self._config.tracking
         wandb.setup(wandb.Settings(silent=True))
         settings = {"init_timeout": self._timeout, "console": "off", "silent": True}
-        if "x_transaction_log_flush_interval" in wandb.Settings.model_fields:
-            settings["x_transaction_log_flush_interval"] = 1.0  # seconds; SIGKILL loses what came later
+        settings["x_transaction_log_flush_interval"] = 1.0  # seconds; SIGKILL loses what came later
+        run_id = _run_id(self._run_dir)
         run = wandb.init(
-            dir=self._run_dir, mode=self.mode, id=_run_id(self._run_dir), resume="allow", project=tracking.project,
+            dir=self._run_dir, mode=self.mode, id=run_id, resume="allow", project=tracking.project,
             entity=tracking.entity, name=tracking.name or self._run_dir.name, group=tracking.group,
-            tags=list(tracking.tags) or None, config=config.model_dump(mode="json"),
+            tags=list(tracking.tags) or None, config=self._config.model_dump(mode="json"),
             settings=wandb.Settings(**settings))  # fmt: skip
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
+        self._handed = Handed(self._run_dir, run_id, UNSAFE[self.mode])
+        self._part_ends = time.monotonic() + tracking.offline_part
         if self.mode == "online":
             self._say(f"W&B: {run.url}")
         return run
 
+    def _catch_up(self) -> None:
+        """Hand over the rows before this start that an earlier one did not."""
+        for row in rows_between(self._run_dir / "metrics.jsonl", self._handed.step, self._resume_step):
+            self._log_row(row)
+
+    def _new_part(self) -> None:
+        """Close the offline file, which can be uploaded then, and go on in another."""
+        self._part_ends += self._config.tracking.offline_part  # where this fails, it is not tried at every call
+        self._close_part(EXIT_STOPPED)
+        self._run = self._start()
+
+    def _close_part(self, exit_code: int) -> None:
+        if exit_code == EXIT_STOPPED:
+            self._run.mark_preempting()  # there it counts as preempted till it goes on, not as failed
+        self._run.finish(exit_code)
+        if self._complete:
+            self._handed.all_safe()
+        if self.mode == "offline":
+            (Path(self._run.dir).parent / CLOSED).touch()
+
     def log(self, step: int, values: dict[str, Any]) -> None:
-        self._call(lambda: self._log(step, values))
+        self._call(lambda: self._log_row({"step": step, **values}))
 
     def log_images(self, step: int, pictures: dict[str, np.ndarray]) -> None:
-        self._call(lambda: self._log(step, {name: self._wandb.Image(p) for name, p in pictures.items()}))
+        self._call(lambda: self._log({"step": step} | {k: self._wandb.Image(p) for k, p in pictures.items()}))
 
     def log_histograms(self, step: int, values: dict[str, np.ndarray]) -> None:
-        self._call(lambda: self._log(step, {name: self._wandb.Histogram(v) for name, v in values.items()}))
+        self._call(lambda: self._log({"step": step} | {k: self._wandb.Histogram(v) for k, v in values.items()}))
+
+    def alert(self, title: str, text: str, level: str) -> None:
+        every = self._config.tracking.alert_every
+        self._call(lambda: self._run.alert(title, text, level, wait_duration=every))
+
+    def log_checkpoint(self, path: Path) -> None:
+        """An artifact of a checkpoint that is final, where `tracking.artifacts` says so."""
+        wanted, last = self._config.tracking.artifacts, path.name == f"step_{self._config.train.steps:08d}"
+        if wanted == "all" or (wanted == "final" and last):
+            self._call(lambda: self._log_artifact("checkpoint", path.name, sorted(path.iterdir())))
+        if wanted != "none" and last:
+            self._call(lambda: self._log_artifact("samples", "samples", newest_samples(self._run_dir)))
+
+    def _log_artifact(self, kind: str, name: str, files: list[Path]) -> None:
+        if not files:
+            return
+        artifact = self._wandb.Artifact(f"{kind}-{self._run.id}", type=kind)
+        artifact.add_dir(str(self._artifacts.hold(name, files)), policy="immutable", skip_cache=True)
+        self._run.log_artifact(artifact, aliases=["latest", name])
 
     def _call(self, call: Callable[[], None]) -> None:
         if self._thread is None:
@@ -105,12 +161,22 @@ class WandbRun:
         if self._left_out == 1:
             self._say("W&B does not keep up: what comes now is left out there; metrics.jsonl has everything")
 
-    def _log(self, step: int, values: dict[str, Any]) -> None:
-        self._run.log({"step": step, **values})
+    @property
+    def _complete(self) -> bool:
+        """Whether W&B took all that this start gave it; else a later start hands it over again."""
+        return self._failures == self._left_out == 0
+
+    def _log_row(self, row: dict[str, Any]) -> None:
+        self._log(row)
+        if self._complete:
+            self._handed.note(row["step"])
+
+    def _log(self, row: dict[str, Any]) -> None:
+        self._run.log(row)
         if shutil.disk_usage(self._run_dir / "wandb").free < 2**16:  # its service loses data without a word
             raise OSError(errno.ENOSPC, "no space left for its files", str(self._run_dir / "wandb"))
 
-    def _try(self, call: Callable[[], None]) -> None:
+    def _try(self, call: Callable[[], Any]) -> None:
         try:
             call()
         except Exception as error:
@@ -138,8 +204,11 @@ class WandbRun:
         self._bounded(lambda: self._wandb.teardown(exit_code), self._timeout if ended else 1.0)
 
     def _finish(self, exit_code: int) -> None:
-        self._run.finish(exit_code)
+        self._part_ends = math.inf
+        self._close_part(exit_code)
         self._uploaded = self.mode == "online"
+        if self._uploaded:
+            self._artifacts.release()
 
     def _bounded(self, action: Callable[[], None], seconds: float) -> None:
         """Wait for `action` that long; then it goes on in a thread that ends with the process."""
@@ -148,12 +217,14 @@ class WandbRun:
         thread.join(seconds)
 
     def sync_hint(self) -> str | None:
-        """The command that uploads what the finished run could not; the parts of a resumed run join under its id."""
+        """The command that uploads what the finished run could not."""
         if self._run is None or self._uploaded:
             return None
-        files = "offline-run-*" if self.mode == "offline" else "run-*"
-        folder = shlex.quote(str(self._run_dir / "wandb"))
-        return f"not uploaded to W&B; to do so: wandb login && wandb sync --id {self._run.id} {folder}/{files}"
+        command = f"python -m ebm sync {shlex.quote(str(self._run_dir))}"
+        if self.mode == "online":  # what the service did not get to
+            files = f"{shlex.quote(str(self._run_dir / 'wandb'))}/run-*-{self._run.id}"
+            command = f"wandb sync --include-online {files}"
+        return f"not uploaded to W&B; to do so: wandb login && {command}"
 
 
 def _mode(tracking: TrackingConfig, wandb) -> str:

@@ -1,0 +1,136 @@
+"""Message passing (Gilmer et al. 2017) on the grid of pixels, or between the points of a set."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ebm.energies.base import require_batch
+from ebm.energies.network import NetworkEnergy, make_activation, sum_over
+
+OFFSETS = [(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1) if (row, column) != (0, 0)]
+
+
+class Graph(NamedTuple):
+    """N nodes with K neighbours each."""
+
+    neighbours: Callable[[Tensor], Tensor]  # node features (B, N, D) -> those of each one's neighbours (B, N, K, D)
+    edges: Tensor  # edge features (..., N, K, E): where the neighbour is, seen from the node
+    weights: Tensor  # (..., N, K, 1), share of each message
+
+
+class MessageLayer(nn.Module):
+    """h_i <- h_i + U [h_i, sum_j w_ij a(A h_i + B h_j + C e_ij)], `a` the activation (also on U's input)."""
+
+    def __init__(self, dim: int, edge_dim: int, activation: str):
+        super().__init__()
+        self.activation = make_activation(activation)
+        self.own, self.other = nn.Linear(dim, dim), nn.Linear(dim, dim, bias=False)
+        self.edge = nn.Linear(edge_dim, dim, bias=False)
+        self.update = nn.Sequential(nn.Linear(2 * dim, dim), make_activation(activation), nn.Linear(dim, dim))
+
+    def forward(self, h: Tensor, graph: Graph) -> Tensor:
+        messages = self.own(h)[:, :, None] + graph.neighbours(self.other(h)) + self.edge(graph.edges)
+        received = (graph.weights * self.activation(messages)).sum(2)
+        return h + self.update(torch.cat([h, received.to(h.dtype)], 2))
+
+
+class GraphEnergy(NetworkEnergy):
+    """Layers of messages between nodes, then the sum of the nodes' features: no order of the nodes matters but through
+    the edges. A subclass has `nodes_and_graph`."""
+
+    def __init__(
+        self, node_dim: int, edge_dim: int, hidden_dim: int, num_layers: int, *, activation: str = "silu", **options
+    ):
+        super().__init__()
+        self.embed = nn.Linear(node_dim, hidden_dim)
+        self.layers = nn.ModuleList(MessageLayer(hidden_dim, edge_dim, activation) for _ in range(num_layers))
+        self.activation = make_activation(activation)
+        self.finish(hidden_dim, **options)
+
+    def features(self, x: Tensor) -> Tensor:
+        nodes, graph = self.nodes_and_graph(x)
+        h = self.embed(nodes)
+        for layer in self.layers:
+            h = layer(h, graph)
+        return sum_over(self.activation(h), 1)
+
+
+class PixelGraphEnergyFunction(GraphEnergy):
+    """E(x) of images (B, channels, height, width): pixels are nodes, and hear their eight neighbours, the mean of those
+    that exist. A node knows its pixel and its place. `options`: spectral_norm, num_classes, confine."""
+
+    def __init__(self, channels: int, height: int, width: int, hidden_dim: int = 32, num_layers: int = 3, **options):
+        super().__init__(channels + 2, 2, hidden_dim, num_layers, **options)
+        self.shape = (channels, height, width)
+        at = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+        self.register_buffer("places", torch.stack(at, 2).reshape(1, -1, 2), persistent=False)
+        self.register_buffer("offsets", torch.tensor(OFFSETS, dtype=torch.float32), persistent=False)
+        exists = self._neighbours(torch.ones(1, height * width, 1))
+        self.register_buffer("weights", exists / exists.sum(2, keepdim=True), persistent=False)
+
+    def nodes_and_graph(self, x: Tensor) -> tuple[Tensor, Graph]:
+        pixels = require_batch(x, self.shape).flatten(2).transpose(1, 2)
+        nodes = torch.cat([pixels, self.places.expand(len(x), -1, -1)], 2)
+        return nodes, Graph(self._neighbours, self.offsets, self.weights)
+
+    def _neighbours(self, h: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, 8, D), zeros outside; by shifts, which are faster than a gather, and deterministic."""
+        _, height, width = self.shape
+        padded = F.pad(h.unflatten(1, (height, width)), (0, 0, 1, 1, 1, 1))
+        shifted = [padded[:, 1 + r : 1 + r + height, 1 + c : 1 + c + width] for r, c in OFFSETS]
+        return torch.stack(shifted, 3).flatten(1, 2)
+
+
+class PointGraphEnergyFunction(GraphEnergy):
+    """E(x) of sets of `num_points` points in R^point_dim, (B, num_points, point_dim) or flattened, (B, num_points *
+    point_dim): the same for every order of the points.
+
+    A point hears all points, the mean of their messages, or its `neighbours` nearest. Those are weighted by
+    (1 - (d / d')^2)^2, d' the distance to the next one beyond, so that E is continuous where neighbours change.
+    `options`: spectral_norm, num_classes, confine (NetworkEnergy.finish).
+    """
+
+    def __init__(
+        self,
+        num_points: int,
+        point_dim: int = 2,
+        hidden_dim: int = 32,
+        num_layers: int = 3,
+        neighbours: int | None = None,
+        **options,
+    ):
+        super().__init__(point_dim, point_dim + 1, hidden_dim, num_layers, **options)
+        if neighbours is not None and not 1 <= neighbours <= num_points - 2:
+            raise ValueError(
+                f"neighbours={neighbours} must be from 1 to {num_points - 2}, two below the {num_points} points; "
+                "null: all points hear all"
+            )
+        self.num_points, self.point_dim, self.num_neighbours = num_points, point_dim, neighbours
+
+    def nodes_and_graph(self, x: Tensor) -> tuple[Tensor, Graph]:
+        shape = (self.num_points, self.point_dim)
+        points = x.unflatten(1, shape) if x.ndim == 2 and x.shape[1] == shape[0] * shape[1] else require_batch(x, shape)
+        apart = points[:, None] - points[:, :, None]  # (B, N, N, D): from i to j
+        squared = apart.square().sum(3, keepdim=True)
+        edges = torch.cat([apart, squared], 3)
+        if self.num_neighbours is None:
+            weights = x.new_full((1, 1, 1), 1 / self.num_points)
+            return points, Graph(lambda h: h[:, None], edges, weights)
+        return points, _nearest(edges, squared.squeeze(3), self.num_neighbours)
+
+
+def _nearest(edges: Tensor, squared: Tensor, k: int) -> Graph:
+    """The graph of each point's k nearest others, of (B, N, N, E) edges and (B, N, N) squared distances."""
+    self_edge = torch.eye(squared.shape[1], dtype=torch.bool, device=squared.device)
+    nearest, index = squared.masked_fill(self_edge, torch.inf).topk(k + 1, largest=False)
+    beyond = nearest[..., k:].clamp_min(torch.finfo(squared.dtype).tiny)
+    weights = (1 - nearest[..., :k] / beyond).square() / k
+    index = index[..., :k, None]
+
+    def neighbours(h: Tensor) -> Tensor:
+        return h[:, None].expand(-1, h.shape[1], -1, -1).take_along_dim(index, 2)
+
+    return Graph(neighbours, edges.take_along_dim(index, 2), weights[..., None])

@@ -1,0 +1,71 @@
+"""How far W&B has a run, kept across its starts, and the rows that a killed start did not hand over."""
+
+import json
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ebm.tracking.records import replace
+
+WRITE_EVERY = 5.0  # seconds
+
+
+class Handed:
+    """RUN/wandb_step: the W&B id, and the last step whose row is safe there.
+
+    A row counts as safe `delay` seconds after it was handed over: SIGKILL takes what the client had not flushed."""
+
+    def __init__(self, run_dir: Path, run_id: str, delay: float):
+        self._path, self._id, self._delay = run_dir / "wandb_step", run_id, delay
+        self._recent: deque[tuple[float, int]] = deque()
+        self._written = 0.0
+
+    @property
+    def step(self) -> int:
+        """0 where nothing is known of this id: a run that had no W&B before, or has a new id."""
+        try:
+            run_id, step = self._path.read_text().split()
+            return int(step) if run_id == self._id else 0
+        except (OSError, ValueError):
+            return 0
+
+    def note(self, step: int) -> None:
+        """The row of `step` was handed over."""
+        now, safe = time.monotonic(), None
+        self._recent.append((now, step))
+        if now - self._written < WRITE_EVERY:
+            return
+        while self._recent[0][0] < now - self._delay:
+            safe = self._recent.popleft()[1]
+        if safe is not None:
+            self._write(safe)
+
+    def all_safe(self) -> None:
+        if self._recent:
+            self._write(self._recent[-1][1])
+
+    def _write(self, step: int) -> None:
+        with suppress(OSError):  # a lower step costs rows that stand twice, with the same values
+            replace(self._path, f"{self._id} {step}\n".encode())
+            self._written = time.monotonic()
+
+
+def rows_between(metrics: Path, after: int, until: int) -> Iterator[dict[str, Any]]:
+    """The records of `metrics.jsonl` with after < step <= until, as they were logged."""
+    with metrics.open("rb") as lines:
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                return
+            if row["step"] > until:
+                return
+            if row["step"] > after:
+                yield {key: _number(value) for key, value in row.items()}
+
+
+def _number(value: Any) -> Any:
+    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value

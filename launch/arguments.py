@@ -1,0 +1,63 @@
+"""What train.py is given in this Slurm job, for train.sbatch: the run directory, then the arguments, NUL after each.
+
+    python launch/arguments.py [--config FILE] [key=value ...]
+
+In a job array, EBM_SWEEP names a file with a line of overrides a task (quoted as for a shell; empty lines and lines
+that begin with # do not count): task SLURM_ARRAY_TASK_ID, from 0, takes its line after the arguments given here.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from ebm.config import load_config
+from ebm.errors import ConfigError, UserError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    given = parser.parse_args()
+    try:
+        overrides = given.overrides + line_of_task(os.environ)
+        run_dir = Path(load_config(given.config, overrides).run.dir).absolute()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    config = [] if given.config is None else ["--config", given.config]
+    sys.stdout.write("".join(f"{argument}\0" for argument in (run_dir, *config, *overrides)))
+    return 0
+
+
+def line_of_task(environment) -> list[str]:
+    """This array task's overrides; none outside a sweep. Raises ConfigError."""
+    if not environment.get("EBM_SWEEP"):
+        return []
+    lines, task = sweep(environment["EBM_SWEEP"]), environment.get("SLURM_ARRAY_TASK_ID", "")
+    if not task.isdigit() or int(task) >= len(lines):
+        raise ConfigError(
+            f"SLURM_ARRAY_TASK_ID={task!r}: {environment['EBM_SWEEP']} has {len(lines)} lines; submit with "
+            f"--array=0-{len(lines) - 1}"
+        )
+    return lines[int(task)]
+
+
+def sweep(path: str | Path) -> list[list[str]]:
+    """The overrides of each line of a sweep's file. Raises ConfigError."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text().splitlines()]
+        found = [shlex.split(line) for line in lines if line and not line.startswith("#")]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"sweep {path}: {error}") from error
+    if not found:
+        raise ConfigError(f"sweep {path}: no line with overrides, such as optim.lr=3e-4 run.dir=runs/lr_3e-4")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

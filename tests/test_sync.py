@@ -1,0 +1,189 @@
+"""A run that is stopped, killed and resumed is one W&B run with one continuous axis, offline and once uploaded.
+
+Whole runs under `accelerate launch` with the real client; its files are read back, and uploaded by `python -m ebm sync`
+to a server on this machine that keeps what it gets."""
+
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from runs import ROOT, Run, command, environment, finish, records
+from wandb_reader import history
+from wandb_reader import records as wandb_records
+from wandb_server import StandIn
+
+from ebm.data.shards import ensure_shards
+
+SETTINGS = {"data__trace": "false", "tracking__wandb": "offline", "checkpoint__every": 50}
+
+FAULTY = {"train__steps": 60, "checkpoint__every": 20, "health__every": 5, "health__patience": 2}
+NAN = '{"kind": "nan_weight", "rank": 0, "step": 43}'
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    path = tmp_path_factory.mktemp("digits") / "train"
+    ensure_shards(str(path), "digits", "train")
+    return path
+
+
+@pytest.fixture
+def server():
+    server = StandIn()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def homes(tmp_path):
+    return {f"WANDB_{name}_DIR": str(tmp_path / "home") for name in ("CONFIG", "CACHE", "DATA")}
+
+
+def parts(run_dir: Path) -> list[Path]:
+    """The run's W&B files, in the order in which they were begun."""
+    return sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def metric_rows(run_dir: Path) -> list[dict]:
+    """The lines of metrics that W&B's files have, one after the other."""
+    rows = [row for file in parts(run_dir) for row in history(file)]
+    return [plain(row) for row in rows if "train/loss" in row]
+
+
+def plain(row: dict) -> dict:
+    return {key: value for key, value in row.items() if not key.startswith("_")}
+
+
+def sync(server: StandIn, homes: dict, *arguments: str, expect: int = 0) -> str:
+    call = [sys.executable, "-m", "ebm", "sync", *arguments]
+    env = environment(**homes, **server.environment)
+    done = subprocess.run(call, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_requeued_run_is_one_run(digits, server, homes, tmp_path):
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    arguments = command(1, run_dir, digits, train__steps=260, tracking__group="sweep", **SETTINGS)
+    run = Run(arguments, log, **homes)
+    assert run.until_step(run_dir, 70)
+    (run_dir / "STOP").touch()
+    run.wait()
+    run = Run(arguments, log, **homes)
+    assert run.until_step(run_dir, 130)
+    run.process.send_signal(signal.SIGTERM)
+    run.wait()
+    run = Run(arguments, log, **homes)
+    assert run.until_step(run_dir, 210)
+    run.kill()
+    finish(arguments, log, **homes)
+
+    identity = (run_dir / "wandb_id").read_text()
+    assert {file.name for file in parts(run_dir)} == {f"run-{identity}.wandb"}
+    assert len(parts(run_dir)) >= 3  # a start that is killed at once may not have one
+    rows, true = metric_rows(run_dir), records(run_dir / "metrics.jsonl")
+    assert {row["step"]: row for row in rows} == {row["step"]: row for row in true}  # the last row of a step counts
+    assert sorted(row["step"] for row in true) == list(range(1, 261))
+    every = [record for file in parts(run_dir) for record in wandb_records(file)]
+    assert {r.run.run_group for r in every if r.HasField("run")} == {"sweep"}
+    assert sum(r.HasField("preempting") for r in every) == 2  # the two starts that were asked to stop
+    assert any(item.key == "proc.memory.rssMB" for r in every if r.HasField("stats") for item in r.stats.item)
+
+    said = sync(server, homes, str(run_dir))
+    uploaded = server.history(identity)
+    assert list(server.runs) == [identity] and f"{len(parts(run_dir))} files uploaded" in said
+    assert [plain(row) for row in uploaded if "train/loss" in row] == rows
+    assert all(a["_step"] < b["_step"] for a, b in pairwise(uploaded))
+    sync(server, homes, str(run_dir))
+    assert server.history(identity) == uploaded
+
+
+@pytest.mark.slow
+def test_it_is_uploaded_part_by_part_while_it_goes_on(digits, server, homes, tmp_path):
+    run_dir = tmp_path / "run"
+    settings = SETTINGS | {"train__steps": 1200, "tracking__offline_part": 2}
+    run = Run(command(1, run_dir, digits, **settings), tmp_path / "log", **homes)
+    assert run.until_step(run_dir, 300)
+    sizes = []
+    while run.process.poll() is None:
+        if len(parts(run_dir)) > 1:
+            sync(server, homes, str(run_dir))
+            sizes.append(sum(map(len, (server.history(name) for name in server.runs))))
+        time.sleep(0.5)
+    assert run.wait() == 0
+    assert sum(r.HasField("preempting") for p in parts(run_dir) for r in wandb_records(p)) == len(parts(run_dir)) - 1
+    assert "still written to" not in sync(server, homes, str(run_dir))
+    (identity,) = server.runs
+    steps = [row["step"] for row in server.history(identity) if "train/loss" in row]
+    assert steps == list(range(1, 1201))
+    assert len(parts(run_dir)) > 2 and len(set(sizes)) > 1  # it did arrive in parts
+
+
+def test_divergence_is_an_alert_and_the_last_checkpoint_an_artifact(digits, server, homes, tmp_path):
+    run_dir = tmp_path / "run"
+    settings = SETTINGS | FAULTY | {"tracking__artifacts": "final", "tracking__samples_every": 50}
+    finish(command(1, run_dir, digits, script="tests/faulty.py", **settings), tmp_path / "log", EBM_FAULT=NAN, **homes)
+    texts = alerts(run_dir)
+    assert "not finite" in texts["rolled back"] and "back to step 40" in texts["rolled back"]
+    sync(server, homes, str(run_dir))
+    assert set(server.alerts) == {"training may diverge", "rolled back"} == set(texts)
+    identity = (run_dir / "wandb_id").read_text()
+    made = {"checkpoint": run_dir / "checkpoints/step_00000060", "samples": run_dir / "samples"}
+    files = [(kind, file) for kind, path in made.items() for file in path.iterdir()]
+    true = {f"{kind}-{identity}/{file.name}": file.read_bytes() for kind, file in files}
+    assert server.artifacts == true
+    assert not (run_dir / "wandb/artifacts").exists()
+
+
+def test_the_end_by_divergence_is_an_alert(digits, homes, tmp_path):
+    settings = SETTINGS | FAULTY | {"health__ladder": "false"}
+    arguments = command(1, tmp_path / "run", digits, script="tests/faulty.py", **settings)
+    finish(arguments, tmp_path / "log", 1, EBM_FAULT=NAN, **homes)
+    assert "training diverged at step 45" in alerts(tmp_path / "run")["the run ended"]
+
+
+def alerts(run_dir: Path) -> dict[str, str]:
+    """Text by title."""
+    every = (record for file in parts(run_dir) for record in wandb_records(file))
+    return {record.alert.title: record.alert.text for record in every if record.HasField("alert")}
+
+
+def test_what_can_not_be_uploaded_stays(homes, tmp_path):
+    run_dir = tmp_path / "run"
+    part = run_dir / "wandb/offline-run-20260101_000000-abc"
+    part.mkdir(parents=True)
+    (run_dir / "config.yaml").touch()
+    (part / "run-abc.wandb").write_bytes(b":W&B\xe7\xcf\x00")
+    (part / "closed").touch()
+    failing = StandIn("fails")
+    said = sync(failing, homes | {"WANDB_X_GRAPHQL_RETRY_MAX": "0"}, str(run_dir), expect=1)
+    failing.close()
+    assert "not uploaded (1 of 1 files)" in said and "wandb login" in said
+
+
+def test_the_file_under_way_waits(tmp_path):
+    from ebm.commands.sync import QUIET, is_closed
+
+    part = tmp_path / "offline-run-20260101_000000-abc"
+    part.mkdir()
+    (part / "run-abc.wandb").touch()
+    now = (part / "run-abc.wandb").stat().st_mtime
+    assert not is_closed(part, now, is_newest=True) and is_closed(part, now, is_newest=False)
+    assert is_closed(part, now + QUIET + 1, is_newest=True)
+    (part / "closed").touch()
+    assert is_closed(part, now, is_newest=True)
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["nowhere"], 2), ([".", "--every", "0"], 2)])
+def test_bad_usage(homes, tmp_path, capsys, monkeypatch, arguments, code):
+    from ebm.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    assert main(["sync", *arguments]) == code
+    assert arguments[0] in capsys.readouterr().err
+    (tmp_path / "config.yaml").touch()
+    assert main(["sync", str(tmp_path)]) == 0
