@@ -1,4 +1,4 @@
-"""Pictures of images: grids, and grids side by side."""
+"""Pictures of samples: grids of images, points and energies on the plane, side by side."""
 
 import math
 
@@ -22,6 +22,14 @@ def grid(images: Tensor, min_pixels: int = 256) -> np.ndarray:
     images = F.interpolate(images, scale_factor=factor, mode="nearest")
     picture = make_grid(images, nrow=columns, padding=2, normalize=True, value_range=(-1, 1), pad_value=0.5)
     return (picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def picture(x: Tensor) -> np.ndarray:
+    """Images (N, C, H, W) in [-1, 1] as a grid; vectors (N, D) as points, by their first two components."""
+    if x.ndim == 4:
+        return grid(x)
+    points = F.pad(x.detach().float().cpu(), (0, max(0, 2 - x.shape[1])))[:, :2].numpy()
+    return landscape({"": (None, points)}, half_width=max(1.0, float(np.abs(points).max())))
 
 
 def side_by_side(pictures: dict[str, np.ndarray], gap: int = 8, title: int = 16) -> Image.Image:

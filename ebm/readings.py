@@ -29,6 +29,11 @@ class StepResult(NamedTuple):
     e_neg: Tensor | None  # (n,)
     scalars: dict[str, Tensor]  # by metric
 
+    @property
+    def has_chains(self) -> bool:
+        """Whether `e_neg` are energies of chains."""
+        return "sampler/grad_norm" in self.scalars
+
 
 @dataclass
 class Interval:
@@ -49,7 +54,7 @@ def read_health(state: TrainState, result: StepResult) -> Reading:
     return Reading(
         void_in_row=void,
         replicas_agree=bool(torch.isfinite(weights).all() and (weights == weights[0]).all()),
-        chains=None if void or result.e_neg is None else _read_chains(state, result),
+        chains=None if void or not result.has_chains else _read_chains(state, result),
     )
 
 
@@ -89,7 +94,7 @@ def measure(state: TrainState, result: StepResult, interval: Interval) -> dict[s
     metrics |= {"health/warning": min(ladder.warning, 1e6), "health/rollbacks": ladder.rollbacks}
     metrics |= {"health/lr_scale": ladder.lr_scale, "health/step_scale": ladder.step_scale}
     seconds = time.perf_counter() - interval.started
-    chain_steps = config.sampler.num_steps * config.train.batch_size if result.e_neg is not None else 0
+    chain_steps = config.sampler.num_steps * config.train.batch_size if result.has_chains else 0
     return metrics | {
         "perf/step_s": seconds / steps,
         "perf/data_wait_frac": interval.waited / seconds,

@@ -158,7 +158,8 @@ class RunDirectory:
                 f"  checkpoints  {self.checkpoints}/\n"
                 f"next:\n"
                 f"  python -m ebm sample {self.path} --num 64 --steps 200 --out samples.png\n"
-                f"  python -m ebm evaluate {self.path}"
+                f"  python -m ebm evaluate {self.path}\n"
+                f"  python -m ebm report {self.path}"
             )
         elif code == EXIT_STOPPED:
             if _restarts()[1]:  # the launcher takes the end of the ranks for a failure and starts them again

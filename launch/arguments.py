@@ -2,8 +2,8 @@
 
     python launch/arguments.py [--config FILE] [key=value ...]
 
-In a job array, EBM_SWEEP names a file with a line of overrides a task (quoted as for a shell; empty lines and lines that
-begin with # do not count): task SLURM_ARRAY_TASK_ID, from 0, takes its line after the arguments given here.
+In a job array, EBM_SWEEP names a file with a line of overrides a task (quoted as for a shell; empty lines and lines
+that begin with # do not count): task SLURM_ARRAY_TASK_ID, from 0, takes its line after the arguments given here.
 """
 
 import argparse
@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from ebm.config import load_config  # noqa: E402
-from ebm.errors import ConfigError, UserError  # noqa: E402
+from ebm.config import load_config
+from ebm.errors import ConfigError, UserError
 
 
 def main() -> int:

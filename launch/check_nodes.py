@@ -3,8 +3,9 @@ disk, clocks that agree, and a head node that all can name. Standard library onl
 
     srun python launch/check_nodes.py report RUN TOKEN HEAD | python launch/check_nodes.py compare NODES SINCE
 
-`report` prints a line of JSON about the node it runs on; RUN/TOKEN holds TOKEN, if the directory is the shared one. HEAD is
-the head node's address. `compare` reads NODES such lines, made after SINCE (seconds since 1970), and says what is wrong.
+`report` prints a line of JSON about the node it runs on; RUN/TOKEN holds TOKEN, if the directory is the shared one, and
+HEAD is the head node's address. `compare` reads NODES such lines, made after SINCE (seconds since 1970), and says what is
+wrong.
 Exit codes: 0 all is well, 2 the nodes do not fit, 75 a node did not answer.
 """
 
@@ -23,7 +24,6 @@ from importlib import metadata
 from pathlib import Path
 
 PROJECT = Path(__file__).absolute().parent.parent
-REQUIREMENT = r"[\w.-]+"
 MIN_FREE_GB = float(os.environ.get("EBM_MIN_FREE_GB", 5))  # where checkpoints go
 MAX_SKEW = 10.0  # seconds; what it costs to notice more is nothing, and logs that disagree cost days
 EXIT_UNFIT, EXIT_UNANSWERED = 2, 75

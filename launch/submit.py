@@ -86,8 +86,10 @@ def job(options: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
 
     lead = options.save_seconds + 60  # Slurm looks at time limits once a minute
     if seconds(options.time) <= lead:
-        raise ConfigError(f"--time {options.time} leaves no time to train: the signal to save comes {lead} s before its "
-                          "end; ask for more, or lower --save-seconds")  # fmt: skip
+        raise ConfigError(
+            f"--time {options.time} leaves no time to train: the signal to save comes {lead} s before its end; ask for "
+            "more, or lower --save-seconds"
+        )
     command = ["sbatch", f"--nodes={options.nodes}", f"--time={options.time}", f"--signal=B:USR1@{lead}"]
     command += [f"--cpus-per-task={ranks * (options.cpus or 1 + max(c.data.workers for c in configs))}"]
     command += [f"--gpus-per-node={options.gpus}"] if options.gpus else []

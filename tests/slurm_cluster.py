@@ -1,7 +1,7 @@
 """A real Slurm of several nodes on this machine: one controller, a slurmd a node, munge on a socket of its own.
 
-Needs root and the packages slurmctld, slurmd, slurm-client and munge; no systemd and no cgroups. All nodes are this host,
-under other names and ports.
+Needs root and the packages slurmctld, slurmd, slurm-client and munge; no systemd and no cgroups. All nodes are this
+host, under other names and ports.
 """
 
 import os
@@ -79,7 +79,7 @@ class Cluster:
         self.run("slurmctld", "-i")
         for node in self.nodes:
             self.start_node(node)
-        self.until(lambda: all(self.state_of(node) == "IDLE" for node in self.nodes), "the nodes are up", 60)
+        self.until(lambda: all(self.state_of(node) == "IDLE" for node in self.nodes), lambda: "the nodes are up", 60)
         return self
 
     def __exit__(self, *_):
@@ -95,8 +95,8 @@ class Cluster:
         folder = self.folder / "munge"
         (folder / "key").write_bytes(os.urandom(1024))
         (folder / "key").chmod(0o400)
-        self.run("munged", "--force", f"--key-file={folder}/key", f"--socket={folder}/socket", f"--pid-file={folder}/pid",
-                 f"--log-file={folder}/log", f"--seed-file={folder}/seed", "--num-threads=2")  # fmt: skip
+        files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+        self.run("munged", "--force", "--num-threads=2", *(f"--{name}={folder}/{file}" for name, file in files.items()))
 
     def _write_conf(self) -> None:
         port, *ports = free_ports(1 + len(self.nodes))
@@ -136,23 +136,26 @@ class Cluster:
     def state_of(self, node: str) -> str:
         return _field(self.run("scontrol", "--oneliner", "show", "node", node), "State")
 
-    def job(self, job: int) -> dict[str, str]:
-        """State, restarts, reason and nodes of a job."""
-        text = self.run("scontrol", "--oneliner", "show", "job", str(job))
+    def job(self, job: int | str) -> dict[str, str]:
+        """State, restarts, reason, nodes and exit code of a job or, as "4_1", of an array's task."""
+        text = self.run("scontrol", "--oneliner", "show", "job", str(job)).splitlines()[0]
         return {name: _field(text, name) for name in ("JobState", "Restarts", "Reason", "NodeList", "ExitCode")}
 
-    def until(self, condition, what: str, timeout: float = 120) -> None:
+    def until(self, condition, what, timeout: float = 120) -> None:
+        """Wait for `condition`; `what()` says what was waited for."""
         end = time.monotonic() + timeout
         while not condition():
-            assert time.monotonic() < end, f"not within {timeout:.0f} s: {what}"
+            assert time.monotonic() < end, f"not within {timeout:.0f} s: {what()}"
             time.sleep(0.1)
 
-    def until_state(self, job: int, *states: str, timeout: float = 180) -> str:
-        self.until(lambda: self.job(job)["JobState"] in states, f"job {job} is {states}: {self.job(job)}", timeout)
+    def until_ended(self, job: int | str, timeout: float = 240) -> str:
+        """The state that a job ended in."""
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        self.until(lambda: self.job(job)["JobState"] in ended, lambda: f"job {job} ends: {self.job(job)}", timeout)
         return self.job(job)["JobState"]
 
-    def until_restart(self, job: int, number: int, timeout: float = 120) -> None:
-        self.until(lambda: self.job(job)["Restarts"] == str(number), f"job {job} is requeued: {self.job(job)}", timeout)
+    def until_restarts(self, job: int, number: int) -> None:
+        self.until(lambda: self.job(job)["Restarts"] == str(number), lambda: f"job {job} restarts: {self.job(job)}")
 
     def processes(self, job: int) -> list[psutil.Process]:
         """Whatever a job has left running."""

@@ -171,6 +171,21 @@ def test_another_kind_drops_the_other_keys_of_its_section(config_file):
     assert load_config(path, ["energy.kind=resnet", "energy.features=[8]"]).energy.features == (8,)
 
 
+def test_sections_in_a_section(config_file):
+    """The parts of a hybrid energy: default kind, another kind, and messages that name the key as it is written."""
+    path = config_file("energy: {kind: hybrid, network: {kind: mlp, num_layers: 3}, prior: {std: 2}}\n")
+    energy = load_config(path).energy
+    assert (energy.network.num_layers, energy.prior.std, energy.prior.mean) == (3, 2, 0)
+    assert load_config(path, ["energy.network.kind=conv"]).energy.network.features == (16, 32, 32, 64)
+    default = config_file("energy: {kind: hybrid}\n")
+    energy = load_config(default, ["energy.network.hidden_dim=7", "energy.network.num_classes=3"]).energy
+    assert (energy.network.kind, energy.network.hidden_dim, energy.num_classes) == ("mlp", 7, 3)
+    assert "energy.network.widht: unknown key (did you mean energy.network" in refusal(path, "energy.network.widht=1")
+    assert "energy.prior.std=0: " in refusal(path, "energy.prior.std=0")
+    message = refusal(path, "energy.network.kind=hybrid")
+    assert "energy.network: " in message and "'mlp', 'conv', 'resnet'" in message
+
+
 def test_describe_covers_every_key(config_file):
     rows = describe()
     named = [key for key, *_ in rows if not key.endswith(".kind")]  # which stands once a member of the union

@@ -24,7 +24,7 @@ FLOORS = (
         "negatives",
         "objective",
     ),
-    ("trainer", "readings", "state", "trained", "evaluation", "dry_run"),
+    ("trainer", "readings", "state", "trained", "evaluation", "report", "dry_run"),
     ("commands", "__main__", "train"),
 )
 WITHIN_A_FLOOR = {
@@ -36,7 +36,7 @@ WITHIN_A_FLOOR = {
     ("evaluation", "trained"),
 }
 WITHIN_A_FLOOR |= {("streams", "errors"), ("config", "errors"), ("__main__", "commands")}
-ONLY_IN = {"accelerate": "distributed", "wandb": "tracking", "webdataset": "data"}
+ONLY_IN = {"accelerate": "distributed", "wandb": "tracking", "webdataset": "data", "matplotlib": "report"}
 SEEDS_GLOBALLY = {("energies", "build_energy"), ("evaluation", "train_classifier")}  # and restores what it found
 
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

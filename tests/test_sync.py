@@ -20,6 +20,9 @@ from ebm.data.shards import ensure_shards
 
 SETTINGS = {"data__trace": "false", "tracking__wandb": "offline", "checkpoint__every": 50}
 
+FAULTY = {"train__steps": 60, "checkpoint__every": 20, "health__every": 5, "health__patience": 2}
+NAN = '{"kind": "nan_weight", "rank": 0, "step": 43}'
+
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
@@ -65,7 +68,7 @@ def sync(server: StandIn, homes: dict, *arguments: str, expect: int = 0) -> str:
 
 def test_a_requeued_run_is_one_run(digits, server, homes, tmp_path):
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    arguments = command(1, run_dir, digits, train__steps=300, tracking__group="sweep", **SETTINGS)
+    arguments = command(1, run_dir, digits, train__steps=260, tracking__group="sweep", **SETTINGS)
     run = Run(arguments, log, **homes)
     assert run.until_step(run_dir, 70)
     (run_dir / "STOP").touch()
@@ -84,9 +87,10 @@ def test_a_requeued_run_is_one_run(digits, server, homes, tmp_path):
     assert len(parts(run_dir)) >= 3  # a start that is killed at once may not have one
     rows, true = metric_rows(run_dir), records(run_dir / "metrics.jsonl")
     assert {row["step"]: row for row in rows} == {row["step"]: row for row in true}  # the last row of a step counts
-    assert sorted(row["step"] for row in true) == list(range(1, 301))
+    assert sorted(row["step"] for row in true) == list(range(1, 261))
     every = [record for file in parts(run_dir) for record in wandb_records(file)]
     assert {r.run.run_group for r in every if r.HasField("run")} == {"sweep"}
+    assert sum(r.HasField("preempting") for r in every) == 2  # the two starts that were asked to stop
     assert any(item.key == "proc.memory.rssMB" for r in every if r.HasField("stats") for item in r.stats.item)
 
     said = sync(server, homes, str(run_dir))
@@ -98,6 +102,7 @@ def test_a_requeued_run_is_one_run(digits, server, homes, tmp_path):
     assert server.history(identity) == uploaded
 
 
+@pytest.mark.slow
 def test_it_is_uploaded_part_by_part_while_it_goes_on(digits, server, homes, tmp_path):
     run_dir = tmp_path / "run"
     settings = SETTINGS | {"train__steps": 1200, "tracking__offline_part": 2}
@@ -110,11 +115,41 @@ def test_it_is_uploaded_part_by_part_while_it_goes_on(digits, server, homes, tmp
             sizes.append(sum(map(len, (server.history(name) for name in server.runs))))
         time.sleep(0.5)
     assert run.wait() == 0
+    assert sum(r.HasField("preempting") for p in parts(run_dir) for r in wandb_records(p)) == len(parts(run_dir)) - 1
     assert "still written to" not in sync(server, homes, str(run_dir))
     (identity,) = server.runs
     steps = [row["step"] for row in server.history(identity) if "train/loss" in row]
     assert steps == list(range(1, 1201))
     assert len(parts(run_dir)) > 2 and len(set(sizes)) > 1  # it did arrive in parts
+
+
+def test_divergence_is_an_alert_and_the_last_checkpoint_an_artifact(digits, server, homes, tmp_path):
+    run_dir = tmp_path / "run"
+    settings = SETTINGS | FAULTY | {"tracking__artifacts": "final", "tracking__samples_every": 50}
+    finish(command(1, run_dir, digits, script="tests/faulty.py", **settings), tmp_path / "log", EBM_FAULT=NAN, **homes)
+    texts = alerts(run_dir)
+    assert "not finite" in texts["rolled back"] and "back to step 40" in texts["rolled back"]
+    sync(server, homes, str(run_dir))
+    assert set(server.alerts) == {"training may diverge", "rolled back"} == set(texts)
+    identity = (run_dir / "wandb_id").read_text()
+    made = {"checkpoint": run_dir / "checkpoints/step_00000060", "samples": run_dir / "samples"}
+    files = [(kind, file) for kind, path in made.items() for file in path.iterdir()]
+    true = {f"{kind}-{identity}/{file.name}": file.read_bytes() for kind, file in files}
+    assert server.artifacts == true
+    assert not (run_dir / "wandb/artifacts").exists()
+
+
+def test_the_end_by_divergence_is_an_alert(digits, homes, tmp_path):
+    settings = SETTINGS | FAULTY | {"health__ladder": "false"}
+    arguments = command(1, tmp_path / "run", digits, script="tests/faulty.py", **settings)
+    finish(arguments, tmp_path / "log", 1, EBM_FAULT=NAN, **homes)
+    assert "training diverged at step 45" in alerts(tmp_path / "run")["the run ended"]
+
+
+def alerts(run_dir: Path) -> dict[str, str]:
+    """Text by title."""
+    every = (record for file in parts(run_dir) for record in wandb_records(file))
+    return {record.alert.title: record.alert.text for record in every if record.HasField("alert")}
 
 
 def test_what_can_not_be_uploaded_stays(homes, tmp_path):

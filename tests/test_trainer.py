@@ -24,6 +24,11 @@ VARIANTS = {
     "bf16": ["train.mixed_precision=bf16"],
     "mlp": ["energy.kind=mlp"],
     "resnet": ["energy.kind=resnet", "energy.features=[8,8]", "energy.blocks=1", "optim.weight_decay=0.01"],
+    "wide_resnet": ["energy.kind=wide_resnet", "energy.depth=10", "energy.widen=1"],
+    "transformer": ["energy.kind=transformer", "energy.dim=16", "energy.depth=1", "energy.num_classes=10"],
+    "graph": ["energy.kind=graph", "energy.hidden_dim=8", "energy.num_layers=2", "energy.spectral_norm=true"],
+    "gaussian": ["energy.kind=gaussian", "energy.covariance=full"],
+    "hybrid": ["energy.kind=hybrid", "energy.network.kind=conv", "energy.network.features=[8,16]"],
     "annealed": ["sampler.schedule=cosine", "sampler.step_size_end=1.0", "sampler.boundary=reflect"],
     "exact_noise": ["sampler.temperature=1e-5", "sampler.grad_clamp=null"],
     "augmented": ["data.augment_flip=true", "data.augment_crop=1", "data.dequantize=false"],
@@ -41,11 +46,7 @@ VARIANTS = {
     "mala": ["sampler.kind=mala", "sampler.num_steps=2"],
     "hmc": ["sampler.kind=hmc", "sampler.num_steps=2", "train.accumulate=2"],
     "tempering": ["sampler.kind=tempering", "sampler.num_steps=2", "energy.num_classes=10"],
-    "wide_resnet": ["energy.kind=wide_resnet", "energy.depth=10", "energy.widen=1", "energy.spectral_norm=true"],
-    "transformer": ["energy.kind=transformer", "energy.dim=16", "energy.depth=1", "energy.patch_size=4"],
-    "graph": ["energy.kind=graph", "energy.hidden_dim=8", "energy.num_layers=2"],
-    "gaussian": ["energy.kind=gaussian", "energy.std=0.5"],
-    "hybrid": ["energy.kind=hybrid", "energy.network.hidden_dim=16", "loss.kind=denoising"],
+    "hybrid_denoised": ["energy.kind=hybrid", "energy.network.hidden_dim=16", "loss.kind=denoising"],
 }
 
 

@@ -3,14 +3,16 @@
 Whole runs under `accelerate launch` with the real client; the reference is the run without W&B."""
 
 import os
+import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from google.protobuf.message import DecodeError
-from runs import ROOT, Run, command, final_hashes, finish, free_port, records
+from runs import ROOT, Run, command, environment, final_hashes, finish, free_port, records
 from wandb_reader import history
 from wandb_server import KEY, StandIn, service
 
@@ -83,7 +85,8 @@ def test_a_server_out_of_reach_leaves_the_whole_run_offline(digits, reference, s
 
 
 def test_its_service_is_killed_in_mid_run(digits, reference, server, tmp_path):
-    run = start(tmp_path, digits, "online", **server("works").environment)
+    works = server("works")
+    run = start(tmp_path, digits, "online", **works.environment)
     until(lambda: len(steps_in(tmp_path / "run", "*run-*")) >= 20)
     os.kill(service(run), signal.SIGKILL)
     assert run.process.poll() is None
@@ -91,6 +94,11 @@ def test_its_service_is_killed_in_mid_run(digits, reference, server, tmp_path):
     assert said.count("training goes on") == 1 and "wandb sync --include-online" in said
     steps = steps_in(tmp_path / "run", "*run-*")
     assert len(steps) >= 20 and steps == list(range(1, len(steps) + 1))
+    hint = re.search(r"wandb sync --include-online .*", said)[0]
+    env = environment(**works.environment) | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(hint, shell=True, cwd=tmp_path, env=env, check=True, timeout=120)
+    (rows,) = (works.history(name) for name in works.runs)
+    assert {row["step"] for row in rows if "train/loss" in row} == set(steps)
 
 
 @pytest.mark.slow

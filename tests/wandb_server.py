@@ -15,12 +15,15 @@ KEY = "0123456789" * 4
 class StandIn:
     """Listens on a free port at once. `behaviour`: "works", "silent" (accepts, never answers) or "fails" (500).
 
-    `runs`: by W&B id, the lines of each uploaded file ("wandb-history.jsonl" and others)."""
+    `runs`: by W&B id, the lines of each uploaded file ("wandb-history.jsonl" and others). `alerts`: titles.
+    `artifacts`: the files' contents by "NAME OF THE ARTIFACT/NAME OF THE FILE"."""
 
     def __init__(self, behaviour: str = "works"):
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._http.behaviour, self._http.released = behaviour, threading.Event()
         self.runs = self._http.runs = {}
+        self.alerts = self._http.alerts = []
+        self.artifacts = self._http.artifacts = {}
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
 
     @property
@@ -68,6 +71,13 @@ class Handler(BaseHTTPRequestHandler):
         if operation == "CreateRunFiles":
             files = [{"name": name, "uploadUrl": f"http://{self.headers['Host']}/put"} for name in values["files"]]
             return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
+        if operation == "ServerFeaturesQuery":
+            return {"serverInfo": {"features": []}}
+        if operation == "NotifyScriptableRunAlert":
+            self.server.alerts.append(values["title"])
+            return {"notifyScriptableRunAlert": {"success": True}}
+        if "Artifact" in (operation or ""):
+            return self.artifact(operation, values)
         known = operation == "RunResumeStatus" and values["name"] in runs
         return {"model": {**project, "bucket": self.resumed(values["name"]) if known else None}}
 
@@ -82,12 +92,34 @@ class Handler(BaseHTTPRequestHandler):
             "eventsTail": json.dumps(events[-1:]),
         }  # fmt: skip
 
+    def artifact(self, operation: str, values: dict) -> dict:
+        """An artifact is made, gets its files and a manifest, and is committed. Its id is the name it has here."""
+        url = f"http://{self.headers['Host']}/put"
+        if operation == "CreateArtifact":
+            made = {"id": values["input"]["artifactCollectionName"], "state": "PENDING"}
+            return {"createArtifact": {"artifact": made | {"artifactSequence": {"latestArtifact": None}}}}
+        if operation == "CreateArtifactManifest":
+            file = {"id": "f", "uploadUrl": url, "uploadHeaders": []}
+            return {"createArtifactManifest": {"artifactManifest": {"id": "m", "file": file}}}
+        if operation == "CreateArtifactFiles":
+            nodes = [
+                {"storagePath": "s", "uploadUrl": f"{url}/artifact/{file['artifactID']}/{file['name']}",
+                 "uploadHeaders": [], "uploadMultipartUrls": None, "artifact": {"id": file["artifactID"]}}
+                for file in values["input"]["artifactFiles"]
+            ]  # fmt: skip
+            return {"createArtifactFiles": {"files": {"edges": [{"node": node} for node in nodes]}}}
+        assert operation == "CommitArtifact", operation
+        return {"commitArtifact": {"artifact": {"id": values["artifactID"], "digest": "d"}}}
+
     def stream(self, path: list[str], content: bytes) -> dict:
-        """/files/ENTITY/PROJECT/ID/file_stream: lines from an offset on. Other uploads are not kept."""
+        """/files/ENTITY/PROJECT/ID/file_stream: lines from an offset on. /put/artifact/ID/NAME: a file of an artifact.
+        Other uploads are not kept."""
         if path[-1] == "file_stream":
             for name, part in json.loads(content).get("files", {}).items():
                 lines = self.server.runs[path[4]].setdefault(name, [])
                 lines[part["offset"] :] = part["content"]
+        if "artifact" in path:
+            self.server.artifacts["/".join(path[3:])] = content
         return {}
 
     def log_message(self, *_):

@@ -13,7 +13,7 @@ from ebm.config import DataConfig
 from ebm.data import Access
 from ebm.data.reader import read_all
 from ebm.data.shards import ensure_shards
-from ebm.data.toy import DENSITIES
+from ebm.data.toy import DENSITIES, known_density
 from ebm.errors import ConfigError, DataError
 from ebm.figures import landscape
 from ebm.samplers import fresh_chains
@@ -50,9 +50,6 @@ def run(arguments) -> int:
             print(f"{name}: left out: {problem}")
         else:
             raise problem
-    if any(name.startswith("likelihood") for name in values):
-        sets.draw_landscape(trained.directory / "landscape.png")
-        print(f"true and learned density -> {trained.directory / 'landscape.png'}")
     print(f"{trained.checkpoint}: {sets}")
     print(table(values))
     if arguments.json:
@@ -164,30 +161,23 @@ class Sets:
         if metric == "ood":
             return evaluation.ood_metrics(self._energies, self.heldout[0], self.seed)
         if metric == "likelihood":
-            return evaluation.likelihood_metrics(self._true, self._learned)
+            return self._likelihood()
         heldout = {} if self.heldout is None else {"heldout": self.heldout[0]}
         return evaluation.energy_metrics(self._energies, {"train": self.train[0], **heldout, **self.chains})
 
-    @cached_property
-    def _true(self) -> tuple[evaluation.Density, Tensor]:
-        energy, modes = DENSITIES[self.config.data.source]
-        return evaluation.density(energy), modes
-
-    @cached_property
-    def _learned(self) -> evaluation.Density:
-        return evaluation.density(self._energies, self.trained.temperature)
-
-    def draw_landscape(self, file: Path) -> None:
-        """The true and the learned density, and fresh chains over the learned one."""
-        half_width, fresh = 6.0, self.chains["fresh"].numpy()
-        true = evaluation.density(DENSITIES[self.config.data.source][0], 1.0, half_width)
-        learned = evaluation.density(self._energies, self.trained.temperature, half_width)
-        panels = {"true": (true, None), "learned": (learned, None), "chains from noise": (learned, fresh)}
-        Image.fromarray(
-            landscape(
-                {name: (-d.log_p.view(evaluation.CELLS, -1).numpy(), x) for name, (d, x) in panels.items()}, half_width
-            )
-        ).save(file)
+    def _likelihood(self) -> dict:
+        """The learned density beside the true one, in numbers; and in RUN/landscape.png, with the fresh chains."""
+        energy, modes = known_density(self.config.data.source)
+        temperature, file = self.trained.temperature, self.trained.directory / "landscape.png"
+        values = evaluation.likelihood_metrics(
+            evaluation.density(energy), evaluation.density(self._energies, temperature), modes
+        )
+        near = 6.0
+        true, learned = (evaluation.density(e, t, near) for e, t in ((energy, 1.0), (self._energies, temperature)))
+        panels = {"true": (true, None), "learned": (learned, None), "chains": (learned, self.chains["fresh"].numpy())}
+        Image.fromarray(landscape({name: (d.energies, x) for name, (d, x) in panels.items()}, near)).save(file)
+        print(f"the true density, the learned one, and fresh chains -> {file}")
+        return values
 
     def _energies(self, data: Tensor) -> Tensor:
         """Of images, uint8 (N, C, H, W), or vectors (N, D)."""

@@ -7,6 +7,7 @@ written when it is closed: the command can be run again and again while the run 
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -53,7 +54,9 @@ def sync(run_dir: Path) -> bool:
         if ready:
             time.sleep(max(0.0, SETTLED - min(now - written(part) for part in ready)))
             upload(ready)
-    left = [part.name for part in parts if part not in ready]
+        left = [part.name for part in parts if part not in ready]
+        if not left and (run_dir / "DONE").exists():
+            shutil.rmtree(folder / "artifacts", ignore_errors=True)  # what they had to outlive is over
     print(f"{run_dir}: {len(ready)} files uploaded" + "".join(f"; {name} is still written to" for name in left))
     return not left
 

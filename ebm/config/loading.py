@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from ebm.config.energies import HybridConfig
 from ebm.config.section import Section
 from ebm.config.sections import Config
 from ebm.errors import ConfigError
@@ -113,11 +114,10 @@ def _problem_of(event: yaml.Event) -> str | None:
 def _superseded(base, given):
     """The file's values without those that an override makes void: another `kind`, or the other way to give noise."""
     for section in given:
-        if not (OmegaConf.is_dict(base.get(section)) and OmegaConf.is_dict(given[section])):
-            continue
         default = Config.model_fields[section].default if section in Config.model_fields else None
-        if "kind" in given[section] and given[section]["kind"] != base[section].get("kind", _kind_of(default)):
-            base[section] = {}
+        _forget_other_kind(base, given, section, default)
+    if OmegaConf.is_dict(base.get("energy")) and OmegaConf.is_dict(given.get("energy")):
+        _forget_other_kind(base.energy, given.energy, "network", HybridConfig.model_fields["network"].default)
     if OmegaConf.is_dict(given.get("sampler")):
         for one, other in (("noise_scale", "temperature"), ("temperature", "noise_scale")):
             replaced = given.sampler.get(one) is not None and other not in given.sampler
@@ -126,8 +126,13 @@ def _superseded(base, given):
     return base
 
 
-def _kind_of(section: Any) -> str | None:
-    return section.kind if isinstance(section, Section) and "kind" in type(section).model_fields else None
+def _forget_other_kind(base, given, section: str, default: Any) -> None:
+    """Empty a section of the file that an override gives another kind than the file, or else `default`, says."""
+    if not (OmegaConf.is_dict(base.get(section)) and OmegaConf.is_dict(given.get(section))):
+        return
+    of_file = base[section].get("kind", default.kind if "kind" in getattr(type(default), "model_fields", ()) else None)
+    if "kind" in given[section] and given[section]["kind"] != of_file:
+        base[section] = {}
 
 
 def validate(values: Any, where: str) -> Config:

@@ -3,7 +3,7 @@
 import queue
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import quote
@@ -46,8 +46,8 @@ class Remote:
 
 @dataclass
 class Prefetch:
-    """Shards asked for ahead of time, one after the other in a thread. A shard that can't be had is left to who reads
-    it: it tries again, and says why. Pickles as long as it has not begun."""
+    """Shards asked for ahead of time, one after the other in a thread, once: the reader that then misses one tries
+    again, and says why. Pickles as long as it has not begun."""
 
     wanted: queue.SimpleQueue | None = field(default=None, compare=False)
 
@@ -59,6 +59,8 @@ class Prefetch:
             self.wanted.put(shard)
 
     def _run(self, manifest) -> None:
+        once = replace(manifest.directory, access=replace(manifest.directory.access, retries=0))
+        manifest = manifest.model_copy(update={"directory": once})
         while True:
             try:
                 manifest.open(manifest.shards[self.wanted.get()]).close()

@@ -151,7 +151,7 @@ def _open(url: str, timeout: float) -> Iterator[bytes]:
 
 
 def _web_body(url: str, timeout: float) -> Iterator[bytes]:
-    with _response(url, timeout) as response:
+    with _response(url, 2 * timeout) as response:  # for a thread that was left: its reader gives up before
         missing = response.length  # None where the server does not say
         while missing != 0:
             piece = response.read1(PIECE if missing is None else min(PIECE, missing))

@@ -57,12 +57,10 @@ def energy_metrics(energies: Callable[[Tensor], Tensor], sets: dict[str, Tensor]
     return {f"energy/{name}": float(energies(images).double().mean()) for name, images in sets.items()}
 
 
-def likelihood_metrics(true: tuple[Density, Tensor], learned: Density) -> dict:
-    """KL(true || learned) in nats, and the share of each mode's neighbourhood beside the true one; `true`: the density
-    and its modes (M, 2). All by quadrature."""
-    density, modes = true
-    values = {"likelihood/kl": kl_divergence(density, learned)}
-    weights = zip(mode_weights(density, modes).tolist(), mode_weights(learned, modes).tolist(), strict=True)
-    for number, (should, weight) in enumerate(weights):
-        values |= {f"likelihood/mode_{number}": weight, f"likelihood/mode_{number}_ratio": weight / should}
+def likelihood_metrics(true: Density, learned: Density, modes: Tensor) -> dict:
+    """KL(true || learned) in nats, and the share of each of `modes` (M, 2), beside the true one. By quadrature."""
+    values = {"likelihood/kl": kl_divergence(true, learned)}
+    shares = zip(mode_weights(true, modes).tolist(), mode_weights(learned, modes).tolist(), strict=True)
+    for number, (should, share) in enumerate(shares):
+        values |= {f"likelihood/mode_{number}": share, f"likelihood/mode_{number}_ratio": share / should}
     return values

@@ -1,8 +1,10 @@
 """Densities on the plane, exactly: normalisers, Kullback-Leibler divergence and mode weights by the midpoint rule."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +24,11 @@ class Density(NamedTuple):
         """Probability of each cell, (CELLS**2,) float64."""
         return self.log_p.exp() * self.cell
 
+    @property
+    def energies(self) -> np.ndarray:
+        """-log p, (CELLS, CELLS), rows from low y to high y."""
+        return -self.log_p.view(math.isqrt(len(self.log_p)), -1).numpy()
+
 
 def density(
     energy: Callable[[Tensor], Tensor], temperature: float = 1.0, half_width: float = HALF_WIDTH, cells: int = CELLS
@@ -32,7 +39,7 @@ def density(
     points, cell = torch.stack([x.flatten(), y.flatten()], 1), (2 * half_width / cells) ** 2
     with torch.no_grad():
         log_p = -torch.cat([energy(part) for part in points.split(1 << 16)]).double().cpu() / temperature
-    return Density(points, log_p - torch.logsumexp(log_p, 0) - torch.tensor(cell, dtype=torch.float64).log(), cell)
+    return Density(points, log_p - torch.logsumexp(log_p, 0) - math.log(cell), cell)
 
 
 def kl_divergence(true: Density, learned: Density) -> float:

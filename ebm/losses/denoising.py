@@ -29,12 +29,8 @@ def denoising_score_matching(
     density **smoothed** by N(0, sigma**2): of Gaussian data with covariance C it finds C + sigma**2 I, and of several
     sigmas C + (sum sigma**4 / sum sigma**2) I; subtract that to correct. "e_pos" are energies of the noisy data.
     """
-    levels = torch.as_tensor(sigmas, dtype=x_pos.dtype, device=x_pos.device).reshape(-1)
     z = normal_(torch.empty_like(x_pos), generator)
-    sigma = levels
-    if len(levels) > 1:
-        drawn = uniform_(x_pos.new_empty(len(x_pos)), generator, 0, len(levels)).long()
-        sigma = levels[drawn.clamp_max(len(levels) - 1)].view(-1, *[1] * (x_pos.ndim - 1))
+    sigma = sigmas if isinstance(sigmas, float) else _drawn(sigmas, x_pos, generator)
     noisy = (x_pos + sigma * z).detach().requires_grad_(True)
     e_pos, gradient = energy_and_gradient(energy, noisy, y_pos)
     residual = z - sigma * gradient / temperature
@@ -42,3 +38,11 @@ def denoising_score_matching(
     if l2:
         loss = loss + l2 * energy_l2(e_pos)
     return LossOutput(loss, terms(e_pos=e_pos))
+
+
+def _drawn(sigmas: Sequence[float], x: Tensor, generator: Generators) -> Tensor | float:
+    """One of `sigmas` for each state of `x`, in a shape that multiplies it."""
+    if len(sigmas) == 1:
+        return sigmas[0]
+    index = uniform_(x.new_empty(len(x)), generator, 0, len(sigmas)).long().clamp_max(len(sigmas) - 1)
+    return x.new_tensor(sigmas)[index].view(-1, *[1] * (x.ndim - 1))

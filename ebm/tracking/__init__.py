@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ebm.config import Config
 from ebm.errors import UserError
-from ebm.figures import grid, side_by_side
+from ebm.figures import picture, side_by_side
 from ebm.tracking.alerts import Alerts
 from ebm.tracking.records import Records, WholeFiles
 from ebm.tracking.wandb_run import WandbRun
@@ -97,9 +97,9 @@ class Tracker:
     def trace(self, step: int, samples: list, chains: list) -> None:
         self._trace.append({"step": step, "samples": samples, "chains": chains})
 
-    def panels(self, step: int, images: dict[str, Tensor]) -> None:
-        """Images (N, C, H, W) in [-1, 1] by panel: side by side in samples/step_N.png, each in W&B."""
-        pictures = {name: grid(x) for name, x in images.items()}
+    def panels(self, step: int, samples: dict[str, Tensor]) -> None:
+        """Images (N, C, H, W) in [-1, 1] or vectors (N, D), by panel: all in samples/step_N.png, each in W&B."""
+        pictures = {name: picture(x) for name, x in samples.items()}
         file = BytesIO()
         side_by_side(pictures).save(file, format="png")
         self._samples.write(self._samples_dir / f"step_{step:08d}.png", file.getvalue())

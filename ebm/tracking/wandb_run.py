@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import math
 import netrc
 import os
 import secrets
@@ -18,6 +19,7 @@ from urllib.parse import urlparse
 import numpy as np
 
 from ebm.config import Config, TrackingConfig
+from ebm.errors import EXIT_STOPPED
 from ebm.tracking.artifacts import Artifacts, newest_samples
 from ebm.tracking.catch_up import Handed, rows_between
 from ebm.tracking.records import replace
@@ -86,8 +88,7 @@ class WandbRun:
         wandb, tracking = self._wandb, self._config.tracking
         wandb.setup(wandb.Settings(silent=True))
         settings = {"init_timeout": self._timeout, "console": "off", "silent": True}
-        if "x_transaction_log_flush_interval" in wandb.Settings.model_fields:
-            settings["x_transaction_log_flush_interval"] = 1.0  # seconds; SIGKILL loses what came later
+        settings["x_transaction_log_flush_interval"] = 1.0  # seconds; SIGKILL loses what came later
         run_id = _run_id(self._run_dir)
         run = wandb.init(
             dir=self._run_dir, mode=self.mode, id=run_id, resume="allow", project=tracking.project,
@@ -105,22 +106,25 @@ class WandbRun:
     def _catch_up(self) -> None:
         """Hand over the rows before this start that an earlier one did not."""
         for row in rows_between(self._run_dir / "metrics.jsonl", self._handed.step, self._resume_step):
-            self._log(row)
-            self._handed.note(row["step"])
+            self._log_row(row)
 
     def _new_part(self) -> None:
         """Close the offline file, which can be uploaded then, and go on in another."""
-        self._close_part(0)
+        self._part_ends += self._config.tracking.offline_part  # where this fails, it is not tried at every call
+        self._close_part(EXIT_STOPPED)
         self._run = self._start()
 
     def _close_part(self, exit_code: int) -> None:
+        if exit_code == EXIT_STOPPED:
+            self._run.mark_preempting()  # there it counts as preempted till it goes on, not as failed
         self._run.finish(exit_code)
-        self._handed.all_safe()
+        if self._complete:
+            self._handed.all_safe()
         if self.mode == "offline":
             (Path(self._run.dir).parent / CLOSED).touch()
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        self._call(lambda: (self._log({"step": step, **values}), self._handed.note(step)))
+        self._call(lambda: self._log_row({"step": step, **values}))
 
     def log_images(self, step: int, pictures: dict[str, np.ndarray]) -> None:
         self._call(lambda: self._log({"step": step} | {k: self._wandb.Image(p) for k, p in pictures.items()}))
@@ -141,6 +145,8 @@ class WandbRun:
             self._call(lambda: self._log_artifact("samples", "samples", newest_samples(self._run_dir)))
 
     def _log_artifact(self, kind: str, name: str, files: list[Path]) -> None:
+        if not files:
+            return
         artifact = self._wandb.Artifact(f"{kind}-{self._run.id}", type=kind)
         artifact.add_dir(str(self._artifacts.hold(name, files)), policy="immutable", skip_cache=True)
         self._run.log_artifact(artifact, aliases=["latest", name])
@@ -154,6 +160,16 @@ class WandbRun:
         self._left_out += 1
         if self._left_out == 1:
             self._say("W&B does not keep up: what comes now is left out there; metrics.jsonl has everything")
+
+    @property
+    def _complete(self) -> bool:
+        """Whether W&B took all that this start gave it; else a later start hands it over again."""
+        return self._failures == self._left_out == 0
+
+    def _log_row(self, row: dict[str, Any]) -> None:
+        self._log(row)
+        if self._complete:
+            self._handed.note(row["step"])
 
     def _log(self, row: dict[str, Any]) -> None:
         self._run.log(row)
@@ -188,6 +204,7 @@ class WandbRun:
         self._bounded(lambda: self._wandb.teardown(exit_code), self._timeout if ended else 1.0)
 
     def _finish(self, exit_code: int) -> None:
+        self._part_ends = math.inf
         self._close_part(exit_code)
         self._uploaded = self.mode == "online"
         if self._uploaded:

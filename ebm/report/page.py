@@ -1,0 +1,218 @@
+"""The report as one HTML page that needs nothing else."""
+
+import math
+from datetime import datetime
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ebm.config import to_yaml
+from ebm.report import figures
+from ebm.report.catalogue import METRICS, Metric, metric_of
+from ebm.report.markup import IN_RANGE, OUT_OF_RANGE, STYLE, cell, escape, image, number, table, verdict
+from ebm.report.records import RECENT, Records
+
+CHARTS = (
+    ("Energies", ("energy/pos_mean", "energy/neg_mean")),
+    ("Energy gap", ("energy/gap",)),
+    ("AUC of chains against data", ("energy/auc",)),
+    ("Loss", ("train/loss",)),
+    ("Gradient of the weights", ("optim/grad_norm",)),
+    ("Gradient along the chains", ("sampler/grad_norm",)),
+    ("Pixels at a bound", ("sampler/saturated", "data/saturated")),
+    ("Displacement", ("sampler/displacement",)),
+    ("Age of the chains", ("buffer/age_mean",)),
+    ("Worst sign of divergence", ("health/warning",)),
+    ("Void steps, restarted chains", ("health/skipped_steps", "health/quarantined")),
+    ("Learning rate", ("optim/lr",)),
+    ("Seconds a step", ("perf/step_s",)),
+    ("Share of time waiting for data", ("perf/data_wait_frac",)),
+)
+IN_NUMBERS_ONLY = {"data/epoch", "data/skipped", "health/rollbacks", "health/lr_scale", "health/step_scale"}
+IN_NUMBERS_ONLY |= {"perf/chain_steps_per_s", "buffer/reinit_frac", "sampler/temperature"}
+MAX_PANELS, PANEL_WIDTH = 5, 1200  # pictures over time; pixels of the newest, the others are half as wide
+
+
+def page(records: Records, energies: dict[str, np.ndarray], energy_note: str) -> str:
+    """The whole page. `energies` by set, empty where there are none; `energy_note` says of what, or why not."""
+    sections = (
+        header(records),
+        health(records),
+        samples(records),
+        energy_histograms(energies, energy_note),
+        curves(records),
+        events(records),
+        numbers(records),
+        f"<h2>Config</h2><details><summary>config.yaml</summary><pre>{escape(to_yaml(records.config))}</pre></details>",
+    )
+    head = f'<meta charset="utf-8"><title>{escape(name_of(records))}</title><style>{STYLE}</style>'
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>{"".join(sections)}</body></html>\n'
+
+
+def name_of(records: Records) -> str:
+    return records.config.tracking.name or records.path.resolve().name
+
+
+def healthy_range(records: Records, metric: Metric | None) -> tuple[float, float] | None:
+    """None where the metric has none, or this run has not what it is relative to."""
+    if metric is None or metric.bounds is None:
+        return None
+    low, high = metric.bounds(records.config, {"data/saturated": records.present("data/saturated")})
+    return None if math.isnan(low + high) else (low, high)
+
+
+def is_within(value: float, bounds: tuple[float, float]) -> bool:
+    """What is no number is out of any range."""
+    return bounds[0] <= value <= bounds[1]
+
+
+def header(records: Records) -> str:
+    config = records.config
+    state = "done" if records.done else f"unfinished, step {records.step} of {config.train.steps}"
+    last = "no line of metrics yet"
+    if records.rows:
+        last = f"last line {datetime.fromtimestamp((records.path / 'metrics.jsonl').stat().st_mtime):%Y-%m-%d %H:%M}"
+    facts = {
+        "steps": f"{records.step:,}",
+        "images seen": f"{records.step * config.train.batch_size:,}",
+        "energy": config.energy.kind,
+        "steps a chain": config.sampler.num_steps,
+        "seconds a step": number(records.present("perf/step_s")) if records.rows else "–",
+        "rollbacks": len(records.rollbacks),
+    }
+    shown = "".join(f"<div><b>{escape(value)}</b><small>{name}</small></div>" for name, value in facts.items())
+    about = " · ".join((state, last, str(records.path.resolve())))
+    damage = ""
+    if records.damaged:
+        damage = f'<p class="note">{records.damaged} damaged line(s) of metrics.jsonl left out</p>'
+    return (
+        f"<h1>{escape(name_of(records))}</h1>"
+        f'<p class="faint">{escape(about)}</p><div class="facts">{shown}</div>{damage}'
+    )
+
+
+def health(records: Records) -> str:
+    """Each metric of the run that has a healthy range, against it."""
+    rows = []
+    for metric in METRICS:
+        bounds = healthy_range(records, metric) if metric.key in records.keys else None
+        if bounds is None:
+            continue
+        now, every = records.present(metric.key), records.series(metric.key)[1]
+        ok, outside = is_within(now, bounds), sum(not is_within(value, bounds) for value in every)
+        shown = number(bounds[0]) if bounds[0] == bounds[1] else f"{number(bounds[0])} to {number(bounds[1])}"
+        rows.append([
+            cell(metric.key, verdict=metric.key), cell(number(now), "n"), cell(shown, "n"),
+            cell(IN_RANGE if ok else OUT_OF_RANGE, "ok" if ok else "off"),
+            cell(f"{outside} of {len(every)}" if outside else "–", "n"), cell(metric.meaning, "faint"),
+        ])  # fmt: skip
+    if not rows:
+        return ""
+    about = f'<p class="faint">Now: the median of the last {RECENT} lines. Outside: lines of the whole run.</p>'
+    return f"<h2>Health</h2>{about}{table('metric|#now|#healthy||#outside|', rows)}"
+
+
+def samples(records: Records) -> str:
+    """The newest panel large, and earlier ones spread over the run."""
+    panels, shown = records.panels, []
+    picked = {round(i) for i in np.linspace(0, len(panels) - 1, MAX_PANELS)} if panels else ()
+    for i in sorted(picked, reverse=True):
+        step = panels[i].stem.removeprefix("step_").lstrip("0")
+        picture = read_picture(panels[i], PANEL_WIDTH if not shown else PANEL_WIDTH // 2)
+        if picture is not None:
+            shown.append(
+                f"<div><small>step {escape(step)}</small>{image(picture, 'png', f'samples, step {step}')}</div>"
+            )
+    if not shown:
+        return '<h2>Samples</h2><p class="faint">None yet; the next come as tracking.samples_every says.</p>'
+    return f'<h2>Samples</h2><div class="panels">{"".join(shown)}</div>'
+
+
+def read_picture(path: Path, width: int) -> bytes | None:
+    """A PNG of at most that many pixels across; None where the file is damaged."""
+    try:
+        with Image.open(path) as opened:
+            picture = opened.convert("RGB")
+    except (OSError, ValueError, SyntaxError):  # Pillow's, for what is no PNG
+        return None
+    if picture.width > width:
+        picture = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
+    file = BytesIO()
+    picture.save(file, format="png", optimize=True)
+    return file.getvalue()
+
+
+def energy_histograms(energies: dict[str, np.ndarray], note: str) -> str:
+    if not energies:
+        return f'<h2>Energies</h2><p class="faint">{escape(note)}</p>'
+    picture = figures.svg(lambda ax: figures.draw_histograms(ax, energies), (7.4, 2.5))
+    rows = [
+        [cell(name), *(cell(number(x), "n") for x in (len(values), values.mean(), values.std()))]
+        for name, values in energies.items()
+    ]
+    return (
+        f'<h2>Energies</h2><p class="faint">{escape(note)}. Healthy: training and held-out images lie on one another, '
+        "or the energy remembers its training images; the chains lie on both.</p>"
+        f"{image(picture, 'svg+xml', 'histograms of energies')}{table('set|#images|#mean|#deviation', rows)}"
+    )
+
+
+def curves(records: Records) -> str:
+    """The charts of what every run has, and one of each further metric."""
+    if not records.rows:
+        return ""
+    known = {key for _, keys in CHARTS for key in keys} | IN_NUMBERS_ONLY
+    charts = [*CHARTS, *((key, (key,)) for key in records.keys if key not in known)]
+    charts = [(title, [key for key in keys if key in records.keys]) for title, keys in charts]
+    cards = "".join(chart(records, title, keys) for title, keys in charts if keys)
+    about = '<p class="faint">Shaded: healthy. Dashed: a rollback went to this step.</p>'
+    return f'<h2>Curves</h2>{about}<div class="grid">{cards}</div>'
+
+
+def chart(records: Records, title: str, keys: list[str]) -> str:
+    """A curve a key; the range and the advice are the first's."""
+    metric, series = metric_of(keys[0]), {key: records.series(key) for key in keys}
+    bounds = healthy_range(records, metric)
+    marks = [event["to"] for event in records.rollbacks if isinstance(event.get("to"), int)]
+    picture = figures.svg(lambda ax: figures.draw_curves(ax, series, bounds, marks), (3.5, 1.9))
+    line = ", ".join(f"{key} {number(values[-1])}" for key, (_, values) in series.items())
+    state = "" if bounds is None else f" · {verdict(is_within(records.present(keys[0]), bounds))}"
+    advice = "" if metric is None else f"{metric.meaning[0].upper()}{metric.meaning[1:]}. Healthy: {metric.healthy}."
+    return (
+        f"<div><h3>{escape(title)}</h3><small>{escape(line)}{state}</small>{image(picture, 'svg+xml', title)}"
+        f'<p class="faint">{escape(advice)}</p></div>'
+    )
+
+
+def events(records: Records) -> str:
+    """Rollbacks, cuts, starts that failed."""
+    lines = [f"step {e.get('from')}: back to step {e.get('to')}; {e.get('reason')}" for e in records.rollbacks]
+    for key, what in (("health/lr_scale", "learning rate"), ("health/step_scale", "step size")):
+        steps, values = records.series(key)
+        changed = np.flatnonzero(np.diff(values)) + 1
+        lines += [f"step {steps[i]:.0f}: {what} × {number(values[i])}" for i in changed]
+    attempts = records.attempts
+    if attempts.get("reason") or attempts.get("starts", 1) != 1:
+        reason = f"; the last ended with: {attempts['reason']}" if attempts.get("reason") else ""
+        lines.append(f"{attempts.get('starts')} starts from step {attempts.get('step')}{reason}")
+    if not lines:
+        return '<h2>Events</h2><p class="faint">No rollback, no cut, no start that failed.</p>'
+    return f"<h2>Events</h2><ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
+
+
+def numbers(records: Records) -> str:
+    """Last, smallest, median and largest value of every metric."""
+    rows = []
+    for key in records.keys:
+        values, metric = records.series(key)[1], metric_of(key)
+        of = {"last": values[-1], "smallest": values.min(), "median": np.median(values), "largest": values.max()}
+        cells = [cell(number(value), "n", key=key, of=name) for name, value in of.items()]
+        rows.append([cell(key), *cells, cell(metric.meaning if metric else "", "faint")])
+    if not rows:
+        return ""
+    return (
+        "<h2>Numbers</h2><details><summary>all metrics</summary>"
+        f"{table('metric|#last|#smallest|#median|#largest|', rows)}</details>"
+    )
