@@ -40,7 +40,7 @@ class _State(BaseModel):
     quarantined: Count
     good: bool
     ladder: dict[str, Any]  # checked by `ebm.ladder`
-    step_size: Annotated[FiniteFloat, Field(gt=0)] | None  # of a sampler that adapts its own
+    step_size: Annotated[FiniteFloat, Field(gt=0)] | None = None  # of a sampler that adapts its own
     scaler: dict[str, FiniteFloat] | None
 
 
@@ -273,7 +273,7 @@ def read_state(path: Path, streams: int | None = None) -> dict:
         raise DataError(f"{file}: {error}") from error
     if streams is not None and state.positions.keys() != {str(v) for v in range(streams)}:
         raise DataError(f"{file}: 'positions' must name the streams 0 to {streams - 1}, and no others")
-    return values
+    return {"step_size": None, **values}
 
 
 def _read_json(file: Path) -> dict:

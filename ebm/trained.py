@@ -48,20 +48,21 @@ class TrainedRun(NamedTuple):
         x = torch.cat(parts).float().to(self.device)
         return x if levels == 1 else x[:, 0]
 
-    @torch.no_grad()
-    def energies(self, x: Tensor, labels: Tensor | None = None, block: int = 512) -> Tensor:
+    def energies(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """E(x), (N,) float32 on the host. Without labels a conditional run gives -log sum_y exp(-E(x, y))."""
-        parts = []
-        for first in range(0, len(x), block):
-            part = x[first : first + block].to(self.device)
-            y = None if labels is None else labels[first : first + block].to(self.device)
-            parts.append(self._block(part, y).cpu())
-        return torch.cat(parts) if parts else torch.empty(0)
+        if self.config.energy.num_classes and labels is None:
+            return -torch.logsumexp(-self.class_energies(x), 1)
+        return self._in_blocks(self.energy, x, *(() if labels is None else (labels,)))
 
-    def _block(self, x: Tensor, y: Tensor | None) -> Tensor:
-        if not self.config.energy.num_classes:
-            return self.energy(x)
-        return self.energy.marginal(x) if y is None else self.energy(x, y)
+    def class_energies(self, x: Tensor) -> Tensor:
+        """E(x, y) of every class of a conditional run, (N, num_classes) float32 on the host."""
+        return self._in_blocks(self.energy.class_energies, x)
+
+    @torch.no_grad()
+    def _in_blocks(self, function, *tensors: Tensor, block: int = 512) -> Tensor:
+        parts = [function(*(part.to(self.device) for part in parts)).cpu()
+                 for parts in zip(*(tensor.split(block) for tensor in tensors), strict=True)]  # fmt: skip
+        return torch.cat(parts) if parts else torch.empty(0)
 
 
 def open_run(path: str | Path, device: str | None = None) -> TrainedRun:

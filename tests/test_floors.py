@@ -36,7 +36,7 @@ WITHIN_A_FLOOR = {
     ("evaluation", "trained"),
 }
 WITHIN_A_FLOOR |= {("streams", "errors"), ("config", "errors"), ("__main__", "commands")}
-ONLY_IN = {"accelerate": "distributed", "wandb": "tracking", "webdataset": "data", "matplotlib": "report"}
+ONLY_IN = {"accelerate": "distributed", "wandb": "tracking", "webdataset": "data"}
 SEEDS_GLOBALLY = {("energies", "build_energy"), ("evaluation", "train_classifier")}  # and restores what it found
 
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

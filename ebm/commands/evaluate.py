@@ -1,4 +1,4 @@
-"""python -m ebm evaluate RUN [--metrics frechet,classes,ood,energy,likelihood] [--json FILE]"""
+"""python -m ebm evaluate RUN [--metrics frechet,classes,ood,energy,accuracy,likelihood] [--json FILE]"""
 
 import json
 from functools import cached_property
@@ -19,8 +19,9 @@ from ebm.figures import landscape
 from ebm.samplers import fresh_chains
 from ebm.trained import TrainedRun, open_run
 
-METRICS = ("frechet", "classes", "ood", "energy", "likelihood")
-OF_IMAGES = METRICS[:3]
+METRICS = ("frechet", "classes", "ood", "energy", "accuracy", "likelihood")
+OF_IMAGES = ("frechet", "classes", "ood")
+OF_SOME_RUNS = ("accuracy", "likelihood")  # left out of the others without a word
 
 
 def add_arguments(parser) -> None:
@@ -46,9 +47,9 @@ def run(arguments) -> int:
         problem = sets.problem_with(name)
         if problem is None:
             values |= sets.measure(name)
-        elif arguments.metrics is None:
+        elif arguments.metrics is None and name not in OF_SOME_RUNS:
             print(f"{name}: left out: {problem}")
-        else:
+        elif arguments.metrics is not None:
             raise problem
     print(f"{trained.checkpoint}: {sets}")
     print(table(values))
@@ -122,6 +123,9 @@ class Sets:
     def _as_data(self, x: Tensor, what: str) -> Tensor:
         return evaluation.to_levels(x, what) if self.of_images else x.cpu()
 
+    def _as_states(self, data: Tensor) -> Tensor:
+        return evaluation.from_levels(data) if self.of_images else data
+
     @property
     def of_images(self) -> bool:
         return len(self.config.data.shape) == 3
@@ -140,6 +144,10 @@ class Sets:
                 f"data.source={source}: likelihood needs a density that is known, on the plane; use one of "
                 f"{', '.join(DENSITIES)}"
             )
+        if metric == "accuracy" and not self.config.energy.num_classes:
+            return ConfigError("energy.num_classes=None: accuracy is of class-conditional energies")
+        if metric == "accuracy" and (self.heldout is None or self.heldout[1] is None):
+            return ConfigError(f"evaluate.shards={self.config.evaluate.shards}: accuracy needs labelled held-out data")
         if metric in ("frechet", "ood") and self.heldout is None:
             return ConfigError(
                 f"evaluate.shards=None: {metric} needs held-out images; set evaluate.shards in the run's config.yaml "
@@ -162,6 +170,10 @@ class Sets:
             return evaluation.ood_metrics(self._energies, self.heldout[0], self.seed)
         if metric == "likelihood":
             return self._likelihood()
+        if metric == "accuracy":
+            images, labels = self.heldout
+            predicted = self.trained.class_energies(self._as_states(images)).argmin(1)
+            return {"accuracy/heldout": float((predicted == labels).double().mean())}
         heldout = {} if self.heldout is None else {"heldout": self.heldout[0]}
         return evaluation.energy_metrics(self._energies, {"train": self.train[0], **heldout, **self.chains})
 
@@ -181,8 +193,7 @@ class Sets:
 
     def _energies(self, data: Tensor) -> Tensor:
         """Of images, uint8 (N, C, H, W), or vectors (N, D)."""
-        blocks = data.split(4096)
-        values = torch.cat([self.trained.energies(evaluation.from_levels(b) if self.of_images else b) for b in blocks])
+        values = torch.cat([self.trained.energies(self._as_states(block)) for block in data.split(4096)])
         if not values.isfinite().all():
             raise DataError(f"{self.trained.checkpoint}: gives non-finite energies; evaluate an earlier checkpoint")
         return values

@@ -66,10 +66,10 @@ class FoldedEnergy:
         with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             return self.module(x, *labels).float()
 
-    def marginal(self, x: Tensor) -> Tensor:
-        """-log sum_y exp(-E(x, y)), (B,) float32, of a class-conditional energy."""
+    def class_energies(self, x: Tensor) -> Tensor:
+        """E(x, y) of every class y of a class-conditional energy, (B, num_classes) float32."""
         with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            return self.module.marginal(x).float()
+            return self.module.class_energies(x).float()
 
 
 def _unparametrise(layer: nn.Module) -> None:
