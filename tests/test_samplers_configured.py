@@ -134,3 +134,23 @@ def test_fresh_chains_of_every_kind(config):
     assert many.shape == (100, 1, 3, 3) and len(many.flatten(1).unique(dim=0)) == 100
     assert torch.equal(fresh(33, block=32), many[:33])
     assert config.bounds[0] <= many.min() and many.max() <= config.bounds[1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@every_kind
+def test_a_captured_chain_of_every_kind_is_the_plain_one(config, capsys):
+    """The step size is a tensor that adapts: an input of one graph, not a reason for another."""
+    sampler, settings = sampler_of(config)
+    engine, plain = Engine(quartic), Engine(quartic, capture=False)
+    noise, x = [torch.Generator("cuda") for _ in range(4)], starts(config).cuda()
+    for round_, step_size in enumerate((0.1, 0.05, 0.2)):
+        if config.kind != "langevin":
+            settings["step_size"] = torch.tensor(step_size, device="cuda")
+        out = []
+        for run in (engine, plain):
+            for stream, one in enumerate(noise):
+                one.manual_seed(10 * round_ + stream)
+            out.append(run(sampler, x, generator=noise, **settings))
+        torch.testing.assert_close(out[0][0], out[1][0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.stack(out[0][1]), torch.stack(out[1][1]), rtol=1e-4, atol=1e-5)
+    assert engine.capture and len(engine._graphs) == 1 and capsys.readouterr().out == ""
