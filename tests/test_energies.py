@@ -276,6 +276,7 @@ def test_points_may_coincide():
             r"data\.shape=\[3, 8, 8\]: energy\.neighbours=2 is for point sets.*null",
         ),
         (GraphConfig(point_dim=2), (9,), r"data\.shape=\[9\].*energy\.point_dim=2"),
+        (HybridConfig(network=ConvConfig()), (12,), r"energy\.network\.kind=conv with data\.shape=\[12\]"),
         (GraphConfig(neighbours=4), (10,), r"energy\.neighbours=4 must be from 1 to 3"),
     ],
 )

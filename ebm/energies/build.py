@@ -34,21 +34,22 @@ def build_energy(config, shape: tuple[int, ...], seed: int) -> BaseEnergyFunctio
         return _build(config, tuple(shape))
 
 
-def _build(config, shape: tuple[int, ...]) -> BaseEnergyFunction:
+def _build(config, shape: tuple[int, ...], key: str = "energy") -> BaseEnergyFunction:
+    """The energy of the section that `key` names."""
     if isinstance(config, kinds.ImportConfig):
-        return refuse_mixing_layers(_import(config), config.path)
+        return refuse_mixing_layers(_import(config, key), config.path)
     if isinstance(config, kinds.HybridConfig):
-        prior = _gaussian(config.prior, shape)
-        return HybridEnergyFunction(prior=prior, network=_build(config.network, shape), weight=config.weight)
+        prior, network = _gaussian(config.prior, shape), _build(config.network, shape, f"{key}.network")
+        return HybridEnergyFunction(prior=prior, network=network, weight=config.weight)
     if isinstance(config, kinds.GaussianConfig):
         return _gaussian(config, shape, full=config.covariance == "full", trainable=True)
-    settings = config.model_dump(exclude={"kind"})
+    settings, of = config.model_dump(exclude={"kind"}), f"{key}.kind={config.kind} with data.shape={list(shape)}"
     if isinstance(config, kinds.MLPConfig):
         return MLPEnergyFunction(math.prod(shape), **settings)
     if isinstance(config, kinds.GraphConfig):
-        return _graph(shape, **settings)
+        return _graph(shape, key, of, **settings)
     if len(shape) != 3:
-        raise _mismatch(config.kind, shape, "it takes images (C, H, W); use energy.kind=mlp or graph for vectors")
+        raise ConfigError(f"{of}: it takes images (C, H, W); use {key}.kind=mlp or graph for vectors")
     channels, height, width = shape
     return IMAGE_NETWORKS[config.kind](channels=channels, height=height, width=width, **settings)
 
@@ -59,28 +60,22 @@ def _gaussian(config, shape: tuple[int, ...], full: bool = False, trainable: boo
     return GaussianEnergy(torch.full(shape, config.mean), cov, trainable=trainable)
 
 
-def _graph(shape: tuple[int, ...], point_dim: int, neighbours: int | None, **settings) -> BaseEnergyFunction:
+def _graph(shape, key: str, of: str, point_dim: int, neighbours: int | None, **settings) -> BaseEnergyFunction:
     if len(shape) == 3:
         if neighbours is not None:
-            raise _mismatch(
-                "graph", shape, f"energy.neighbours={neighbours} is for point sets; images take null: the pixels around"
-            )
+            raise ConfigError(f"{of}: {key}.neighbours={neighbours} is for point sets; use null: the pixels around")
         return PixelGraphEnergyFunction(*shape, **settings)
     if shape[0] % point_dim:
-        raise _mismatch("graph", shape, f"vectors of {shape[0]} are no whole points of energy.point_dim={point_dim}")
+        raise ConfigError(f"{of}: {key}.point_dim={point_dim} does not divide a vector of {shape[0]} into points")
     try:
         return PointGraphEnergyFunction(shape[0] // point_dim, point_dim, neighbours=neighbours, **settings)
     except ValueError as error:
-        raise _mismatch("graph", shape, f"energy.{error}") from error
+        raise ConfigError(f"{of}: {key}.{error}") from error
 
 
-def _mismatch(kind: str, shape: tuple[int, ...], problem: str) -> ConfigError:
-    return ConfigError(f"energy.kind={kind} with data.shape={list(shape)}: {problem}")
-
-
-def _import(config: kinds.ImportConfig) -> BaseEnergyFunction:
+def _import(config: kinds.ImportConfig, key: str) -> BaseEnergyFunction:
     module, name = config.path.split(":")
-    where = f"energy.path={config.path!r} with energy.settings={config.settings}"
+    where = f"{key}.path={config.path!r} with {key}.settings={config.settings}"
     try:
         made_by = getattr(importlib.import_module(module), name)
         # Before the call: `subprocess:Popen` with its settings would be a program started by a config.
@@ -91,6 +86,6 @@ def _import(config: kinds.ImportConfig) -> BaseEnergyFunction:
         raise ConfigError(f"{where}: {error}; the module must be importable from where the command runs") from error
     if config.num_classes:
         if not isinstance(energy, BaseEnergyFunction):
-            raise ConfigError(f"{where}: with energy.num_classes, {name} must be derived from BaseEnergyFunction")
+            raise ConfigError(f"{where}: with {key}.num_classes, {name} must be derived from BaseEnergyFunction")
         energy.num_classes = config.num_classes
     return energy
