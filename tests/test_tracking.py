@@ -256,6 +256,11 @@ def test_what_a_killed_start_did_not_hand_over_comes_with_the_next(tmp_path):
     (file,) = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))[-1:]
     assert [math.isnan(row["train/loss"]) for row in history(file)] == [row["step"] == 18 for row in history(file)]
     assert (run_dir / "wandb_step").read_text() == f"{identity} 21\n"
+    time.sleep(1)
+    tracker = Tracker(settings, run_dir, 21)
+    tracker.rewind(12)  # what is logged from here on is another branch's
+    tracker.close(1)
+    assert (run_dir / "wandb_step").read_text() == f"{identity} 12\n"
 
 
 def sent_by(tracking) -> tuple[Alerts, list]:

@@ -35,9 +35,15 @@ def run(arguments) -> int:
     if arguments.every is not None and arguments.every <= 0:
         raise ConfigError(f"--every {arguments.every}: must be above 0 seconds")
     while True:
-        done = [path for path in runs if sync(path) and (path / "DONE").exists()]
-        if arguments.every is None or len(done) == len(runs):
-            return 0
+        waiting, problem = 0, None
+        for path in runs:
+            try:
+                waiting += not (sync(path) and (path / "DONE").exists())
+            except UserError as error:
+                waiting, problem = waiting + 1, error
+                print(f"error: {error}", file=sys.stderr)
+        if arguments.every is None or not waiting:
+            return 0 if problem is None else problem.exit_code
         time.sleep(arguments.every)
 
 

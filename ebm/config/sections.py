@@ -168,7 +168,7 @@ class TrackingConfig(Section):
     stall_after: float = Field(
         300.0,
         gt=0,
-        description="seconds without a step that are an alert, below train.collective_timeout",
+        description="an alert after so many seconds without a step; to be below train.collective_timeout",
     )
     slow_factor: float = Field(3.0, gt=1, description="an alert where steps take this many times as long as they did")
     artifacts: Literal["none", "final", "all"] = Field(

@@ -93,6 +93,7 @@ class Tracker:
         """Training went back to `step`: the records after it go, so that every step stands once."""
         for records in self._records:
             records.rewind(step)
+        self._wandb.rewind(step)
 
     def trace(self, step: int, samples: list, chains: list) -> None:
         self._trace.append({"step": step, "samples": samples, "chains": chains})

@@ -1,6 +1,7 @@
 """How far W&B has a run, kept across its starts, and the rows that a killed start did not hand over."""
 
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ class Handed:
     def __init__(self, run_dir: Path, run_id: str, delay: float):
         self._path, self._id, self._delay = run_dir / "wandb_step", run_id, delay
         self._recent: deque[tuple[float, int]] = deque()
-        self._written = 0.0
+        self._written = -math.inf
 
     @property
     def step(self) -> int:
@@ -46,6 +47,12 @@ class Handed:
     def all_safe(self) -> None:
         if self._recent:
             self._write(self._recent[-1][1])
+
+    def rewind(self, step: int) -> None:
+        """The rows after `step` come again, with other values."""
+        self._recent.clear()
+        if self.step > step:
+            self._write(step)
 
     def _write(self, step: int) -> None:
         with suppress(OSError):  # a lower step costs rows that stand twice, with the same values

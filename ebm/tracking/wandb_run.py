@@ -26,7 +26,7 @@ from ebm.tracking.records import replace
 
 CLOSED = "closed"  # a file in the directory of an offline part that nobody writes to any more
 MAX_WAITING = 10_000  # calls; W&B is given up on here, not memory
-UNSAFE = {"offline": 3.0, "online": 60.0}  # seconds a row is with the client before it is on the disk, or uploaded
+UNSAFE = {"offline": 10.0, "online": 60.0}  # seconds a row is with the client before it is on the disk, or uploaded
 
 
 class WandbRun:
@@ -125,6 +125,10 @@ class WandbRun:
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         self._call(lambda: self._log_row({"step": step, **values}))
+
+    def rewind(self, step: int) -> None:
+        """Training went back to `step`; W&B keeps what it has, and of a step that comes again the last row counts."""
+        self._call(lambda: self._handed.rewind(step))
 
     def log_images(self, step: int, pictures: dict[str, np.ndarray]) -> None:
         self._call(lambda: self._log({"step": step} | {k: self._wandb.Image(p) for k, p in pictures.items()}))
