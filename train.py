@@ -78,7 +78,7 @@ def run(config: Config, started: float) -> int:
 
 
 def leave_code(code: int) -> None:
-    """Write an exit code to EBM_EXIT_FILE, for batch scripts: launchers turn all of them into 1."""
+    """For batch scripts, since launchers turn every exit code into 1: those that say what to do go to EBM_EXIT_FILE."""
     file = os.environ.get("EBM_EXIT_FILE")
     if file and code not in (0, 1):
         with suppress(OSError), open(file, "w") as stream:

@@ -4,8 +4,8 @@ disk, clocks that agree, and a head node that all can name. Standard library onl
     srun python launch/check_nodes.py report RUN TOKEN HEAD | python launch/check_nodes.py compare NODES SINCE
 
 `report` prints a line of JSON about the node it runs on; RUN/TOKEN holds TOKEN, if the directory is the shared one, and
-HEAD is the head node's address. `compare` reads NODES such lines, made after SINCE (seconds since 1970), and says what is
-wrong.
+HEAD is the head node's address. `compare` reads NODES such lines, made after SINCE (seconds since 1970), and says what
+is wrong.
 Exit codes: 0 all is well, 2 the nodes do not fit, 75 a node did not answer.
 """
 
