@@ -95,17 +95,21 @@ def forwards(config) -> float:
     """Forwards of a datum a step, a backward to the input or to the weights counting as one more each."""
     loss, sampler = config.loss, config.sampler
     chain = 0 if loss.negatives is None else 2 * sampler.evaluations
-    return chain + {
-        "contrastive": 6,
-        "improved_contrastive": 6 + 6 + 2,  # one more differentiated step, and the energy at its end
-        "jem": 6,
-        "recovery": 6,
-        "energy_matching": 6 + 6,
-        "score_matching": 6 + 4 * (math_dim(config) if loss.kind == "score_matching" and loss.method == "exact" else 1),
-        "denoising": 6,
-        "noise_contrastive": 3 * (1 + getattr(loss, "ratio", 0)),
-        "energy_discrepancy": 3 * (1 + getattr(loss, "num_samples", 0)),
-    }[loss.kind]
+    return (
+        chain
+        + {
+            "contrastive": 6,
+            "improved_contrastive": 6 + 6 + 2,  # one more differentiated step, and the energy at its end
+            "jem": 6,
+            "recovery": 6,
+            "energy_matching": 6 + 6,
+            "score_matching": 6
+            + 4 * (math_dim(config) if loss.kind == "score_matching" and loss.method == "exact" else 1),
+            "denoising": 6,
+            "noise_contrastive": 3 * (1 + getattr(loss, "ratio", 0)),
+            "energy_discrepancy": 3 * (1 + getattr(loss, "num_samples", 0)),
+        }[loss.kind]
+    )
 
 
 def math_dim(config) -> int:

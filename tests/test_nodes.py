@@ -19,10 +19,19 @@ def launch(hosts: Hosts, launcher: str, folder, arguments: list[str]) -> list[Ru
     """The same command on each host."""
     torchrun = ["torch.distributed.run", "--nnodes", "2", "--master-addr", ADDRESSES[0], "--node-rank"]
     file = str(ROOT / "launch/accelerate/cpu_nodes.yaml")
-    accelerate = ["accelerate.commands.launch", "--config_file", file, "--main_process_ip", ADDRESSES[0], "--machine_rank"]
+    accelerate = [
+        "accelerate.commands.launch",
+        "--config_file",
+        file,
+        "--main_process_ip",
+        ADDRESSES[0],
+        "--machine_rank",
+    ]
     words = {"torchrun": torchrun, "accelerate": accelerate}[launcher]
     commands = [[sys.executable, "-m", *words, str(i), str(ROOT / "train.py"), *arguments] for i in range(2)]
-    return [Run(hosts.on(i, command), folder / f"log{i}", GLOO_SOCKET_IFNAME="eth0") for i, command in enumerate(commands)]
+    return [
+        Run(hosts.on(i, command), folder / f"log{i}", GLOO_SOCKET_IFNAME="eth0") for i, command in enumerate(commands)
+    ]
 
 
 def test_a_pulled_cable(tmp_path):
