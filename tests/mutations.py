@@ -154,8 +154,6 @@ MUTANTS = {  # file of ebm/losses: (text, what replaces it)
         ("torch.cdist(b, a)", "torch.cdist(a, b)"),
         ("linear_sum_assignment(c)", "linear_sum_assignment(-c)"),
         ("torch.cdist(b, a).square()", "torch.cdist(b, a)"),
-        ("time - start) / (1 - start)", "time - start)"),
-        ("sqrt(2 * step_size *", "sqrt(step_size *"),
     ],
     "jem": [
         ("logits = -values", "logits = values"),

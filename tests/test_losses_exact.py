@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ebm import losses
-from ebm.losses.energy_matching import flow_loss, pairing, temperature
+from ebm.losses.energy_matching import flow_loss, pairing
 from ebm.losses.improved_contrastive import log_distance
 from ebm.losses.noise_contrastive import GaussianNoise, UniformNoise
 
@@ -422,13 +422,6 @@ def test_floor_ends_the_gradient():
     below = losses.energy_matching(lambda x: x @ w, x_pos, x_neg, floor=0.15, **settings).loss
     assert below.item() == pytest.approx(-0.15)
     assert torch.autograd.grad(below, w)[0].item() == 0
-
-
-def test_temperature_of_the_flow():
-    assert [temperature(t, 0.8, 0.5) for t in (0.0, 0.8, 0.9, 1.0, 2.0)] == pytest.approx([0, 0, 0.25, 0.5, 0.5])
-    noise = losses.flow_noise(12, 0.1, 0.8, 0.5)
-    assert noise[:9] == [0] * 9 and noise[9] == pytest.approx(math.sqrt(2 * 0.1 * 0.25))
-    assert noise[10] == noise[11] == pytest.approx(math.sqrt(2 * 0.1 * 0.5))
 
 
 # JEM
