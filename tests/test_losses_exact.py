@@ -11,9 +11,11 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ebm import losses
+from ebm.config import LangevinConfig
 from ebm.losses.energy_matching import flow_loss, pairing
 from ebm.losses.improved_contrastive import log_distance
 from ebm.losses.noise_contrastive import GaussianNoise, UniformNoise
+from ebm.samplers import settings_of
 
 PRECISION = torch.tensor([[1.5, 0.4], [0.4, 0.9]], dtype=torch.float64)
 CENTRE = torch.tensor([0.2, 0.3], dtype=torch.float64)
@@ -422,6 +424,16 @@ def test_floor_ends_the_gradient():
     below = losses.energy_matching(lambda x: x @ w, x_pos, x_neg, floor=0.15, **settings).loss
     assert below.item() == pytest.approx(-0.15)
     assert torch.autograd.grad(below, w)[0].item() == 0
+
+
+def test_noise_of_the_flow_s_chain():
+    """None before flow_end, then a temperature that rises to its value at time 1 (Balcerak et al. 2025, eq. 10)."""
+    config = LangevinConfig(
+        start="normal", schedule="flow", flow_end=0.8, temperature=0.5, step_size=0.1, num_steps=12, bounds=None
+    )
+    noise = settings_of(config)["noise_scale"]
+    expected = [math.sqrt(2 * 0.1 * t) for t in (0.25, 0.5, 0.5)]
+    assert noise == pytest.approx([0] * 9 + expected)
 
 
 # JEM
