@@ -11,9 +11,11 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ebm import losses
-from ebm.losses.energy_matching import flow_loss, pairing, temperature
+from ebm.config import LangevinConfig
+from ebm.losses.energy_matching import flow_loss, pairing
 from ebm.losses.improved_contrastive import log_distance
 from ebm.losses.noise_contrastive import GaussianNoise, UniformNoise
+from ebm.samplers import settings_of
 
 PRECISION = torch.tensor([[1.5, 0.4], [0.4, 0.9]], dtype=torch.float64)
 CENTRE = torch.tensor([0.2, 0.3], dtype=torch.float64)
@@ -424,11 +426,14 @@ def test_floor_ends_the_gradient():
     assert torch.autograd.grad(below, w)[0].item() == 0
 
 
-def test_temperature_of_the_flow():
-    assert [temperature(t, 0.8, 0.5) for t in (0.0, 0.8, 0.9, 1.0, 2.0)] == pytest.approx([0, 0, 0.25, 0.5, 0.5])
-    noise = losses.flow_noise(12, 0.1, 0.8, 0.5)
-    assert noise[:9] == [0] * 9 and noise[9] == pytest.approx(math.sqrt(2 * 0.1 * 0.25))
-    assert noise[10] == noise[11] == pytest.approx(math.sqrt(2 * 0.1 * 0.5))
+def test_noise_of_the_flow_s_chain():
+    """None before flow_end, then a temperature that rises to its value at time 1 (Balcerak et al. 2025, eq. 10)."""
+    config = LangevinConfig(
+        start="normal", schedule="flow", flow_end=0.8, temperature=0.5, step_size=0.1, num_steps=12, bounds=None
+    )
+    noise = settings_of(config)["noise_scale"]
+    expected = [math.sqrt(2 * 0.1 * t) for t in (0.25, 0.5, 0.5)]
+    assert noise == pytest.approx([0] * 9 + expected)
 
 
 # JEM

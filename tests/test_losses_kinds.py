@@ -248,10 +248,10 @@ def test_where_chains_start():
     starts = {name: config_of(name).negatives_at(5) for name in KINDS | JEM}
     chained = {"contrastive", "contrastive_l2", "improved_contrastive", "jem", "jem_joint"}
     assert {name for name, start in starts.items() if start == "persistent"} == chained
-    assert starts["recovery"] == "recovery" and starts["energy_matching"] == "flow"
+    assert starts["recovery"] == "recovery" and starts["energy_matching"] == "noise"
     assert {starts[name] for name in starts.keys() - chained - {"recovery", "energy_matching"}} == {None}
     assert config_of("jem", negatives="noise").negatives_at(1) == "noise"
-    assert [config_of("energy_matching").negatives_at(step) for step in (1, 4, 5)] == [None, None, "flow"]
+    assert [config_of("energy_matching").negatives_at(step) for step in (1, 4, 5)] == [None, None, "noise"]
 
 
 def test_energy_matching_is_the_flow_alone_at_first():
@@ -271,7 +271,7 @@ def test_energy_matching_is_the_flow_alone_at_first():
         ({"kind": "noise_contrastive", "noise_bounds": (1, -1)}, "low < high"),
         ({"kind": "score_matching", "method": "approx"}, "'exact', 'hutchinson' or 'sliced'"),
         ({"kind": "recovery", "negatives": "noise"}, "Extra inputs"),
-        ({"kind": "energy_matching", "flow_end": 1.0}, "less than 1"),
+        ({"kind": "energy_matching", "trim": 1.0}, "less than 1"),
         ({"kind": "contrastive_divergence"}, "'improved_contrastive'"),
     ],
 )
