@@ -476,6 +476,7 @@ def test_folded_labels():
     folded = FoldedEnergy(energy).refresh()
     assert torch.allclose(folded(x, y), energy(x, y), atol=1e-6)
     assert torch.allclose(-torch.logsumexp(-folded.class_energies(x), 1), energy(x), atol=1e-6)
+    assert torch.allclose(folded.class_energies(x), energy.class_energies(x), atol=1e-6)
 
 
 @pytest.mark.parametrize("make", list(folded_cases()))

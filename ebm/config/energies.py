@@ -107,7 +107,9 @@ Network = MLPConfig | ConvConfig | ResNetConfig | WideResNetConfig | Transformer
 class HybridConfig(Section):
     kind: Literal["hybrid"] = "hybrid"
     weight: float = Field(1.0, gt=0, description="of the network in E_prior + weight E_network at the start; learned")
-    prior: GaussianPriorConfig = Field(GaussianPriorConfig(), description="an energy that stays as it is")
+    prior: GaussianPriorConfig = Field(
+        GaussianPriorConfig(), description="stays as it is; loss.l2 above 0 would draw it to 0, too"
+    )
     network: Annotated[Annotated[Network, Field(discriminator="kind")], kind_by_default("mlp")] = Field(
         MLPConfig(), description="an energy that is learned"
     )

@@ -126,14 +126,13 @@ def mixture(energies: Sequence[BaseEnergyFunction], weights: Sequence[float] | N
 
 def plus(a: BaseEnergyFunction, b: BaseEnergyFunction) -> WeightedSum:
     """a + b, with the terms of sums side by side, so that a sum of many is one level deep."""
-    terms = [
-        term
-        for energy in (a, b)
-        for term in (
-            zip(energy.energies, energy.weights, strict=True) if type(energy) is WeightedSum else [(energy, 1.0)]
-        )
-    ]
-    return WeightedSum(*map(list, zip(*terms, strict=True)))
+    energies, weights = zip(*_terms(a), *_terms(b), strict=True)
+    return WeightedSum(energies, weights)
+
+
+def _terms(energy: BaseEnergyFunction) -> list[tuple[BaseEnergyFunction, float | Tensor]]:
+    flat = type(energy) is WeightedSum
+    return list(zip(energy.energies, energy.weights, strict=True)) if flat else [(energy, 1.0)]
 
 
 def _device(energy: nn.Module) -> torch.device:

@@ -1,6 +1,7 @@
 """The chain's copy of an energy: frozen, spectral norm folded into the weights, cast and laid out for speed."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -63,13 +64,15 @@ class FoldedEnergy:
         return self
 
     def __call__(self, x: Tensor, *labels: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            return self.module(x, *labels).float()
+        return self._compute(self.module, x, *labels)
 
     def class_energies(self, x: Tensor) -> Tensor:
-        """E(x, y) of every class y of a class-conditional energy, (B, num_classes) float32."""
+        """E(x, y) of every class y, (B, num_classes) float32."""
+        return self._compute(self.module.class_energies, x)
+
+    def _compute(self, function: Callable[..., Tensor], x: Tensor, *labels: Tensor) -> Tensor:
         with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            return self.module.class_energies(x).float()
+            return function(x, *labels).float()
 
 
 def _unparametrise(layer: nn.Module) -> None:
