@@ -61,7 +61,7 @@ def plain(row: dict) -> dict:
 def sync(server: StandIn, homes: dict, *arguments: str, expect: int = 0) -> str:
     call = [sys.executable, "-m", "ebm", "sync", *arguments]
     env = environment(**homes, **server.environment)
-    done = subprocess.run(call, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(call, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == expect, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -30,17 +31,15 @@ class Records:
     def step(self) -> int:
         return int(self.rows[-1]["step"]) if self.rows else 0
 
-    @property
+    @cached_property
     def keys(self) -> list[str]:
         """All metrics of the run but the step, in the order they first came."""
         return [key for key in dict.fromkeys(key for row in self.rows for key in row) if key != "step"]
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps, values) of the lines that have the key."""
-        pairs = [(row["step"], row[key]) for row in self.rows if key in row]
-        return (
-            tuple(np.array(column, dtype=float) for column in zip(*pairs, strict=True)) if pairs else (np.empty(0),) * 2
-        )
+        pairs = np.array([(row["step"], row[key]) for row in self.rows if key in row], dtype=float).reshape(-1, 2)
+        return pairs[:, 0], pairs[:, 1]
 
     def present(self, key: str) -> float:
         """The median of the newest lines, a number that is not finite included; NaN where there are none."""
@@ -63,7 +62,8 @@ def read(path: Path) -> Records:
         raise DataError(f"{path / 'metrics.jsonl'}: {error.strerror}; make it readable") from error
     rows = [_row(line) for line in text.splitlines()]
     sound = [row for row in rows if row is not None]
-    rollbacks, attempts = _json(path / "rollbacks.json", list), _json(path / "attempts.json", dict)
+    rollbacks = [event for event in _json(path / "rollbacks.json", list) if isinstance(event, dict)]
+    attempts = _json(path / "attempts.json", dict)
     return Records(path, config, sound, len(rows) - len(sound), rollbacks, attempts)
 
 
@@ -71,7 +71,7 @@ def _row(line: bytes) -> dict[str, float] | None:
     """A line of metrics as numbers ("NaN" and the like too); None where it is damaged."""
     try:
         row = {str(key): float(value) for key, value in json.loads(line).items()}
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError):
         return None
     return row if math.isfinite(row.get("step", math.nan)) else None
 
