@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ebm.config import Config
-from ebm.losses import noisy, tilted
+from ebm.energies import FoldedEnergy
+from ebm.losses import marginal, noisy, tilted
 from ebm.replay_buffer import Draw, ReplayBuffer
 from ebm.streams import StreamGenerators, start_
 
@@ -62,6 +63,9 @@ def _replicated(x: Tensor, levels: int) -> Tensor:
     return x if levels == 1 else x.unsqueeze(1).expand(-1, levels, *x.shape[1:]).contiguous()
 
 
-def chain_energy(config: Config, folded: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def chain_energy(config: Config, folded: FoldedEnergy) -> Callable[..., Tensor]:
     """What the chains of training move on: called with states and what `Start.given` lists."""
-    return tilted(folded, config.loss.sigma) if config.loss.negatives == "recovery" else folded
+    if config.loss.negatives == "recovery":
+        return tilted(folded, config.loss.sigma)
+    unlabelled = config.energy.num_classes and not config.loss.conditional_chains
+    return marginal(folded) if unlabelled else folded

@@ -145,7 +145,10 @@ def train(config: Config, world: World, started: float) -> int:
         if not world.lost_peer(error):
             run.failed(f"{type(error).__name__}: {error}")
             raise
-        raise LostPeerError(f"rank {world.rank}: another rank ended; its own message says why") from error
+        first_line = str(error).partition("\n")[0]
+        raise LostPeerError(
+            f"rank {world.rank}: another rank ended, and its own message says why, or its host is gone ({first_line})"
+        ) from error
     finally:
         state.reader.close()
         if tracker is not None:

@@ -26,12 +26,12 @@ class Watchdog:
     ):
         self._timeout, self._rank = timeout, rank
         self._stall_after, self._stalled = stall_after, stalled
-        self._beaten, self._ended = threading.Event(), False
+        self._beaten, self._ended, self._over = threading.Event(), False, False
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def beat(self) -> None:
         # The thread below needs the interpreter; should a library hang while holding it, this one does not.
-        faulthandler.dump_traceback_later(self._timeout + GRACE, exit=True)
+        faulthandler.dump_traceback_later(self._timeout + 2 * GRACE, exit=True)
         self._beaten.set()
 
     def __enter__(self):
@@ -39,7 +39,9 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, _, error, __):
+        if self._over and error is not None:  # what the wait ended in, such as the address of a host out of reach
+            print(f"rank {self._rank}: {error}", file=sys.stderr, flush=True)
         self._ended = True
         self._beaten.set()
         self._thread.join()
@@ -50,8 +52,9 @@ class Watchdog:
             self._beaten.clear()
             if self._ended:
                 return
-        print(f"rank {self._rank}: no step in {self._timeout:.0f} s (train.collective_timeout); its stacks:",
-              file=sys.stderr, flush=True)  # fmt: skip
+        self._over = True
+        print(f"rank {self._rank}: no step in {self._timeout:.0f} s (train.collective_timeout): a rank hangs, or its "
+              "host is out of reach; this one's stacks:", file=sys.stderr, flush=True)  # fmt: skip
         faulthandler.dump_traceback(all_threads=True)
         threading.Event().wait(GRACE)
         os._exit(1)

@@ -112,7 +112,7 @@ class Cluster:
 
     def run(self, *command: str, check: bool = True, **environment: str) -> str:
         """A command's output."""
-        done = subprocess.run(command, capture_output=True, text=True, env=self.environment | environment, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, env=self.environment | environment, timeout=120)
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
@@ -141,14 +141,14 @@ class Cluster:
         text = self.run("scontrol", "--oneliner", "show", "job", str(job)).splitlines()[0]
         return {name: _field(text, name) for name in ("JobState", "Restarts", "Reason", "NodeList", "ExitCode")}
 
-    def until(self, condition, what, timeout: float = 120) -> None:
+    def until(self, condition, what, timeout: float = 300) -> None:
         """Wait for `condition`; `what()` says what was waited for."""
         end = time.monotonic() + timeout
         while not condition():
             assert time.monotonic() < end, f"not within {timeout:.0f} s: {what()}"
             time.sleep(0.1)
 
-    def until_ended(self, job: int | str, timeout: float = 240) -> str:
+    def until_ended(self, job: int | str, timeout: float = 600) -> str:
         """The state that a job ended in."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         self.until(lambda: self.job(job)["JobState"] in ended, lambda: f"job {job} ends: {self.job(job)}", timeout)

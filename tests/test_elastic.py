@@ -1,0 +1,62 @@
+"""torchrun: two ranks, and starting them again when one dies."""
+
+import os
+import signal
+import sys
+
+import pytest
+from runs import ROOT, TINY, Run, final_hashes, free_port, last_step
+
+from ebm.data.shards import ensure_shards
+
+STEPS = 80
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    path = tmp_path_factory.mktemp("digits") / "train"
+    ensure_shards(str(path), "digits", "train")
+    return path
+
+
+def torchrun(run_dir, digits, *options: str, steps: int = STEPS) -> list[str]:
+    settings = TINY | {"run.dir": run_dir, "data.shards": digits, "train.steps": steps}
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--master-port",
+        str(free_port()),
+        "--nproc_per_node",
+        "2",
+    ]
+    return [*launcher, *options, str(ROOT / "train.py"), *(f"{key}={value}" for key, value in settings.items())]
+
+
+def test_a_killed_rank_is_started_again(digits, tmp_path):
+    """One restart is enough, and the result is that of a run without one, to the bit."""
+    assert Run(torchrun(tmp_path / "whole", digits), tmp_path / "log").wait(400) == 0
+    run = Run(torchrun(tmp_path / "run", digits, "--max-restarts", "1"), tmp_path / "log1")
+    assert run.until_step(tmp_path / "run", 25, 300), run.log.read_text()
+    os.kill(run.ranks()[1], signal.SIGKILL)
+    assert run.wait(400) == 0, run.log.read_text()
+    assert f"resuming {tmp_path / 'run'} at step" in run.log.read_text()
+    assert final_hashes(tmp_path / "run") == final_hashes(tmp_path / "whole")
+    assert (tmp_path / "run/trace.jsonl").read_bytes() == (tmp_path / "whole/trace.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("how", [pytest.param("STOP", marks=pytest.mark.slow), "SIGUSR1"])
+def test_a_stopped_run_is_not_started_again(digits, tmp_path, how):
+    """The launcher takes the end of the ranks for a failure; the start that follows ends as soon as it is up."""
+    run = Run(torchrun(tmp_path / "run", digits, "--max-restarts", "1", steps=10**6), tmp_path / "log")
+    assert run.until_step(tmp_path / "run", 15, 300), run.log.read_text()
+    if how == "STOP":
+        (tmp_path / "run/STOP").touch()
+    else:
+        os.kill(run.ranks()[0], signal.SIGUSR1)
+    assert run.wait(400) == 1
+    said = run.log.read_text()
+    first, second = (
+        int(line.split()[3].rstrip(",")) for line in said.splitlines() if line.startswith("stopped at step")
+    )
+    assert 15 <= first < last_step(tmp_path / "run") == second <= first + 1
