@@ -9,6 +9,7 @@ is done already is only scored. Prints a table and one JSON object.
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -25,23 +26,23 @@ WITHOUT_CHAINS = ["train.steps=5000"]
 MALA = ["sampler.kind=mala", "sampler.bounds=null", "sampler.start=[-4,4]", "sampler.num_steps=10"]
 HMC = ["sampler.kind=hmc", "sampler.bounds=null", "sampler.start=[-4,4]", "sampler.num_steps=4"]
 TEMPERING = ["sampler.kind=tempering", "sampler.bounds=null", "sampler.start=[-4,4]", "sampler.num_steps=5"]
-FLOW = ["sampler.start=normal", "sampler.schedule=flow", "sampler.num_steps=40", "sampler.step_size=0.05"]
+FLOW = ["sampler.start=normal", "sampler.schedule=flow", "sampler.num_steps=80", "sampler.step_size=0.1"]
 METHODS = {
     "contrastive, persistent": [],
     "contrastive, from data": ["loss.negatives=data"],
     "contrastive, MALA": [*MALA, "sampler.step_size=0.5"],
     "contrastive, HMC": [*HMC, "sampler.step_size=0.7"],
     "contrastive, tempering": [*TEMPERING, "sampler.step_size=0.5", "sampler.temperatures=[1,2,4]"],
-    "improved_contrastive": ["loss.kind=improved_contrastive", "loss.entropy_weight=2", "loss.negatives=data"],
+    "improved_contrastive": ["loss.kind=improved_contrastive", "loss.kl_weight=0.1", "loss.entropy_weight=0.2"],
     "score_matching, exact": ["loss.kind=score_matching", "loss.method=exact", *WITHOUT_CHAINS],
     "score_matching, hutchinson": ["loss.kind=score_matching", "loss.method=hutchinson", *WITHOUT_CHAINS],
     "score_matching, sliced": ["loss.kind=score_matching", "loss.method=sliced", *WITHOUT_CHAINS],
     "denoising": ["loss.kind=denoising", "loss.sigma=0.1", *WITHOUT_CHAINS],
     "noise_contrastive": ["loss.kind=noise_contrastive", "loss.noise_std=2.5", "loss.ratio=2", *WITHOUT_CHAINS],
     "energy_discrepancy": ["loss.kind=energy_discrepancy", "loss.time=1", *WITHOUT_CHAINS],
-    "recovery": ["loss.kind=recovery", "loss.sigma=2"],
-    "energy_matching": ["loss.kind=energy_matching", "loss.warmup_steps=1000", "loss.contrastive_weight=1",
-                        "loss.flow_weight=0.01", "loss.trim=0", "loss.floor=null", *FLOW],
+    "recovery, MALA": ["loss.kind=recovery", "loss.sigma=1.5", *MALA, "sampler.step_size=0.5", "sampler.num_steps=15"],
+    "energy_matching": ["loss.kind=energy_matching", "loss.warmup_steps=500", "loss.contrastive_weight=1",
+                        "loss.flow_weight=0.001", "loss.trim=0", "loss.floor=null", *FLOW],
 }  # fmt: skip
 
 
@@ -92,28 +93,25 @@ def command(arguments: list[str]) -> None:
 
 
 def forwards(config) -> float:
-    """Forwards of a datum a step, a backward to the input or to the weights counting as one more each."""
-    loss, sampler = config.loss, config.sampler
-    chain = 0 if loss.negatives is None else 2 * sampler.evaluations
-    return (
-        chain
-        + {
-            "contrastive": 6,
-            "improved_contrastive": 6 + 6 + 2,  # one more differentiated step, and the energy at its end
-            "jem": 6,
-            "recovery": 6,
-            "energy_matching": 6 + 6,
-            "score_matching": 6
-            + 4 * (math_dim(config) if loss.kind == "score_matching" and loss.method == "exact" else 1),
-            "denoising": 6,
-            "noise_contrastive": 3 * (1 + getattr(loss, "ratio", 0)),
-            "energy_discrepancy": 3 * (1 + getattr(loss, "num_samples", 0)),
-        }[loss.kind]
-    )
-
-
-def math_dim(config) -> int:
-    return torch.Size(config.data.shape).numel()
+    """Forwards of a datum a step. A backward to the input or to the weights counts as one more, so that the loss costs
+    three of each state it looks at, and six where it differentiates a gradient."""
+    loss, of_states, of_gradients = config.loss, 2, 0  # states whose energy, or gradient, is differentiated
+    match loss.kind:
+        case "improved_contrastive":
+            of_states, of_gradients = 3, loss.kl_steps
+        case "energy_matching":
+            of_gradients = 1
+        case "score_matching":
+            products = math.prod(config.data.shape) if loss.method == "exact" else loss.num_projections
+            of_states, of_gradients = 0, 1 + products
+        case "denoising":
+            of_states, of_gradients = 0, 1
+        case "noise_contrastive":
+            of_states = 1 + loss.ratio
+        case "energy_discrepancy":
+            of_states = 1 + loss.num_samples
+    chain = 0 if loss.negatives is None else 2 * config.sampler.evaluations
+    return chain + 3 * of_states + 6 * of_gradients
 
 
 if __name__ == "__main__":
