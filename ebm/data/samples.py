@@ -18,7 +18,7 @@ from ebm.data.vectors import decode_vector
 from ebm.errors import DataError
 
 KEPT = 1 << 26  # bytes of decoded samples that a worker keeps, where they are all samples of the manifest
-OVERHEAD = 256  # bytes of the objects around a kept sample
+OVERHEAD = 512  # bytes of the objects around a kept sample
 
 
 class Decoded(NamedTuple):
