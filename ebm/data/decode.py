@@ -1,6 +1,7 @@
 """Encoded images to uint8 arrays, and back. Nothing is decoded before its header has been checked."""
 
 import io
+import logging
 import struct
 from typing import Literal, NamedTuple
 
@@ -16,6 +17,7 @@ PILLOW_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+logging.getLogger("imagecodecs").setLevel(logging.ERROR)  # it warns of damage that is then raised, or does no harm
 
 
 class Header(NamedTuple):
