@@ -369,7 +369,7 @@ def sealed(header: bytes) -> bytes:
 def mutate_png(rng: random.Random, data: bytes) -> bytes:
     """Change a chunk of a PNG and make its checksum right again."""
     ihdr = data.find(b"IHDR", rng.randrange(len(data) + 1))
-    if ihdr < 4:
+    if ihdr < 4 or ihdr + 21 > len(data):
         return mutate_bytes(rng, data)
     out = bytearray(data)
     if rng.random() < 0.7:

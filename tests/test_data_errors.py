@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import os
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
@@ -13,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 from ebm.data import ShardReader, load_manifest
+from ebm.data.decode import decode, encode, read_header
 from ebm.data.manifest import check_files, index_shards
 from ebm.data.shards import write_shards
 from ebm.data.sources import ArraySource
@@ -238,3 +241,43 @@ def test_no_worker_outlives_a_process_that_does_not_close_its_reader(shards, tmp
     while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_no_flipped_bit_and_no_cut_of_a_png_changes_a_pixel_unnoticed(channels):
+    image = np.random.default_rng(0).integers(0, 256, (6, 7, channels), dtype=np.uint8)
+    good = encode(image, "png")
+    damaged = [good[:end] for end in range(len(good))]
+    for bit in range(8 * len(good)):
+        data = bytearray(good)
+        data[bit // 8] ^= 1 << bit % 8
+        damaged.append(bytes(data))
+    refused = 0
+    for data in damaged:
+        try:
+            header = read_header(data)
+            if header.shape == (channels, 6, 7):
+                assert np.array_equal(decode(data, header).transpose(1, 2, 0), image)
+        except ValueError:
+            refused += 1
+    assert refused > 0.8 * len(damaged)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("chunks", ["plain", "gamma", "profile", "text"])
+def test_pngs_of_all_kinds_have_pillows_pixels(mode, chunks):
+    """Chunks that a viewer would act on, and many small ones of pixels."""
+    noise = np.random.default_rng(0).integers(0, 256, (40, 600, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise).convert(mode)
+    out, extra = io.BytesIO(), PngInfo()
+    if chunks == "gamma":
+        extra.add(b"gAMA", (30_000).to_bytes(4, "big"))
+        extra.add(b"cHRM", struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000))
+    if chunks == "text":
+        extra.add_text("a", "x" * 100_000, zip=True)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes() if chunks == "profile" else None
+    picture.save(out, "PNG", pnginfo=extra, icc_profile=profile, compress_level=0)
+    header = read_header(out.getvalue())
+    assert header.plain == "png" and (mode == "L" or out.getvalue().count(b"IDAT") > 1)
+    expected = np.asarray(picture).reshape(40, 600, -1)
+    assert np.array_equal(decode(out.getvalue(), header).transpose(1, 2, 0), expected)

@@ -81,7 +81,8 @@ def test_every_sample_once_an_epoch_and_the_same_on_every_world_size(shards, num
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_workers_do_not_change_the_sequence(shards, workers):
+def test_workers_and_what_they_keep_do_not_change_the_sequence(shards, monkeypatch, workers):
+    monkeypatch.setattr("ebm.data.samples.KEPT", 0)  # in this process
     many, none = reader(shards, [0, 1, 2, 3], workers=workers), reader(shards, [0, 1, 2, 3])
     for _ in range(60):
         a, b = next(many), next(none)
@@ -150,6 +151,22 @@ def test_windows_tile_every_epoch():
 def test_fewer_samples_than_streams(tmp_path):
     with pytest.raises(DataError, match=r"3 samples, fewer than data.streams=4"):
         reader(make(tmp_path, 3, 3), [0, 1, 2, 3])
+
+
+def test_a_small_set_is_decoded_once_and_a_large_one_read_again(tmp_path, monkeypatch):
+    for kept, error in ((1 << 20, None), (1 << 10, "changed since the manifest was made")):
+        monkeypatch.setattr("ebm.data.samples.KEPT", kept)
+        manifest = make(tmp_path / str(kept), 80, 80)
+        one = reader(manifest, [0, 1, 2, 3])
+        while one.epoch < 1:
+            next(one)
+        path = manifest.path(manifest.shards[0])
+        path.write_bytes(bytes(path.stat().st_size))
+        if error is None:
+            sequences([one], 10)
+        else:
+            with pytest.raises(DataError, match=error):
+                sequences([one], 10)
 
 
 def test_the_global_generator_is_left_alone(shards):

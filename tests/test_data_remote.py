@@ -344,18 +344,22 @@ def write(data: bytes):
 
 def test_the_least_recently_used_goes_first(tmp_path):
     cache = small_cache(tmp_path)
+    mine = [cache.directory / name for name in ("mine.tar", "mine.part")]
+    for path in mine:
+        path.write_bytes(bytes(3000))
     for name in "abc":
-        cache.open(name, 1000, write(name.encode() * 1000)).close()
-    cache.open("a", 1000, None).close()
-    cache.open("d", 1000, write(b"d" * 1000)).close()
-    assert {path.stem for path in cache.directory.glob("*.tar")} == set("acd")
+        cache.open(name * 64, 1000, write(name.encode() * 1000)).close()
+    cache.open("a" * 64, 1000, None).close()
+    cache.open("d" * 64, 1000, write(b"d" * 1000)).close()
+    assert {path.stem[0] for path in cache.directory.glob(f"{'?' * 64}.*")} == set("acd")
+    assert all(path.exists() for path in mine), "files that are not the cache's own"
 
 
 def test_a_shard_that_goes_stays_readable(tmp_path):
     cache = small_cache(tmp_path, shards=1)
-    with cache.open("a", 1000, write(b"a" * 1000)) as file:
-        cache.open("b", 1000, write(b"b" * 1000)).close()
-        assert [path.name for path in cache.directory.glob("*.tar")] == ["b.tar"] and file.read() == b"a" * 1000
+    with cache.open("a" * 64, 1000, write(b"a" * 1000)) as file:
+        cache.open("b" * 64, 1000, write(b"b" * 1000)).close()
+        assert [path.stem for path in cache.directory.glob("*.tar")] == ["b" * 64] and file.read() == b"a" * 1000
 
 
 def test_many_threads_never_go_beyond_the_bound_and_never_see_half_a_shard(tmp_path):
@@ -372,7 +376,7 @@ def test_many_threads_never_go_beyond_the_bound_and_never_see_half_a_shard(tmp_p
     def use(seed):
         for number in np.random.default_rng(seed).integers(0, 8, 40):
             data = bytes([number]) * 1000
-            with cache.open(str(number), 1000, slowly(data)) as file:
+            with cache.open(str(number) * 64, 1000, slowly(data)) as file:
                 assert file.read() == data
         return True
 
@@ -392,7 +396,7 @@ def test_many_threads_never_go_beyond_the_bound_and_never_see_half_a_shard(tmp_p
     with ThreadPoolExecutor(6) as pool:
         assert all(pool.map(use, range(6)))
     done.set()
-    assert 1000 < most[0] <= 3000
+    assert 1000 < most[0] <= 3000 and not list(cache.directory.glob("*.part"))
 
 
 def test_too_small_or_not_ours(tmp_path, server, access):
@@ -412,7 +416,7 @@ def test_a_full_disk_says_so(tmp_path):
 
     cache = small_cache(tmp_path)
     with pytest.raises(DataError, match=r"data.cache_dir=.*No space left on device.*data.cache_bytes=3000"):
-        cache.open("a", 1000, full)
+        cache.open("a" * 64, 1000, full)
     assert [path.name for path in cache.directory.iterdir()] == ["lock"]
 
 

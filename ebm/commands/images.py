@@ -46,7 +46,7 @@ def load_array(path: str | Path, shape: tuple[int, ...]) -> np.ndarray:
     dtype, tail = (np.float32, shape) if len(shape) == 1 else (np.uint8, (*shape[1:], shape[0]))
     if array.dtype != dtype or array.ndim != len(tail) + 1 or array.shape[1:] != tuple(tail):
         raise DataError(f"{path}: {array.dtype} {array.shape}, but the run's samples are {_expected(shape)}")
-    if not np.isfinite(array).all():
+    if len(shape) == 1 and not np.isfinite(array).all():
         bad = int((~np.isfinite(array)).any(1).argmax())
         raise DataError(f"{path}: vector {bad} holds a value that is not finite")
     return array

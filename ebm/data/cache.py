@@ -8,6 +8,7 @@ that was killed leaves a .part without a lock, which is never taken for a shard 
 import fcntl
 import hashlib
 import os
+import re
 import stat
 import tempfile
 import time
@@ -21,6 +22,7 @@ from ebm.data.transfer import TransferError
 from ebm.errors import ConfigError, DataError
 
 WHOLE, PART, LOCK = ".tar", ".part", "lock"
+OURS = re.compile(r"[0-9a-f]{64}\.(tar|part)")  # files beside them are never removed
 
 
 def default_directory() -> Path:
@@ -58,15 +60,19 @@ class ShardCache:
                 if found is not None:
                     return found
                 with _locked(part) as file:
-                    if not _is(part, file) or whole.exists():
+                    if not _is(part, file):
                         continue  # another process fetched it, or gave it up, while this one waited
                     try:
+                        if whole.exists():
+                            part.unlink()
+                            continue
                         self._reserve(file, size)
                         fetch(file)
                         file.flush()
                         os.fsync(file.fileno())
+                        found = open(part, "rb")  # noqa: SIM115 - once it has its name, others may remove it
                         os.replace(part, whole)
-                        return open(whole, "rb")
+                        return found
                     except BaseException:
                         part.unlink(missing_ok=True)
                         raise
@@ -91,6 +97,8 @@ class ShardCache:
     def _make_room(self, size: int, keep: int) -> bool:
         shards, used = [], 0
         for path in self.directory.iterdir():
+            if not OURS.fullmatch(path.name):
+                continue
             with suppress(FileNotFoundError):
                 found = path.stat()
                 if found.st_ino == keep or (path.suffix == PART and _abandoned(path)):

@@ -1,8 +1,10 @@
 """From shards to decoded samples: what the reader's workers run. Every sample is either decoded or accounted for."""
 
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -14,6 +16,9 @@ from ebm.data.remote import Prefetch
 from ebm.data.tars import BLOCK, image_suffix, parse_label, read_block, read_range, vector_suffix
 from ebm.data.vectors import decode_vector
 from ebm.errors import DataError
+
+KEPT = 1 << 26  # bytes of decoded samples that a worker keeps, where they are all samples of the manifest
+OVERHEAD = 512  # bytes of the objects around a kept sample
 
 
 class Decoded(NamedTuple):
@@ -29,32 +34,55 @@ class Decoded(NamedTuple):
     end: int  # the stream's position after the window
 
 
+class Sample(NamedTuple):
+    array: np.ndarray  # image or vector of the reader's shape
+    label: int  # -1 where there is none
+    key: str
+
+
 @dataclass(frozen=True)
 class SampleReader:
     """Reads and checks samples of one shape, (C, H, W) of images or (D,) of vectors. Its errors name shard, key and
-    reason."""
+    reason. `kept`: decoded blocks of 64 samples by (shard, block), where `keeps`: a small set is decoded once."""
 
     manifest: Manifest
     shape: tuple[int, ...]
     max_pixels: int
     num_classes: int | None = None
+    kept: dict = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def dtype(self) -> type:
         return np.float32 if len(self.shape) == 1 else np.uint8
 
-    def samples(self, shard: int, start: int, stop: int) -> Iterator[dict | DataError]:
-        """Samples [start, stop) of a shard, still encoded; a DataError in the place of each that can't be reached."""
+    @cached_property
+    def keeps(self) -> bool:
+        size = math.prod(self.shape) * np.dtype(self.dtype).itemsize + OVERHEAD
+        return self.manifest.samples * size <= KEPT
+
+    def samples(self, shard: int, start: int, stop: int) -> Iterator[dict | Sample | DataError]:
+        """Samples [start, stop) of a shard, encoded or decoded; a DataError in the place of each that can't be had."""
         entry = self.manifest.shards[shard]
         path = self.manifest.path(entry)
         try:
             with self.manifest.open(entry) as file:
                 for block in range(start // BLOCK, -(-stop // BLOCK)):
                     low = block * BLOCK
-                    found = self._block(file, shard, block)
+                    found = self._kept_block(file, shard, block) if self.keeps else self._block(file, shard, block)
                     yield from found[max(start - low, 0) : stop - low]
         except OSError as error:
             raise DataError(f"{path}: can't be read ({error})") from error
+
+    def _kept_block(self, file, shard: int, block: int) -> list[Sample | DataError]:
+        if (shard, block) not in self.kept:
+            self.kept[shard, block] = [self._tried(shard, sample) for sample in self._block(file, shard, block)]
+        return self.kept[shard, block]
+
+    def _tried(self, shard: int, sample: dict | DataError) -> Sample | DataError:
+        try:
+            return self.decode(shard, sample)
+        except DataError as error:
+            return error
 
     def _block(self, file, shard: int, block: int) -> list[dict | DataError]:
         entry = self.manifest.shards[shard]
@@ -97,11 +125,15 @@ class SampleReader:
             return f" ({place}: {error})"
         return ""
 
-    def decode(self, shard: int, sample: dict) -> tuple[np.ndarray, int, str]:
-        """(image or vector of `shape`, label or -1, key). Raises DataError."""
+    def decode(self, shard: int, sample: dict | Sample | DataError) -> Sample:
+        """What `samples` gave, decoded. Raises DataError."""
+        if isinstance(sample, Sample):
+            return sample
+        if isinstance(sample, DataError):
+            raise sample
         key = sample["__key__"]
         try:
-            return *self._decode(sample), key
+            return Sample(*self._decode(sample), key)
         except ValueError as error:
             path = self.manifest.path(self.manifest.shards[shard])
             raise DataError(f"{path}: key {key}: {error}") from error
@@ -172,8 +204,6 @@ class WindowDataset:
             if place < 0:
                 continue
             try:
-                if isinstance(sample, DataError):
-                    raise sample
                 images[place], labels[place], keys[place] = self.reader.decode(shard, sample)
                 good[place] = True
             except DataError as error:
@@ -191,7 +221,7 @@ class WindowDataset:
         segments = self.order.segments(window)[1:] + self.order.segments(following)
         self.prefetch(self.reader.manifest, dict.fromkeys(shard for shard, _, _ in segments))
 
-    def _samples(self, window: Window) -> Iterator[tuple[int, dict | DataError]]:
+    def _samples(self, window: Window) -> Iterator[tuple[int, dict | Sample | DataError]]:
         for shard, start, stop in self.order.segments(window):
             for sample in self.reader.samples(shard, start, stop):
                 yield shard, sample
