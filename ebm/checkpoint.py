@@ -77,6 +77,15 @@ class Saver:
         self._root, self._world, self._say = root, world, say
         self._step, self._thread, self._written, self._error = 0, None, {}, None
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        """Wait for this rank's part, whatever ended the training: a thread that is still inside torch when the
+        interpreter ends takes the process down with SIGABRT in the place of its exit code."""
+        if self.busy:
+            self._thread.join()
+
     @property
     def busy(self) -> bool:
         """Whether a checkpoint is under way; the same on every rank."""

@@ -156,8 +156,9 @@ def train(config: Config, world: World, started: float) -> int:
                 config.tracking.stall_after,
                 None if tracker is None else tracker.stalled,
             ) as dog,
+            Saver(run.checkpoints, world, run.say) as saver,
         ):
-            code = loop(state, run, tracker, stop, dog)
+            code = loop(state, run, saver, tracker, stop, dog)
     except Exception as error:
         if tracker is not None:
             tracker.alert("the run ended", f"step {state.step}: {error}", "ERROR")
@@ -195,8 +196,10 @@ class Interval:
     reinit: float = 0.0  # sum of the steps' shares
 
 
-def loop(state: TrainState, run: RunDirectory, tracker: Tracker | None, stop: StopRequest, dog: Watchdog) -> int:
-    config, world, saver = state.config, state.world, Saver(run.checkpoints, state.world, run.say)
+def loop(
+    state: TrainState, run: RunDirectory, saver: Saver, tracker: Tracker | None, stop: StopRequest, dog: Watchdog
+) -> int:
+    config, world = state.config, state.world
     if state.step == 0:
         saver.start(0, *snapshot(state))  # so that there is always one to roll back to
     interval = Interval(state.step)

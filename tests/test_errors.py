@@ -77,6 +77,13 @@ def test_images_of_another_shape(tmp_path, digits, shape):
     assert "data.shape" in message and "1x8x8" in message.replace("[1, 8, 8]", "1x8x8"), message
 
 
+def test_an_error_while_a_checkpoint_is_being_written(tmp_path, digits):
+    """The process waits for the thread that writes: one inside torch at the interpreter's end aborts it (exit 134)."""
+    large = {"energy.features": "[256,512,512]", "buffer.size": 8192}
+    settings = {key.replace(".", "__"): value for key, value in large.items()}
+    assert "data.shape" in fail(tmp_path, digits, 4, data__shape="[1,28,28]", **settings)
+
+
 def test_run_directory_of_another_config(tmp_path, digits):
     (tmp_path / "run").mkdir()
     from ebm.config import load_config, to_yaml
