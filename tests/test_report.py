@@ -103,7 +103,7 @@ def test_it_needs_nothing_else_and_has_the_runs_numbers(trained):
         for name, f in of.items()
     }
     assert page.values == expected
-    for fact in ("done", "held out", "chains", "averaged weights of step 30", "energy/auc"):
+    for fact in ("done", "held out", "chains", "Averaged weights of step 30", "energy/auc"):
         assert fact in page.text, fact
     now = np.median([line["energy/auc"] for line in lines[-20:]])
     assert page.verdicts["energy/auc"] == ("in range" if 0.2 <= now <= 0.9 else "out of range")
@@ -132,7 +132,7 @@ def test_its_pictures_are_pictures(trained):
 def test_a_checkpoint_of_the_run_gives_its_energies(trained):
     assert ebm(["report", str(trained / "checkpoints/step_00000020"), "--energies", "50"]) == 0
     page = Page(trained / "report.html")
-    assert "averaged weights of step 20" in page.text and "training50" in page.text.replace(" ", "")
+    assert "Averaged weights of step 20" in page.text and "training50" in page.text.replace(" ", "")
 
 
 def test_an_unfinished_run_with_a_torn_line_a_rollback_and_nothing_else(tmp_path):

@@ -42,22 +42,24 @@ def energies_of(path: Path, num: int) -> tuple[dict[str, np.ndarray], str]:
     """Energies of training images, held-out images and persistent chains under the averaged weights, as far as they
     are there, and a sentence about them. A report of what there is needs none of them."""
     if num == 0:
-        return {}, "left out (--energies 0)"
+        return {}, "Left out (--energies 0)."
     try:
         trained = open_run(path)
         sets = {"training": trained.config.data.shards, "held out": trained.config.evaluate.shards}
         images = {name: first_images(shards, trained, num) for name, shards in sets.items() if shards is not None}
+        absent = [f"{name} ({sets[name]})" for name, x in images.items() if x is None]
         images = {name: x for name, x in images.items() if x is not None}
         if any(trained.checkpoint.glob("stream_*.safetensors")):
             chains = trained.persistent_chains()
             images["chains"] = chains[:: max(1, len(chains) // num)][:num]
         energies = {name: trained.energies(x).numpy() for name, x in images.items()}
     except UserError as error:
-        return {}, f"none: {error}"
+        return {}, f"None: {error}"
     broken = [name for name, values in energies.items() if not np.isfinite(values).all()]
     if broken:
-        return {}, f"none: {trained.checkpoint.name} gives energies that are not finite ({', '.join(broken)})"
-    return energies, f"averaged weights of step {checkpoint.step_of(trained.checkpoint)}"
+        return {}, f"None: {trained.checkpoint.name} gives energies that are not finite ({', '.join(broken)})"
+    note = f"Averaged weights of step {checkpoint.step_of(trained.checkpoint)}"
+    return energies, note + "".join(f"; can't be read: {name}" for name in absent)
 
 
 def first_images(shards: str, trained: TrainedRun, num: int) -> torch.Tensor | None:
