@@ -44,8 +44,12 @@ class Watchdog:
             if self._ended:
                 return
         self._over = True
-        print(f"rank {self._rank}: no step in {self._timeout:.0f} s (train.collective_timeout): a rank hangs, or its host "
-              "is out of reach; this one's stacks:", file=sys.stderr, flush=True)  # fmt: skip
+        print(
+            f"rank {self._rank}: no step in {self._timeout:.0f} s (train.collective_timeout): a rank hangs, or its host is "
+            "out of reach; this one's stacks:",
+            file=sys.stderr,
+            flush=True,
+        )
         faulthandler.dump_traceback(all_threads=True)
         threading.Event().wait(GRACE)
         os._exit(1)

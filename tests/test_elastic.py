@@ -21,7 +21,15 @@ def digits(tmp_path_factory):
 
 def torchrun(run_dir, digits, *options: str, steps: int = STEPS) -> list[str]:
     settings = TINY | {"run.dir": run_dir, "data.shards": digits, "train.steps": steps}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--master-port", str(free_port()), "--nproc_per_node", "2"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--master-port",
+        str(free_port()),
+        "--nproc_per_node",
+        "2",
+    ]
     return [*launcher, *options, str(ROOT / "train.py"), *(f"{key}={value}" for key, value in settings.items())]
 
 
@@ -48,5 +56,7 @@ def test_a_stopped_run_is_not_started_again(digits, tmp_path, how):
         os.kill(run.ranks()[0], signal.SIGUSR1)
     assert run.wait(400) == 1
     said = run.log.read_text()
-    first, second = (int(line.split()[3].rstrip(",")) for line in said.splitlines() if line.startswith("stopped at step"))
+    first, second = (
+        int(line.split()[3].rstrip(",")) for line in said.splitlines() if line.startswith("stopped at step")
+    )
     assert 15 <= first < last_step(tmp_path / "run") == second <= first + 1

@@ -31,7 +31,14 @@ def test_a_pulled_cable(tmp_path):
     assert Run([sys.executable, str(ROOT / "train.py"), *arguments(whole)], tmp_path / "log").wait(400) == 0
     torchrun = ["torch.distributed.run", "--nnodes", "2", "--master-addr", ADDRESSES[0], "--node-rank"]
     file = str(ROOT / "launch/accelerate/cpu_nodes.yaml")
-    accelerate = ["accelerate.commands.launch", "--config_file", file, "--main_process_ip", ADDRESSES[0], "--machine_rank"]
+    accelerate = [
+        "accelerate.commands.launch",
+        "--config_file",
+        file,
+        "--main_process_ip",
+        ADDRESSES[0],
+        "--machine_rank",
+    ]
     with Hosts() as hosts:
         runs = launch(hosts, torchrun, tmp_path, [*arguments(run_dir), f"train.collective_timeout={TIMEOUT}"])
         assert runs[0].until_step(run_dir, 25, 300), runs[0].log.read_text()
