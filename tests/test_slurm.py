@@ -56,7 +56,8 @@ def until_step(cluster, run_dir, step: int) -> None:
 
 
 def logs(run_dir) -> str:
-    return "\n".join(path.read_text() for path in sorted((run_dir / "logs").glob("*")))
+    folders = (run_dir / "logs", run_dir.parent / "logs")  # the second is a sweep's
+    return "\n".join(path.read_text() for folder in folders for path in sorted(folder.glob("*")))
 
 
 def done(cluster, job, run_dir, whole) -> str:
@@ -141,18 +142,18 @@ def test_stop_and_scancel_end_the_job(cluster, digits, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_and_a_run_that_can_not_start(cluster, digits, tmp_path):
-    """A task of the array a line; the exit code that no other start would change ends a task without a requeue."""
-    sweep = tmp_path / "sweep.txt"
-    good, bad = tmp_path / "good", tmp_path / "bad"
-    sweep.write_text(
-        f"# two runs\nrun.dir='{good}' optim.lr=2e-4\n\nrun.dir={bad} data.shards=/nowhere data.source=null\n"
-    )
-    arguments = [a for a in overrides("unused", digits, train__steps=5) if not a.startswith("run.dir=")]
+def test_a_sweep_and_a_run_that_can_not_start(cluster, digits, whole, tmp_path):
+    """A task of the array a line. One is requeued, alone; the other's exit code says that it is not to be."""
+    good, bad, sweep = tmp_path / "good", tmp_path / "bad", tmp_path / "sweep.txt"
+    sweep.write_text(f"# two runs\nrun.dir={bad} data.shards=/nowhere\n\nrun.dir='{good}' tracking.name='a name'\n")
+    arguments = [a for a in overrides("unused", digits, data__source="null") if not a.startswith("run.dir=")]
     job = submit(cluster, arguments, "--sweep", str(sweep), nodes=1)
-    assert cluster.until_ended(f"{job}_0") == "COMPLETED" and cluster.until_ended(f"{job}_1") == "FAILED"
-    assert "lr: 0.0002" in (good / "config.yaml").read_text() and (good / "DONE").exists()
-    assert cluster.job(f"{job}_1")["ExitCode"] == "4:0" and cluster.job(f"{job}_1")["Restarts"] == "0"
+    assert cluster.until_ended(f"{job}_0") == "FAILED"
+    assert cluster.job(f"{job}_0")["ExitCode"] == "4:0" and cluster.job(f"{job}_0")["Restarts"] == "0"
+    until_step(cluster, good, 25)
+    cluster.run("scancel", "--signal=USR1", "--batch", f"{job}_1")
+    assert "saved: back to the queue" in done(cluster, f"{job}_1", good, whole)
+    assert cluster.job(f"{job}_1")["Restarts"] == "1" and "name: a name" in (good / "config.yaml").read_text()
 
 
 @pytest.mark.slow
@@ -165,4 +166,4 @@ def test_a_crash_loop_ends(cluster, digits, tmp_path):
     job = submit(cluster, arguments, nodes=1, EBM_MAX_CRASHES="1", PYTHONPATH=f"{ROOT}:{tmp_path}")
     assert cluster.until_ended(job) == "FAILED"
     assert cluster.job(job)["Restarts"] == "1"
-    assert "more than 1 ends in a row without a newer checkpoint" in logs(run_dir)
+    assert "2 ends in a row without a newer checkpoint" in logs(run_dir)
