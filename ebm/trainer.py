@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -166,6 +167,9 @@ def train(config: Config, world: World, started: float) -> int:
         if tracker is not None:
             tracker.close(code)
     run.finish(code, state.step, time.monotonic() - started)
+    if code == EXIT_STOPPED:  # the first rank to end so has its launcher end the others: rank 0 may be busy with W&B
+        with suppress(RuntimeError):
+            world.any(False)
     return code
 
 
