@@ -90,8 +90,8 @@ def test_a_signal_saves_and_requeues(cluster, digits, whole, tmp_path):
 
 @pytest.mark.slow
 def test_the_time_limit_and_preemption_save_and_requeue(cluster, digits, whole, tmp_path):
-    """The signal comes 80 s before the end of the two minutes, or up to a minute earlier; on preemption, a SIGTERM comes
-    to the ranks alone."""
+    """The signal comes 80 s before the end of the two minutes, or up to a minute earlier; on preemption the ranks get a
+    SIGTERM, and the batch script nothing."""
     run_dir = tmp_path / "run"
     job = submit(cluster, overrides(run_dir, digits), "--time", "2", "--save-seconds", "20", seconds=0.15)
     cluster.until_restarts(job, 1)
