@@ -1,6 +1,7 @@
 """The trainer: one step, and the loop."""
 
 import time
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -154,6 +155,9 @@ def train(config: Config, world: World, started: float) -> int:
         if tracker is not None:
             tracker.close(code)
     run.finish(code, state.step, time.monotonic() - started)
+    if code == EXIT_STOPPED:  # the first rank to end so has its launcher end the others: rank 0 may be busy with W&B
+        with suppress(RuntimeError):
+            world.any(False)
     return code
 
 

@@ -53,8 +53,9 @@ class Watchdog:
             if self._ended:
                 return
         self._over = True
-        print(f"rank {self._rank}: no step in {self._timeout:.0f} s (train.collective_timeout): a rank hangs, or its "
-              "host is out of reach; this one's stacks:", file=sys.stderr, flush=True)  # fmt: skip
+        late = f"no step in {self._timeout:.0f} s (train.collective_timeout)"
+        print(f"rank {self._rank}: {late}: a rank hangs, or its host is out of reach; the stacks of this one:",
+              file=sys.stderr, flush=True)  # fmt: skip
         faulthandler.dump_traceback(all_threads=True)
         threading.Event().wait(GRACE)
         os._exit(1)

@@ -1,4 +1,4 @@
-"""Two hosts on this machine: network namespaces on a bridge in a third, so that one link can be cut alone."""
+"""Two hosts on this machine: network namespaces on a bridge in a third, so that one cable is pulled at a time."""
 
 import os
 import shutil

@@ -16,6 +16,8 @@ import psutil
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "squeue", "srun")
 CONF = """
 ClusterName=test
+# Of several clusters on a machine, each has its own ports for its jobs.
+FirstJobId={first_job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
@@ -101,7 +103,7 @@ class Cluster:
     def _write_conf(self) -> None:
         port, *ports = free_ports(1 + len(self.nodes))
         host, nodes = socket.gethostname().split(".")[0], ",".join(self.nodes)
-        lines = [CONF.format(folder=self.folder, host=host, port=port)]
+        lines = [CONF.format(folder=self.folder, host=host, port=port, first_job=os.getpid() % 15000 + 1)]
         for node, node_port in zip(self.nodes, ports, strict=True):
             lines.append(
                 f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={node_port} CPUs=2 RealMemory=4000"

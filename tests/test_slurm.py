@@ -11,8 +11,10 @@ from ebm.data.shards import ensure_shards
 
 REASON = why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
-STEPS = 120
-SETTINGS = TINY | {"train.steps": STEPS, "sampler.num_steps": 5, "train.collective_timeout": 60}
+STEPS = 100
+SETTINGS = {key: value for key, value in TINY.items() if not key.startswith("energy.")}
+SETTINGS |= {"energy.kind": "import", "energy.path": "slow_energy:SlowEnergy", "train.steps": STEPS}
+PYTHONPATH = f"{ROOT}:{ROOT / 'tests'}"
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def whole(digits, tmp_path_factory):
     """trace.jsonl of an uninterrupted run; it does not depend on the number of ranks."""
     path = tmp_path_factory.mktemp("whole")
     arguments = [sys.executable, str(ROOT / "train.py"), *overrides(path / "run", digits)]
-    finish(arguments, path / "log")
+    finish(arguments, path / "log", PYTHONPATH=PYTHONPATH)
     return (path / "run/trace.jsonl").read_bytes()
 
 
@@ -43,10 +45,11 @@ def overrides(run_dir, shards, **settings) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
-def submit(cluster, arguments, *options: str, nodes: int = 2, **variables: str) -> int:
-    """The id of a job with a CPU rank a node."""
+def submit(cluster, arguments, *options: str, nodes: int = 2, seconds: float = 0.03, **variables: str) -> int:
+    """The id of a job with a CPU rank a node; a step takes three times `seconds` and more."""
     command = [sys.executable, str(ROOT / "launch/submit.py"), "--nodes", str(nodes), "--time", "30", *options]
-    variables = environment(GLOO_SOCKET_IFNAME="lo", EBM_MIN_FREE_GB="0.1", **variables)
+    ours = {"GLOO_SOCKET_IFNAME": "lo", "EBM_MIN_FREE_GB": "0.1", "EBM_TEST_SECONDS": str(seconds)}
+    variables = environment(**({"PYTHONPATH": PYTHONPATH} | ours | variables))
     said = cluster.run(*command, *arguments, **variables)
     return int(re.search(r"Submitted batch job (\d+)", said)[1])
 
@@ -56,7 +59,8 @@ def until_step(cluster, run_dir, step: int) -> None:
 
 
 def logs(run_dir) -> str:
-    return "\n".join(path.read_text() for path in sorted((run_dir / "logs").glob("*")))
+    folders = (run_dir / "logs", run_dir.parent / "logs")  # the second is a sweep's
+    return "\n".join(path.read_text() for folder in folders for path in sorted(folder.glob("*")))
 
 
 def done(cluster, job, run_dir, whole) -> str:
@@ -85,12 +89,19 @@ def test_a_signal_saves_and_requeues(cluster, digits, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_time_limit_saves_and_requeues(cluster, digits, whole, tmp_path):
-    """Slurm sends the signal 80 s before the end of the two minutes, or up to a minute earlier."""
+def test_the_time_limit_and_preemption_save_and_requeue(cluster, digits, whole, tmp_path):
+    """The signal comes 80 s before the end of the two minutes, or up to a minute earlier; on preemption the ranks get a
+    SIGTERM, and the batch script nothing."""
     run_dir = tmp_path / "run"
-    job = submit(cluster, overrides(run_dir, digits), "--time", "2", "--save-seconds", "20")
+    job = submit(cluster, overrides(run_dir, digits), "--time", "2", "--save-seconds", "20", seconds=0.15)
     cluster.until_restarts(job, 1)
+    limited = last_step(run_dir)
+    until_step(cluster, run_dir, limited + 5)
+    urgent = ["--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"]
+    assert cluster.until_ended(int(cluster.run("sbatch", *urgent))) == "COMPLETED"
+    preempted = last_step(run_dir)
     assert "told to stop" in done(cluster, job, run_dir, whole)
+    assert 0 < limited < preempted < STEPS and cluster.job(job)["Restarts"] == "2"
 
 
 @pytest.mark.slow
@@ -106,17 +117,6 @@ def test_lost_nodes_requeue(cluster, digits, whole, tmp_path):
     said = done(cluster, job, run_dir, whole)
     assert said.count(f"resuming {run_dir}") == 2
     assert "error: rank 0: another rank ended" in said and "error: rank 1: another rank ended" in said
-
-
-@pytest.mark.slow
-def test_preemption_requeues(cluster, digits, whole, tmp_path):
-    run_dir = tmp_path / "run"
-    job = submit(cluster, overrides(run_dir, digits))
-    until_step(cluster, run_dir, 25)
-    urgent = ["--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"]
-    assert cluster.until_ended(int(cluster.run("sbatch", *urgent))) == "COMPLETED"
-    assert 25 <= last_step(run_dir) < STEPS
-    assert f"resuming {run_dir} at step" in done(cluster, job, run_dir, whole)
 
 
 @pytest.mark.slow
@@ -141,18 +141,18 @@ def test_stop_and_scancel_end_the_job(cluster, digits, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_and_a_run_that_can_not_start(cluster, digits, tmp_path):
-    """A task of the array a line; the exit code that no other start would change ends a task without a requeue."""
-    sweep = tmp_path / "sweep.txt"
-    good, bad = tmp_path / "good", tmp_path / "bad"
-    sweep.write_text(
-        f"# two runs\nrun.dir='{good}' optim.lr=2e-4\n\nrun.dir={bad} data.shards=/nowhere data.source=null\n"
-    )
-    arguments = [a for a in overrides("unused", digits, train__steps=5) if not a.startswith("run.dir=")]
+def test_a_sweep_and_a_run_that_can_not_start(cluster, digits, whole, tmp_path):
+    """A task of the array a line. One is requeued, alone; the other's exit code says that it is not to be."""
+    good, bad, sweep = tmp_path / "good", tmp_path / "bad", tmp_path / "sweep.txt"
+    sweep.write_text(f"# two runs\nrun.dir={bad} data.shards=/nowhere\n\nrun.dir='{good}' tracking.name='a name'\n")
+    arguments = [a for a in overrides("unused", digits, data__source="null") if not a.startswith("run.dir=")]
     job = submit(cluster, arguments, "--sweep", str(sweep), nodes=1)
-    assert cluster.until_ended(f"{job}_0") == "COMPLETED" and cluster.until_ended(f"{job}_1") == "FAILED"
-    assert "lr: 0.0002" in (good / "config.yaml").read_text() and (good / "DONE").exists()
-    assert cluster.job(f"{job}_1")["ExitCode"] == "4:0" and cluster.job(f"{job}_1")["Restarts"] == "0"
+    assert cluster.until_ended(f"{job}_0") == "FAILED"
+    assert cluster.job(f"{job}_0")["ExitCode"] == "4:0" and cluster.job(f"{job}_0")["Restarts"] == "0"
+    until_step(cluster, good, 25)
+    cluster.run("scancel", "--signal=USR1", "--batch", f"{job}_1")
+    assert "saved: back to the queue" in done(cluster, f"{job}_1", good, whole)
+    assert cluster.job(f"{job}_1")["Restarts"] == "1" and "name: a name" in (good / "config.yaml").read_text()
 
 
 @pytest.mark.slow
@@ -160,9 +160,8 @@ def test_a_crash_loop_ends(cluster, digits, tmp_path):
     """Processes that are killed before the first checkpoint, as for their memory, leave no exit code."""
     run_dir = tmp_path / "run"
     (tmp_path / "killed.py").write_text("import os\nos.kill(os.getpid(), 9)\n")
-    arguments = [a for a in overrides(run_dir, digits) if not a.startswith("energy.")]
-    arguments += ["energy.kind=import", "energy.path=killed:Net"]
+    arguments = overrides(run_dir, digits, energy__path="killed:Net")
     job = submit(cluster, arguments, nodes=1, EBM_MAX_CRASHES="1", PYTHONPATH=f"{ROOT}:{tmp_path}")
     assert cluster.until_ended(job) == "FAILED"
     assert cluster.job(job)["Restarts"] == "1"
-    assert "more than 1 ends in a row without a newer checkpoint" in logs(run_dir)
+    assert "2 ends in a row without a newer checkpoint" in logs(run_dir)

@@ -1,0 +1,178 @@
+"""launch/: what is submitted, what is refused before it reaches a queue, and whether nodes fit together."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from runs import ROOT
+
+sys.path.insert(0, str(ROOT / "launch"))
+import arguments
+import check_nodes
+import submit
+
+from ebm.errors import ConfigError
+
+
+def run_submit(monkeypatch, capsys, *options: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["submit.py", *options])
+    code = submit.main()
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_dry_run_prints_the_script_and_a_command_that_a_shell_reads_back(monkeypatch, capsys, tmp_path):
+    odd = f"run.dir={tmp_path}/it's a $run; true"
+    options = [
+        "--nodes",
+        "2",
+        "--gpus",
+        "2",
+        "--time",
+        "4:00:00",
+        "--container",
+        "apptainer exec --nv i.sif",
+        "--dry-run",
+    ]
+    code, said, _ = run_submit(monkeypatch, capsys, *options, odd, "data.workers=3", "--sbatch=--qos=long")
+    script, _, line = said.rstrip().rpartition("\n# ")
+    assert code == 0 and script + "\n" == (ROOT / "launch/train.sbatch").read_text() + "\n"
+    words = shlex.split(line)
+    assert words[-2:] == [odd, "data.workers=3"] and words[-3] == str(ROOT / "launch/train.sbatch")
+    wanted = "--nodes=2 --gpus-per-node=2 --time=4:00:00 --signal=B:USR1@300 --cpus-per-task=8 --qos=long"
+    variables = {"EBM_RANKS_PER_NODE=2", "EBM_CONTAINER=apptainer exec --nv i.sif", "EBM_PYTHON=python"}
+    assert variables | set(wanted.split()) <= set(words)
+
+
+def test_what_the_job_would_find_out_is_refused(monkeypatch, capsys, tmp_path):
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done/DONE").touch()
+    (tmp_path / "twice.txt").write_text("optim.lr=1e-4\noptim.lr=2e-4\n")
+    (tmp_path / "open.txt").write_text("run.dir='runs/a\n")
+    from ebm.config import load_config, to_yaml
+
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.yaml").write_text(to_yaml(load_config(None, [f"run.dir={tmp_path / 'other'}"])))
+    hour = ["--time", "60"]
+    for options, named in (
+        ([*hour, "--nodes", "3", "--gpus", "2"], "data.streams=4 is not divisible by 3 nodes x 2 ranks = 6"),
+        ([*hour, "train.stepz=5"], "did you mean train.steps"),
+        ([*hour, "--config", "nowhere.yaml"], "no such file"),
+        ([*hour, "run.dir=runs/50%j"], "%"),
+        ([*hour, f"run.dir={tmp_path / 'done'}"], "is done already"),
+        ([*hour, f"run.dir={tmp_path / 'other'}", "optim.lr=7e-4"], "optim.lr: 0.0015 there, 0.0007 now"),
+        ([*hour, "--sweep", str(tmp_path / "twice.txt")], "two lines have run.dir="),
+        ([*hour, "--sweep", str(tmp_path / "open.txt")], "No closing quotation"),
+        (["--time", "5"], "the signal to save comes 300 s before its end"),
+        (["--time", "soon"], "--time soon"),
+    ):
+        code, said, error = run_submit(monkeypatch, capsys, "--dry-run", *options)
+        assert (code, said) == (2, "") and named in error, error
+
+
+def test_slurm_times():
+    times = {"90": 5400, "1:30": 90, "4:00:00": 14400, "1-12": 129600, "1-0:30": 88200, "2-00:00:05": 172805}
+    assert {text: submit.seconds(text) for text in times} == times
+
+
+def test_arguments_of_a_sweeps_task(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "sweep.txt"
+    file.write_text("# comment\n\nrun.dir=a optim.lr=1e-3\n  run.dir='b c' tracking.tags=[x,y]\n")
+    monkeypatch.setenv("EBM_SWEEP", str(file))
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["arguments.py", "train.steps=5"])
+    assert arguments.main() == 0
+    assert capsys.readouterr().out == f"{tmp_path}/b c\0train.steps=5\0run.dir=b c\0tracking.tags=[x,y]\0"
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert arguments.main() == 2 and "has 2 lines" in capsys.readouterr().err
+
+
+def node(name: str, run_dir, **changes) -> dict:
+    """A real report of this machine, under another name, with changes."""
+    (run_dir / "token").write_text("token\n")
+    return check_nodes.report(str(run_dir), "token", "127.0.0.1") | {"node": name} | changes
+
+
+def test_nodes_that_fit_and_nodes_that_do_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(check_nodes, "MIN_FREE_GB", 1e-6)
+    since = time.time()
+    good = node("n1", tmp_path)
+    assert check_nodes.compare([good, node("n2", tmp_path)], since, time.time()) == []
+    equal = good["equal"]
+    assert re.fullmatch(r"[0-9a-f]{12}", equal["code"]) and equal["torch"] != "missing" and "pydantic" in equal
+    for changes, named in (
+        ({"equal": equal | {"torch": "2.0"}}, f"torch is not the same on all nodes: {equal['torch']} on n1; 2.0 on n2"),
+        ({"equal": equal | {"gpus": "7 x H100"}}, "gpus is not the same"),
+        ({"clock": time.time() + 60}, "n2: its clock is off by"),
+        ({"clock": since - 60}, "n2: its clock is off by 60 s"),
+        ({"shared": False}, "n2 does not see this run directory"),
+        ({"free_gb": 0.0}, "n2: 0.0 GB free"),
+        ({"head": []}, "n2 can't resolve the head node's address"),
+        ({"host": "other", "head": ["127.0.1.1"]}, "n2 takes the head node's address for its own (127.0.1.1)"),
+    ):
+        problems = check_nodes.compare([good, node("n2", tmp_path, **changes)], since, time.time())
+        assert len(problems) == 1 and named in problems[0], problems
+
+
+def test_another_copy_of_the_code_is_noticed(tmp_path):
+    """By the real commands, with a changed file; and a node that does not answer is not one that does not fit."""
+    for name in ("ebm", "launch"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("train.py", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "token").write_text("token")
+    environment = os.environ | {"EBM_MIN_FREE_GB": "0.000001"}
+    since = str(time.time())
+
+    def report() -> str:
+        command = [
+            sys.executable,
+            str(tmp_path / "launch/check_nodes.py"),
+            "report",
+            str(tmp_path),
+            "token",
+            "127.0.0.1",
+        ]
+        return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+
+    def compare(nodes: int, lines: str) -> tuple[int, str]:
+        command = [sys.executable, str(tmp_path / "launch/check_nodes.py"), "compare", str(nodes), since]
+        done = subprocess.run(command, input=lines, capture_output=True, text=True, env=environment)
+        return done.returncode, done.stdout
+
+    first, again = report(), report()
+    assert compare(2, first + again)[0] == 0
+    assert compare(3, first + again)[0] == check_nodes.EXIT_UNANSWERED
+    with (tmp_path / "ebm/trainer.py").open("a") as file:
+        file.write("\n")
+    code, said = compare(2, first + report())
+    assert code == check_nodes.EXIT_UNFIT and "code is not the same on all nodes" in said
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("unshare"), reason="a mount of one's own needs root and unshare"
+)
+def test_a_directory_that_is_not_shared(tmp_path):
+    """Another file system in its place, as on a node that did not mount the shared one."""
+    (tmp_path / "token").write_text("token")
+    report = shlex.join(
+        [sys.executable, str(ROOT / "launch/check_nodes.py"), "report", str(tmp_path), "token", "127.0.0.1"]
+    )
+    outside = subprocess.run(["sh", "-c", report], capture_output=True, text=True, check=True).stdout
+    mount = ["unshare", "--mount", "sh", "-c", f"mount -t tmpfs none {shlex.quote(str(tmp_path))} && {report}"]
+    inside = subprocess.run(mount, capture_output=True, text=True)
+    if inside.returncode:
+        pytest.skip(f"no mounts here: {inside.stderr.strip()}")
+    assert '"shared": true' in outside and '"shared": false' in inside.stdout
+
+
+def test_sweep_needs_a_line(tmp_path):
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    with pytest.raises(ConfigError, match="no line with overrides"):
+        arguments.sweep(tmp_path / "empty.txt")
