@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ebm.config import Config
+from ebm.data.augment import augment
 from ebm.energies import FoldedEnergy
 from ebm.losses import marginal, noisy, tilted
 from ebm.replay_buffer import Draw, ReplayBuffer
@@ -46,7 +47,9 @@ def initial_states(
     if negatives == "persistent":
         draw = buffer.draw(len(x_pos) // len(random.streams), step, config.buffer.reinit_prob)
         labels = None if y_pos is None else draw.rows % buffer.slots % config.energy.num_classes
-        return Start(draw.x, labels, draw=draw)
+        flip, crop = config.buffer.augment_flip, config.buffer.augment_crop
+        x = augment(draw.x, random("augment_chains", step), flip, crop) if flip or crop else draw.x
+        return Start(x, labels, draw=draw)
     x = _replicated(x_pos, config.sampler.levels)
     if negatives == "data":
         return Start(x, y_pos)

@@ -32,7 +32,7 @@ VARIANTS = {
     "annealed": ["sampler.schedule=cosine", "sampler.step_size_end=1.0", "sampler.boundary=reflect"],
     "exact_noise": ["sampler.temperature=1e-5", "sampler.grad_clamp=null"],
     "augmented": ["data.augment_flip=true", "data.augment_crop=1", "data.dequantize=false"],
-    "improved": ["loss.kind=improved_contrastive", "sampler.step_size=1"],
+    "improved": ["loss.kind=improved_contrastive", "sampler.step_size=1", "buffer.augment_flip=true"],
     "score_matching": ["loss.kind=score_matching"],
     "sliced": ["loss.kind=score_matching", "loss.method=sliced", "energy.num_classes=10"],
     "denoising": ["loss.kind=denoising", "loss.sigma=0.3", "train.accumulate=2"],

@@ -84,6 +84,8 @@ class BufferConfig(Section):
         "float32", description="type chains are kept in between draws; float16 takes half the memory (.0005 near 1)"
     )
     reinit_prob: float = Field(0.05, ge=0, le=1, description="share of drawn chains that start again from noise")
+    augment_flip: bool = Field(False, description="mirror half of the drawn chains left to right (Du et al. 2021)")
+    augment_crop: int = Field(0, ge=0, description="shift drawn chains by up to this many pixels, edges repeated")
 
 
 class OptimConfig(Section):
@@ -220,6 +222,12 @@ class Config(Section):
     @model_validator(mode="after")
     def _kinds_go_together(self):
         loss, sampler = self.loss, self.sampler
+        buffer = self.buffer
+        if (buffer.augment_flip or buffer.augment_crop) and (len(self.data.shape) != 3 or sampler.levels > 1):
+            raise ValueError(
+                "buffer.augment_flip and buffer.augment_crop are of images, and of no ladders of replicas "
+                "(sampler.kind=tempering); set augment_flip=false and augment_crop=0"
+            )
         if loss.kind == "jem" and not self.energy.num_classes:
             raise ValueError("loss.kind=jem trains a classifier: set energy.num_classes to the number of classes")
         if loss.kind in ("improved_contrastive", "energy_matching") and sampler.kind != "langevin":
