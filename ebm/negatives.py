@@ -43,7 +43,8 @@ def initial_states(
     y_pos = y_pos if config.loss.conditional_chains else None
     if negatives == "recovery":
         centres = noisy(x_pos, config.loss.sigma, random("start", step))
-        return Start(centres, y_pos, centres)
+        bounds = config.sampler.bounds
+        return Start(centres if bounds is None else centres.clamp(*bounds), y_pos, centres)
     if negatives == "persistent":
         draw = buffer.draw(len(x_pos) // len(random.streams), step, config.buffer.reinit_prob)
         labels = None if y_pos is None else draw.rows % buffer.slots % config.energy.num_classes

@@ -25,8 +25,9 @@ class TrainedRun(NamedTuple):
 
     @property
     def temperature(self) -> float:
-        """T of the density exp(-E / T) that was learned: that of the chains, 1 for an objective without chains."""
-        return 1.0 if self.config.loss.negatives is None else self.config.sampler.implied_temperature
+        """T of the density exp(-E / T) that was learned: that of the chains, or what the objective says."""
+        loss, sampler = self.config.loss, self.config.sampler
+        return loss.temperature if loss.negatives is None else sampler.implied_temperature
 
     def persistent_chains(self) -> Tensor:
         """The replay buffer's states (N, *shape) float32, stream by stream; of tempered ones the coldest replicas."""

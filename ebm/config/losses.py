@@ -134,6 +134,7 @@ class NoiseContrastiveConfig(WithoutChains):
     """Noise contrastive estimation (Gutmann & Hyvarinen 2010)."""
 
     kind: Literal["noise_contrastive"] = "noise_contrastive"
+    temperature: ClassVar[float] = 1.0
     noise: Literal["gaussian", "uniform"] = Field("gaussian", description="what data is told from")
     noise_mean: float = Field(0.0, description="gaussian: mean of every component")
     noise_std: float = Field(1.0, gt=0, description="gaussian: standard deviation of every component")
@@ -151,6 +152,7 @@ class EnergyDiscrepancyConfig(WithoutChains):
     """Energy discrepancy (Schroeder et al. 2023), at temperature 1."""
 
     kind: Literal["energy_discrepancy"] = "energy_discrepancy"
+    temperature: ClassVar[float] = 1.0
     time: float = Field(0.05, gt=0, description="variance of each of the two steps from a datum to its draws")
     num_samples: int = Field(16, ge=1, description="draws near a datum")
     stabiliser: float = Field(1.0, ge=0, description="w: 1 is consistent at any number of draws")
