@@ -24,12 +24,16 @@ def grid(images: Tensor, min_pixels: int = 256) -> np.ndarray:
     return (picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
-def picture(x: Tensor) -> np.ndarray:
-    """Images (N, C, H, W) in [-1, 1] as a grid; vectors (N, D) as points, by their first two components."""
-    if x.ndim == 4:
-        return grid(x)
-    points = F.pad(x.detach().float().cpu(), (0, max(0, 2 - x.shape[1])))[:, :2].numpy()
-    return landscape({"": (None, points)}, half_width=max(1.0, float(np.abs(points).max())))
+def pictures(samples: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """Of sets of samples: images (N, C, H, W) in [-1, 1] each as a grid; vectors (N, D) as points, by their first two
+    components, all sets on one scale."""
+    if all(x.ndim == 4 for x in samples.values()):
+        return {name: grid(x) for name, x in samples.items()}
+    points = {
+        n: F.pad(x.detach().float().cpu(), (0, max(0, 2 - x.shape[1])))[:, :2].numpy() for n, x in samples.items()
+    }
+    reach = max(float(np.quantile(np.abs(xy), 0.999)) for xy in points.values())
+    return {name: landscape({"": (None, xy)}, max(1.0, reach)) for name, xy in points.items()}
 
 
 def side_by_side(pictures: dict[str, np.ndarray], gap: int = 8, title: int = 16) -> Image.Image:

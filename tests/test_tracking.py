@@ -15,7 +15,7 @@ from wandb_reader import history, records
 from wandb_server import KEY, StandIn
 
 from ebm.config import load_config
-from ebm.figures import grid, side_by_side
+from ebm.figures import grid, pictures, side_by_side
 from ebm.tracking import Progress, Tracker
 from ebm.tracking.alerts import Alerts
 from ebm.tracking.records import Records
@@ -365,3 +365,11 @@ def test_artifacts_are_bounded(tmp_path, capsys):
     assert len(list((run_dir / "wandb/artifacts").iterdir())) == 1
     said = capsys.readouterr().out
     assert said.count("step_00000020 is left out") == 1 and "tracking.artifacts_gb" in said
+
+
+def test_pictures_of_vectors_share_a_scale():
+    near, far = torch.zeros(50, 2), torch.full((50, 2), 4.0)
+    apart, alone = pictures({"near": near, "far": far}), pictures({"near": near})
+    assert set(apart) == {"near", "far"} and apart["near"].shape == apart["far"].shape
+    assert (apart["near"] != apart["far"]).any() and (apart["near"] != alone["near"]).any()
+    assert pictures({"line": torch.zeros(3, 1)})["line"].shape == apart["near"].shape

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ebm.config import Config
 from ebm.errors import UserError
-from ebm.figures import picture, side_by_side
+from ebm.figures import pictures, side_by_side
 from ebm.tracking.alerts import Alerts
 from ebm.tracking.records import Records, WholeFiles
 from ebm.tracking.wandb_run import WandbRun
@@ -100,11 +100,11 @@ class Tracker:
 
     def panels(self, step: int, samples: dict[str, Tensor]) -> None:
         """Images (N, C, H, W) in [-1, 1] or vectors (N, D), by panel: all in samples/step_N.png, each in W&B."""
-        pictures = {name: picture(x) for name, x in samples.items()}
+        panels = pictures(samples)
         file = BytesIO()
-        side_by_side(pictures).save(file, format="png")
+        side_by_side(panels).save(file, format="png")
         self._samples.write(self._samples_dir / f"step_{step:08d}.png", file.getvalue())
-        self._wandb.log_images(step, pictures)
+        self._wandb.log_images(step, panels)
 
     def histograms(self, step: int, values: dict[str, Tensor]) -> None:
         self._wandb.log_histograms(step, {name: v.float().cpu().numpy() for name, v in values.items()})
