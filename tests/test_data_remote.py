@@ -384,12 +384,12 @@ def test_many_threads_never_go_beyond_the_bound_and_never_see_half_a_shard(tmp_p
 
     def watch():
         while not done.is_set():
-            sizes = {}  # by stem: what comes in may get its name meanwhile
-            with locked(cache.directory / LOCK):  # nothing else is added or removed
+            with locked(cache.directory / LOCK):  # else what is removed and what then comes both count
+                sizes = []
                 for path in cache.directory.iterdir():
                     with suppress(FileNotFoundError):
-                        sizes[path.stem] = path.stat().st_size
-            most[0] = max(most[0], sum(sizes.values()))
+                        sizes.append(path.stat().st_size)
+            most[0] = max(most[0], sum(sizes))
 
     threading.Thread(target=watch, daemon=True).start()
     with ThreadPoolExecutor(6) as pool:

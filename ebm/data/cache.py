@@ -71,7 +71,8 @@ class ShardCache:
                         file.flush()
                         os.fsync(file.fileno())
                         found = open(part, "rb")  # noqa: SIM115 - once it has its name, others may remove it
-                        os.replace(part, whole)
+                        with locked(self.directory / LOCK):  # whoever counts must not miss it under both names
+                            os.replace(part, whole)
                         return found
                     except BaseException:
                         part.unlink(missing_ok=True)
