@@ -66,7 +66,10 @@ def reader(manifest, streams, workers=0, positions=None, **options) -> ShardRead
 
 
 def files(access) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in Path(access.cache_dir).iterdir() if path.name != "lock"}
+    directory = Path(access.cache_dir)
+    with locked(directory / LOCK):  # workers add and remove meanwhile
+        names = [path.name for path in directory.iterdir() if path.name != LOCK]
+        return {name: (directory / name).stat().st_size for name in names if (directory / name).exists()}
 
 
 def shard_name(number: int) -> str:
