@@ -6,6 +6,8 @@ import signal
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import fsspec
@@ -18,7 +20,7 @@ from shard_server import ShardServer
 from ebm.__main__ import main
 from ebm.config import load_config
 from ebm.data import Access, ShardReader, load_manifest
-from ebm.data.cache import ShardCache
+from ebm.data.cache import LOCK, ShardCache, locked
 from ebm.data.manifest import MAX_MANIFEST, check_files, index_shards, verify
 from ebm.data.reader import read_all
 from ebm.data.shards import ensure_shards, write_shards
@@ -64,7 +66,10 @@ def reader(manifest, streams, workers=0, positions=None, **options) -> ShardRead
 
 
 def files(access) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in Path(access.cache_dir).iterdir() if path.name != "lock"}
+    directory = Path(access.cache_dir)
+    with locked(directory / LOCK):  # workers add and remove meanwhile
+        names = [path.name for path in directory.iterdir() if path.name != LOCK]
+        return {name: (directory / name).stat().st_size for name in names if (directory / name).exists()}
 
 
 def shard_name(number: int) -> str:
@@ -382,15 +387,12 @@ def test_many_threads_never_go_beyond_the_bound_and_never_see_half_a_shard(tmp_p
 
     def watch():
         while not done.is_set():
-            sizes = 0
-            for path in cache.directory.iterdir():
-                try:
-                    sizes += path.stat().st_size
-                except FileNotFoundError:
-                    continue
-            most[0] = max(most[0], sizes)
-
-    from concurrent.futures import ThreadPoolExecutor
+            with locked(cache.directory / LOCK):  # else what is removed and what then comes both count
+                sizes = []
+                for path in cache.directory.iterdir():
+                    with suppress(FileNotFoundError):
+                        sizes.append(path.stat().st_size)
+            most[0] = max(most[0], sum(sizes))
 
     threading.Thread(target=watch, daemon=True).start()
     with ThreadPoolExecutor(6) as pool:

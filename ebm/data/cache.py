@@ -59,7 +59,7 @@ class ShardCache:
                 found = _open_whole(whole, size)
                 if found is not None:
                     return found
-                with _locked(part) as file:
+                with locked(part) as file:
                     if not _is(part, file):
                         continue  # another process fetched it, or gave it up, while this one waited
                     try:
@@ -71,7 +71,8 @@ class ShardCache:
                         file.flush()
                         os.fsync(file.fileno())
                         found = open(part, "rb")  # noqa: SIM115 - once it has its name, others may remove it
-                        os.replace(part, whole)
+                        with locked(self.directory / LOCK):  # whoever counts must not miss it under both names
+                            os.replace(part, whole)
                         return found
                     except BaseException:
                         part.unlink(missing_ok=True)
@@ -88,7 +89,7 @@ class ShardCache:
     def _reserve(self, file: BinaryIO, size: int) -> None:
         """Make room for `size` bytes and take it; waits where all that is there is on its way in."""
         while True:
-            with _locked(self.directory / LOCK):
+            with locked(self.directory / LOCK):
                 if self._make_room(size, keep=os.fstat(file.fileno()).st_ino):
                     os.ftruncate(file.fileno(), size)
                     return
@@ -147,7 +148,7 @@ def _open_whole(path: Path, size: int) -> BinaryIO | None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[BinaryIO]:
+def locked(path: Path) -> Iterator[BinaryIO]:
     with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield file

@@ -14,8 +14,6 @@ IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp", "ppm", "pgm")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM")
 CHANNELS = {"1": 1, "L": 1, "I;16": 1, "I;16B": 1, "I": 1, "LA": 2, "RGB": 3, "P": 3, "CMYK": 3, "RGBA": 4}
 PILLOW_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-
-
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 logging.getLogger("imagecodecs").setLevel(logging.ERROR)  # it warns of damage that is then raised, or does no harm
 
