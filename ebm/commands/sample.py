@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ebm.commands.images import from_array, load_array, to_array
 from ebm.errors import ConfigError
-from ebm.figures import grid
+from ebm.figures import pictures
 from ebm.samplers import Engine, advance, fresh_chains
 from ebm.streams import generator
 from ebm.trained import TrainedRun, open_run
@@ -30,7 +30,7 @@ def add_arguments(parser) -> None:
         "--out",
         required=True,
         metavar="FILE.npy|FILE.png",
-        help="array, uint8 (N, H, W, C), for vectors float32 (N, D); or, of images, a grid",
+        help="array, uint8 (N, H, W, C), for vectors float32 (N, D); or a picture",
     )
 
 
@@ -41,15 +41,13 @@ def run(arguments) -> int:
     if arguments.num < 1 or arguments.steps < 0:
         raise ConfigError(f"--num {arguments.num} must be at least 1 and --steps {arguments.steps} at least 0")
     trained = open_run(arguments.run)
-    if out.suffix == ".png" and len(trained.config.data.shape) != 3:
-        raise ConfigError(f"--out {out}: the run's samples are vectors; must end in .npy")
     x = states(trained, arguments.init, arguments.num, arguments.steps, arguments.seed).cpu()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.suffix == ".npy":
             np.save(out, to_array(x))
         else:
-            Image.fromarray(grid(x)).save(out)
+            Image.fromarray(pictures({"": x})[""]).save(out)
     except OSError as error:
         raise ConfigError(f"--out {out}: {error}") from error
     print(f"{len(x)} samples from {trained.checkpoint} -> {out}")
