@@ -17,6 +17,7 @@ from ebm.errors import DataError
 
 HISTORY = 50  # checks that the gap is compared with, once there are MINIMUM of them
 MINIMUM = 20
+FEW = 5  # of them, that are enough to know the scale of the energies
 ALERT = "health/warning"
 
 
@@ -111,7 +112,7 @@ class Ladder:
         }
         if r.chains is None:
             return signs
-        gap, _, auc, saturated, drift = r.chains
+        gap, spread, auc, saturated, drift = r.chains
         signs |= {
             "chains lie below all data": c.min_auc / max(auc, 1e-3) if auc <= 0.5 else 0.0,
             "chains at the bounds": saturated / c.max_saturated,
@@ -119,6 +120,8 @@ class Ladder:
         }
         if step > c.grace:  # chains begin as noise, which any energy tells from data
             signs["chains lie above all data"] = (1 - c.max_auc) / max(1 - auc, 1e-4) if auc > 0.5 else 0.0
+        if len(self.spreads) >= FEW:
+            signs["the energy is flat"] = c.min_spread * median(self.spreads) / max(spread, 1e-30)
         if len(self.gaps) >= MINIMUM:
             centre = median(self.gaps)
             deviation = 1.4826 * median(abs(gap - centre) for gap in self.gaps)

@@ -20,6 +20,7 @@ BAD = {
     "chains at the bounds": {"saturated": 0.6},
     "steps as large as the domain": {"drift": float("inf")},
     "the energy gap left its history": {"gap": 5.0},
+    "the energy is flat": {"spread": 0.0, "gap": 0.0, "auc": 0.5},
 }
 
 

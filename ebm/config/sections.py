@@ -132,6 +132,9 @@ class HealthConfig(Section):
     grace: int = Field(1000, ge=0, description="steps in which chains, begun as noise, may lie above all data")
     max_saturated: float = Field(0.5, gt=0, description="share of chain pixels at the bounds beyond data's that is bad")
     max_drift: float = Field(0.5, gt=0, description="step_size * |dE/dx| as a share of the bounds' width that is bad")
+    min_spread: float = Field(
+        1e-5, ge=0, description="standard deviation of the energies, as a share of what it was, below which is bad"
+    )
     gap_deviations: float = Field(8.0, gt=0, description="robust deviations of the energy gap that are bad")
     cut: float = Field(0.1, gt=0, lt=1, description="factor of a cut of the learning rate or the step size")
     recover: int = Field(100, ge=1, description="good checks in a row after which half of a cut learning rate is back")
