@@ -28,10 +28,11 @@ class Chains(NamedTuple):
     spread: float  # standard deviation of both phases' energies together
     auc: float
     saturated: float  # share of the chains' components at the bounds, beyond that of the data
-    drift: float  # step_size * root mean square of dE/dx, as a share of the bounds' width
+    drift: float | None  # step_size * root mean square of dE/dx, as a share of the bounds' width; None without bounds
 
     def __str__(self) -> str:
-        return f"gap {self.gap:.3g}, auc {self.auc:.3f}, saturated {self.saturated:+.2f}, drift {self.drift:.2g}"
+        drift = "" if self.drift is None else f", drift {self.drift:.2g}"
+        return f"gap {self.gap:.3g}, auc {self.auc:.3f}, saturated {self.saturated:+.2f}{drift}"
 
 
 class Reading(NamedTuple):
@@ -58,7 +59,7 @@ class Ladder:
     cuts: int = 0  # in that trouble
     on_trial: bool = False  # whether the last one still has to show what it does
     rollbacks: int = 0  # also the salt of the noise
-    trouble: int = 0  # bad checks, less good ones
+    trouble: float = 0.0  # bad checks, less half of the good ones
     healthy: int = 0  # good checks in a row
     gaps: list[float] = field(default_factory=list)
     spreads: list[float] = field(default_factory=list)
@@ -116,12 +117,14 @@ class Ladder:
         signs |= {
             "chains lie below all data": c.min_auc / max(auc, 1e-3) if auc <= 0.5 else 0.0,
             "chains at the bounds": saturated / c.max_saturated,
-            "steps as large as the domain": drift / c.max_drift,
         }
+        if drift is not None:
+            signs["steps as large as the domain"] = drift / c.max_drift
+            signs["the energy is flat"] = c.min_drift / max(drift, 1e-30)
         if step > c.grace:  # chains begin as noise, which any energy tells from data
             signs["chains lie above all data"] = (1 - c.max_auc) / max(1 - auc, 1e-4) if auc > 0.5 else 0.0
         if len(self.spreads) >= FEW:
-            signs["the energy is flat"] = c.min_spread * median(self.spreads) / max(spread, 1e-30)
+            signs["the energies are all alike"] = c.min_spread * median(self.spreads) / max(spread, 1e-30)
         if len(self.gaps) >= MINIMUM:
             centre = median(self.gaps)
             deviation = 1.4826 * median(abs(gap - centre) for gap in self.gaps)
@@ -135,7 +138,7 @@ class Ladder:
         if reading.chains is not None:
             self.gaps = [*self.gaps, reading.chains.gap][-HISTORY:]
             self.spreads = [*self.spreads, reading.chains.spread][-HISTORY:]
-        self.trouble, self.healthy = max(0, self.trouble - 1), self.healthy + 1
+        self.trouble, self.healthy = max(0.0, self.trouble - 0.5), self.healthy + 1
         if self.trouble == 0 and self.good:
             self.on_trial = False
         if self.healthy == self.config.recover and self.cuts:

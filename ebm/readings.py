@@ -63,14 +63,13 @@ def _read_chains(state: TrainState, result: StepResult) -> Chains:
     e_pos, e_neg = world.concatenate(result.e_pos), world.concatenate(result.e_neg)
     excess = step["sampler/saturated"] - step["data/saturated"]
     excess, grad_norm = world.mean(torch.stack([excess, step["sampler/grad_norm"]])).tolist()
-    low, high = sampler.bounds or (-math.inf, math.inf)
-    size = math.prod(state.config.data.shape)
+    drift = sampler.last_step_size * grad_norm / math.prod(state.config.data.shape) ** 0.5
     return Chains(
         gap=(e_neg.mean() - e_pos.mean()).item(),
         spread=torch.cat([e_pos, e_neg]).std().item(),
         auc=auc(e_pos, e_neg).item(),
         saturated=excess,
-        drift=sampler.last_step_size * grad_norm / size**0.5 / (high - low),
+        drift=None if sampler.bounds is None else drift / (sampler.bounds[1] - sampler.bounds[0]),
     )
 
 

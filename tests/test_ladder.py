@@ -20,7 +20,8 @@ BAD = {
     "chains at the bounds": {"saturated": 0.6},
     "steps as large as the domain": {"drift": float("inf")},
     "the energy gap left its history": {"gap": 5.0},
-    "the energy is flat": {"spread": 0.0, "gap": 0.0, "auc": 0.5},
+    "the energies are all alike": {"spread": 0.0, "gap": 0.0, "auc": 0.5},
+    "the energy is flat": {"drift": 1e-12},
 }
 
 
