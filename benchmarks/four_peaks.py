@@ -23,7 +23,7 @@ from ebm.config import load_config
 
 ROOT = Path(__file__).parent.parent
 WITHOUT_CHAINS = ["train.steps=5000"]
-MALA = ["sampler.kind=mala", "sampler.bounds=null", "sampler.start=[-4,4]", "sampler.num_steps=10"]
+MALA = ["sampler.kind=mala", "sampler.bounds=null", "sampler.start=[-4,4]", "sampler.num_steps=20"]
 HMC = ["sampler.kind=hmc", "sampler.bounds=null", "sampler.start=[-4,4]", "sampler.num_steps=4"]
 TEMPERING = ["sampler.kind=tempering", "sampler.bounds=null", "sampler.start=[-4,4]", "sampler.num_steps=5"]
 FLOW = ["sampler.start=normal", "sampler.schedule=flow", "sampler.num_steps=80", "sampler.step_size=0.1"]
@@ -34,7 +34,7 @@ METHODS = {
     "contrastive, HMC": [*HMC, "sampler.step_size=0.7"],
     "contrastive, tempering": [*TEMPERING, "sampler.step_size=0.5", "sampler.temperatures=[1,2,4]"],
     "improved_contrastive": ["loss.kind=improved_contrastive", "loss.kl_weight=0.1", "loss.entropy_weight=0.2"],
-    "score_matching, exact": ["loss.kind=score_matching", "loss.method=exact", *WITHOUT_CHAINS],
+    "score_matching, exact": ["loss.kind=score_matching", "loss.method=exact", "data.noise_std=0.1", *WITHOUT_CHAINS],
     "score_matching, hutchinson": ["loss.kind=score_matching", "loss.method=hutchinson", *WITHOUT_CHAINS],
     "score_matching, sliced": ["loss.kind=score_matching", "loss.method=sliced", *WITHOUT_CHAINS],
     "denoising": ["loss.kind=denoising", "loss.sigma=0.1", *WITHOUT_CHAINS],
