@@ -23,7 +23,7 @@ from ebm.config import load_config
 
 ROOT = Path(__file__).parent.parent
 WITHOUT_CHAINS = ["train.steps=5000"]
-MALA = ["sampler.kind=mala", "sampler.bounds=null", "sampler.start=[-4,4]", "sampler.num_steps=20"]
+MALA = ["sampler.kind=mala", "sampler.bounds=null", "sampler.start=[-4,4]", "sampler.num_steps=10"]
 HMC = ["sampler.kind=hmc", "sampler.bounds=null", "sampler.start=[-4,4]", "sampler.num_steps=4"]
 TEMPERING = ["sampler.kind=tempering", "sampler.bounds=null", "sampler.start=[-4,4]", "sampler.num_steps=5"]
 FLOW = ["sampler.start=normal", "sampler.schedule=flow", "sampler.num_steps=80", "sampler.step_size=0.1"]
