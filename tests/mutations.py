@@ -179,7 +179,7 @@ def run_tests(root: Path, names: str) -> int:
     """pytest's exit code on the tests of `root` with these names: 0 passed, 1 failed. Leaves none of its modules."""
     os.chdir(root)
     with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *TESTS, "-k", names])
+        code = pytest.main(["-x", "-q", "-n0", "-p", "no:cacheprovider", *TESTS, "-k", names])
     assert Path(sys.modules["ebm"].__file__).is_relative_to(root), "the tests took another copy of the package"
     for name in list(sys.modules):
         if name.split(".")[0] in ("ebm", "conftest", "gaussians") or name.startswith("test_losses"):
