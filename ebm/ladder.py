@@ -18,7 +18,6 @@ from ebm.errors import DataError
 HISTORY = 50  # checks that the gap is compared with, once there are MINIMUM of them
 MINIMUM = 20
 FEW = 5  # of them, that are enough to know the scale of the energies
-GROWN = 4.0  # times the energies' spread at the first check: no longer that of a network which has learnt nothing
 ALERT = "health/warning"
 
 
@@ -64,7 +63,6 @@ class Ladder:
     healthy: int = 0  # good checks in a row
     gaps: list[float] = field(default_factory=list)
     spreads: list[float] = field(default_factory=list)
-    first_spread: float | None = None  # at the first check
     warning: float = 0.0  # the worst sign as a share of its limit
 
     def state(self) -> dict:
@@ -88,8 +86,6 @@ class Ladder:
 
     def judge(self, step: int, reading: Reading) -> Verdict:
         """Take in a check and say what to do. Rungs: smaller steps; roll back; stop."""
-        if self.first_spread is None and reading.chains is not None:
-            self.first_spread = reading.chains.spread
         signs = self._signs(step, reading)
         worst = max(signs, key=lambda name: signs[name])
         self.warning = signs[worst]
@@ -118,14 +114,14 @@ class Ladder:
         if r.chains is None:
             return signs
         gap, spread, auc, saturated, drift = r.chains
-        signs["chains at the bounds"] = saturated / c.max_saturated
-        # At the start an energy that has learnt nothing may take noise for likelier than all data, or for less likely.
-        if step > c.grace or spread > GROWN * self.first_spread:
-            signs["chains lie below all data"] = c.min_auc / max(auc, 1e-3) if auc <= 0.5 else 0.0
+        signs |= {
+            "chains lie below all data": c.min_auc / max(auc, 1e-3) if auc <= 0.5 else 0.0,
+            "chains at the bounds": saturated / c.max_saturated,
+        }
         if drift is not None:
             signs["steps as large as the domain"] = drift / c.max_drift
             signs["the energy is flat"] = c.min_drift / max(drift, 1e-30)
-        if step > c.grace:
+        if step > c.grace:  # chains begin as noise, which any energy tells from data
             signs["chains lie above all data"] = (1 - c.max_auc) / max(1 - auc, 1e-4) if auc > 0.5 else 0.0
         if len(self.spreads) >= FEW:
             signs["the energies are all alike"] = c.min_spread * median(self.spreads) / max(spread, 1e-30)
