@@ -34,7 +34,7 @@ METHODS = {
     "contrastive, HMC": [*HMC, "sampler.step_size=0.7"],
     "contrastive, tempering": [*TEMPERING, "sampler.step_size=0.5", "sampler.temperatures=[1,2,4]"],
     "improved_contrastive": ["loss.kind=improved_contrastive", "loss.kl_weight=0.1", "loss.entropy_weight=0.2"],
-    "score_matching, exact": ["loss.kind=score_matching", "loss.method=exact", *WITHOUT_CHAINS],
+    "score_matching, exact": ["loss.kind=score_matching", "loss.method=exact", "data.noise_std=0.1", *WITHOUT_CHAINS],
     "score_matching, hutchinson": ["loss.kind=score_matching", "loss.method=hutchinson", *WITHOUT_CHAINS],
     "score_matching, sliced": ["loss.kind=score_matching", "loss.method=sliced", *WITHOUT_CHAINS],
     "denoising": ["loss.kind=denoising", "loss.sigma=0.1", *WITHOUT_CHAINS],
