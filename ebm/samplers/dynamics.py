@@ -1,5 +1,6 @@
 """Samplers as objects, with the names of the guide this project grew from."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -13,7 +14,7 @@ from ebm.samplers.tempering import tempering
 from ebm.streams import Generators, normal_
 
 
-class Dynamics:
+class Dynamics(ABC):
     """What they share: where chains start, which states are kept. A subclass says in `_call` how chains move.
 
     `info`, after `sample_chain`: what happened after burn-in, a named tuple of means over the stretches between two
@@ -77,9 +78,9 @@ class Dynamics:
             return self._state(x)
         return torch.stack(kept) if kept else x.new_empty(0, *self._state(x).shape)
 
+    @abstractmethod
     def _call(self, x: Tensor, num_steps: int, done: int, step_size: float | Tensor, generator: Generators):
         """(states, info) `num_steps` steps on, after `done` of them."""
-        raise NotImplementedError
 
     def _burn_in(self, x: Tensor, num_steps: int, generator: Generators) -> Tensor:
         return self._call(x, num_steps, 0, self.step_size, generator)[0] if num_steps else x
