@@ -23,24 +23,26 @@ from ebm.config import load_config
 
 ROOT = Path(__file__).parent.parent
 WITHOUT_CHAINS = ["train.steps=5000"]
-MALA = ["sampler.kind=mala", "sampler.bounds=null", "sampler.start=[-4,4]", "sampler.num_steps=10"]
+MALA = ["sampler.kind=mala", "sampler.bounds=null", "sampler.start=[-4,4]"]
 HMC = ["sampler.kind=hmc", "sampler.bounds=null", "sampler.start=[-4,4]", "sampler.num_steps=4"]
 TEMPERING = ["sampler.kind=tempering", "sampler.bounds=null", "sampler.start=[-4,4]", "sampler.num_steps=5"]
 FLOW = ["sampler.start=normal", "sampler.schedule=flow", "sampler.num_steps=80", "sampler.step_size=0.1"]
 METHODS = {
     "contrastive, persistent": [],
     "contrastive, from data": ["loss.negatives=data"],
-    "contrastive, MALA": [*MALA, "sampler.step_size=0.5"],
+    "contrastive, MALA": [*MALA, "sampler.num_steps=10", "sampler.step_size=0.5", "train.steps=6000", "optim.lr=2e-3"],
     "contrastive, HMC": [*HMC, "sampler.step_size=0.7"],
-    "contrastive, tempering": [*TEMPERING, "sampler.step_size=0.5", "sampler.temperatures=[1,2,4]"],
+    "contrastive, tempering": [*TEMPERING, "sampler.step_size=0.5", "sampler.temperatures=[1,2,4]", "train.steps=8000"],
     "improved_contrastive": ["loss.kind=improved_contrastive", "loss.kl_weight=0.1", "loss.entropy_weight=0.2"],
     "score_matching, exact": ["loss.kind=score_matching", "loss.method=exact", "data.noise_std=0.1", *WITHOUT_CHAINS],
-    "score_matching, hutchinson": ["loss.kind=score_matching", "loss.method=hutchinson", *WITHOUT_CHAINS],
+    "score_matching, hutchinson": ["loss.kind=score_matching", "loss.method=hutchinson", "train.steps=8000",
+                                   "optim.lr=2e-3"],
     "score_matching, sliced": ["loss.kind=score_matching", "loss.method=sliced", *WITHOUT_CHAINS],
     "denoising": ["loss.kind=denoising", "loss.sigma=0.1", *WITHOUT_CHAINS],
     "noise_contrastive": ["loss.kind=noise_contrastive", "loss.noise_std=2.5", "loss.ratio=2", *WITHOUT_CHAINS],
     "energy_discrepancy": ["loss.kind=energy_discrepancy", "loss.time=1", *WITHOUT_CHAINS],
-    "recovery, MALA": ["loss.kind=recovery", "loss.sigma=1.5", *MALA, "sampler.step_size=0.5", "sampler.num_steps=15"],
+    "recovery, MALA": ["loss.kind=recovery", "loss.sigma=1.5", *MALA, "sampler.step_size=0.5", "sampler.num_steps=15",
+                       "train.steps=8000"],
     "energy_matching": ["loss.kind=energy_matching", "loss.warmup_steps=500", "loss.contrastive_weight=1",
                         "loss.flow_weight=0.001", "loss.trim=0", "loss.floor=null", *FLOW],
 }  # fmt: skip

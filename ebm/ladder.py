@@ -59,7 +59,7 @@ class Ladder:
     cuts: int = 0  # in that trouble
     on_trial: bool = False  # whether the last one still has to show what it does
     rollbacks: int = 0  # also the salt of the noise
-    trouble: float = 0.0  # bad checks, less half of the good ones
+    trouble: float = 0.0  # bad checks by their weight, less half of the good ones
     healthy: int = 0  # good checks in a row
     gaps: list[float] = field(default_factory=list)
     spreads: list[float] = field(default_factory=list)
@@ -82,7 +82,7 @@ class Ladder:
     @property
     def good(self) -> bool:
         """Whether a state of now is one to roll back to."""
-        return self.healthy >= self.config.patience
+        return self.healthy >= self.config.patience and self.trouble == 0
 
     def judge(self, step: int, reading: Reading) -> Verdict:
         """Take in a check and say what to do. Rungs: smaller steps; roll back; stop."""
@@ -94,9 +94,13 @@ class Ladder:
         if self.warning < 1:
             self._well(reading)
             return Verdict("go on")
-        self.healthy, self.trouble = 0, self.trouble + 1
+        weight = 1 + int(math.log10(min(self.warning, 100)))  # ten times the limit counts for two, a hundred for three
+        self.healthy, self.trouble = 0, self.trouble + weight
         if not self.config.ladder:
             return Verdict("stop", reason) if broken or self.trouble >= self.config.patience else Verdict("go on")
+        if step <= self.config.grace and not broken:  # a wild start may calm down; what it spoilt is not worth mending
+            spoilt = self.trouble >= 2 * self.config.patience
+            return self._roll_back(reason, cut=True) if spoilt else Verdict("go on")
         if broken or self.trouble >= self.config.patience:
             return self._roll_back(reason, cut=self.rollbacks > 0 if broken else not self.on_trial)
         if self.trouble > self.config.patience // 2 and not self.on_trial:
@@ -114,15 +118,10 @@ class Ladder:
         if r.chains is None:
             return signs
         gap, spread, auc, saturated, drift = r.chains
-        signs |= {
-            "chains lie below all data": c.min_auc / max(auc, 1e-3) if auc <= 0.5 else 0.0,
-            "chains at the bounds": saturated / c.max_saturated,
-        }
+        signs["chains at the bounds"] = saturated / c.max_saturated
         if drift is not None:
             signs["steps as large as the domain"] = drift / c.max_drift
             signs["the energy is flat"] = c.min_drift / max(drift, 1e-30)
-        if step > c.grace:  # chains begin as noise, which any energy tells from data
-            signs["chains lie above all data"] = (1 - c.max_auc) / max(1 - auc, 1e-4) if auc > 0.5 else 0.0
         if len(self.spreads) >= FEW:
             signs["the energies are all alike"] = c.min_spread * median(self.spreads) / max(spread, 1e-30)
         if len(self.gaps) >= MINIMUM:
@@ -130,6 +129,11 @@ class Ladder:
             deviation = 1.4826 * median(abs(gap - centre) for gap in self.gaps)
             scale = max(deviation, median(self.spreads), 1e-6)
             signs["the energy gap left its history"] = abs(gap - centre) / (c.gap_deviations * scale)
+        # In grace an untrained energy may rate noise below all data; only beside another sign does that say something.
+        if step > c.grace or max(signs.values()) >= 0.5:
+            signs["chains lie below all data"] = min(c.min_auc / max(auc, 1e-9), 2.0)
+        if step > c.grace:  # chains begin as noise, which any energy tells from data
+            signs["chains lie above all data"] = min((1 - c.max_auc) / max(1 - auc, 1e-9), 2.0)
         return {name: value if math.isfinite(value) else math.inf for name, value in signs.items()}
 
     def _well(self, reading: Reading) -> None:

@@ -3,7 +3,18 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a plain `pytest` finds the package too
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """Shards of the training digits, to be read alone."""
+    from ebm.data.shards import ensure_shards
+
+    path = tmp_path_factory.mktemp("digits") / "train"
+    ensure_shards(str(path), "digits", "train")
+    return path

@@ -4,16 +4,7 @@ import pytest
 import torch
 from runs import TINY, command, final_hashes, finish
 
-from ebm.data.shards import ensure_shards
-
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    path = tmp_path_factory.mktemp("digits") / "train"
-    ensure_shards(str(path), "digits", "train")
-    return path
 
 
 def test_a_step_reads_no_device_memory(digits, tmp_path):

@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -196,6 +198,15 @@ def test_shards_made_elsewhere_are_never_overwritten(tmp_path):
     assert len(index_shards(tmp_path).shards) == 1
     ensure_shards(str(tmp_path), "digits", "train")
     assert load_manifest(tmp_path).samples == 1
+
+
+def test_jobs_that_begin_together_write_the_shards_once(tmp_path):
+    code = "import sys; from ebm.data.shards import ensure_shards; ensure_shards(sys.argv[1], 'digits', 'train')"
+    command = [sys.executable, "-c", code, str(tmp_path / "digits")]
+    jobs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [job.communicate(timeout=120)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0, 0], said
+    assert load_manifest(tmp_path / "digits").samples == 1437
 
 
 def test_no_shards_says_how_to_make_them(tmp_path):

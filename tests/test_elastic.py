@@ -4,19 +4,9 @@ import os
 import signal
 import sys
 
-import pytest
 from runs import ROOT, TINY, Run, final_hashes, free_port, last_step
 
-from ebm.data.shards import ensure_shards
-
 STEPS = 80
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    path = tmp_path_factory.mktemp("digits") / "train"
-    ensure_shards(str(path), "digits", "train")
-    return path
 
 
 def torchrun(run_dir, digits, *options: str, steps: int = STEPS) -> list[str]:

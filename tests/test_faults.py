@@ -13,18 +13,10 @@ import pytest
 from runs import Run, command, final_hashes, finish, last_step, records
 
 from ebm import checkpoint
-from ebm.data.shards import ensure_shards
 from ebm.run_directory import RunDirectory
 
 SETTINGS = {"train__steps": 120, "sampler__num_steps": 5, "health__max_restarts": 1000}
 KILLS, STOPS = int(os.environ.get("EBM_KILLS", 4)), int(os.environ.get("EBM_STOPS", 2))
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    path = tmp_path_factory.mktemp("digits") / "train"
-    ensure_shards(str(path), "digits", "train")
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -10,19 +10,10 @@ import pytest
 from runs import Run, command, final_hashes, finish, records
 from test_trainer import VARIANTS
 
-from ebm.data.shards import ensure_shards
-
 ALL = os.environ.get("EBM_KINDS") == "all"
 STEPS = 100 if ALL else 20
 # Weights without a gradient; a warm-up without chains; ladders of replicas and a step size that adapts; no labels.
 FEW = ("score_matching", "energy_matching", "tempering", "jem")
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    path = tmp_path_factory.mktemp("digits") / "train"
-    ensure_shards(str(path), "digits", "train")
-    return path
 
 
 @pytest.mark.slow

@@ -44,13 +44,15 @@ def test_a_healthy_run_is_left_alone():
 def test_each_sign_alone_leads_to_a_cut_a_rollback_and_in_the_end_a_stop(sign):
     one = ladder(max_rollbacks=2)
     assert set(walk(one, [WELL] * 30)) == {"go on"}
-    bad = [reading(**BAD[sign])] * 5
-    verdict = [one.judge(2000 + i, bad_one) for i, bad_one in enumerate(bad[:3])][-1]
-    assert verdict.action == "cut" and sign in verdict.reason and one.warning >= 1 and not one.good
     actions = []
-    for _ in range(3):
-        walk(one, [WELL] * 22)
-        actions += [a for a in walk(one, bad) if a != "go on"]
+    while "stop" not in actions:
+        verdict = one.judge(2000, reading(**BAD[sign]))
+        assert one.warning >= 1 and not one.good
+        if verdict.action != "go on":
+            assert sign in verdict.reason
+            actions.append(verdict.action)
+        if verdict.action == "roll back":
+            walk(one, [WELL] * 22)
     assert actions == ["cut", "roll back", "cut", "roll back", "cut", "stop"]
 
 
@@ -64,7 +66,7 @@ def test_what_an_earlier_state_alone_can_mend_cuts_nothing_the_first_time():
 
 def test_without_the_ladder_the_first_trouble_ends_the_run_with_its_reason():
     one = ladder(ladder=False)
-    verdicts = [one.judge(i, reading(auc=0.0)) for i in range(5)]
+    verdicts = [one.judge(2000 + i, reading(auc=0.0)) for i in range(5)]
     assert [v.action for v in verdicts] == ["go on"] * 4 + ["stop"]
     assert "chains lie below all data" in verdicts[-1].reason
     assert ladder(ladder=False).judge(9, WELL._replace(replicas_agree=False)).action == "stop"
@@ -86,9 +88,29 @@ def test_cuts_try_the_rate_then_the_chain_then_both():
     assert scales == [pytest.approx(s) for s in [(0.1, 1), (1, 0.1), (0.1, 0.1), (0.01, 0.01)]]
 
 
-def test_chains_may_lie_above_all_data_at_first():
+@pytest.mark.parametrize("auc", [0.0, 1.0])
+def test_an_untrained_energy_may_tell_noise_from_data(auc):
     one = ladder(grace=500)
-    assert set(walk(one, [reading(auc=1.0)] * 50, step=0)) == {"go on"}
+    assert set(walk(one, [reading(auc=auc)] * 50, step=0)) == {"go on"} and one.warning < 1
+
+
+def test_chains_below_all_data_count_from_the_first_step_beside_another_sign():
+    one = ladder(grace=500)
+    assert walk(one, [reading(auc=0.0, saturated=0.3)] * 10, step=10)[8:] == ["go on", "roll back"]
+
+
+def test_what_diverges_within_grace_starts_again_with_smaller_steps():
+    one, scales = ladder(grace=500), []
+    for _ in range(3):
+        assert walk(one, [reading(saturated=0.6)] * 10, step=10) == ["go on"] * 9 + ["roll back"]
+        scales.append((one.lr_scale, one.step_scale))
+    assert scales == [pytest.approx(s) for s in [(0.1, 1), (1, 0.1), (0.1, 0.1)]]
+
+
+def test_a_check_far_beyond_its_limit_counts_for_more():
+    assert walk(ladder(), [reading(drift=0.6)] * 3) == ["go on", "go on", "cut"]
+    assert walk(ladder(), [reading(drift=6)] * 2) == ["go on", "cut"]
+    assert walk(ladder(), [reading(drift=60)]) == ["cut"]
 
 
 def test_a_void_step_says_nothing_about_the_energies():
@@ -100,6 +122,14 @@ def test_a_void_step_says_nothing_about_the_energies():
 def test_bad_checks_now_and_then_are_forgotten():
     one = ladder()
     assert set(walk(one, [reading(auc=0.0), WELL, WELL] * 30)) == {"go on"}
+
+
+def test_a_state_is_good_when_the_trouble_before_it_is_forgotten():
+    one = ladder()
+    walk(one, [reading(drift=60)] + [WELL] * 5)
+    assert not one.good
+    walk(one, [WELL])
+    assert one.good
 
 
 def test_the_state_of_a_checkpoint_decides_as_the_run_itself():

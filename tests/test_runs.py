@@ -9,16 +9,6 @@ from collections import Counter
 import pytest
 from runs import Run, command, final_hashes, finish, last_step, records
 
-from ebm.data.shards import ensure_shards
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    """Real shards of the digits' training part."""
-    path = tmp_path_factory.mktemp("digits") / "train"
-    ensure_shards(str(path), "digits", "train")
-    return path
-
 
 @pytest.fixture(scope="module")
 def reference(digits, tmp_path_factory):

@@ -7,21 +7,12 @@ import pytest
 from runs import ROOT, TINY, environment, finish, last_step, records
 from slurm_cluster import Cluster, why_not
 
-from ebm.data.shards import ensure_shards
-
 REASON = why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 STEPS = 100
 SETTINGS = {key: value for key, value in TINY.items() if not key.startswith("energy.")}
 SETTINGS |= {"energy.kind": "import", "energy.path": "slow_energy:SlowEnergy", "train.steps": STEPS}
 PYTHONPATH = f"{ROOT}:{ROOT / 'tests'}"
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    path = tmp_path_factory.mktemp("digits") / "train"
-    ensure_shards(str(path), "digits", "train")
-    return path
 
 
 @pytest.fixture(scope="module")

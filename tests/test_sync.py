@@ -16,19 +16,10 @@ from wandb_reader import history
 from wandb_reader import records as wandb_records
 from wandb_server import StandIn
 
-from ebm.data.shards import ensure_shards
-
 SETTINGS = {"data__trace": "false", "tracking__wandb": "offline", "checkpoint__every": 50}
 
 FAULTY = {"train__steps": 60, "checkpoint__every": 20, "health__every": 5, "health__patience": 2}
 NAN = '{"kind": "nan_weight", "rank": 0, "step": 43}'
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    path = tmp_path_factory.mktemp("digits") / "train"
-    ensure_shards(str(path), "digits", "train")
-    return path
 
 
 @pytest.fixture

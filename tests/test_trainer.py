@@ -7,7 +7,6 @@ from runs import TINY
 
 from ebm.checkpoint import Saver
 from ebm.config import load_config
-from ebm.data.shards import ensure_shards
 from ebm.distributed import World
 from ebm.run_directory import RunDirectory
 from ebm.state import build_state, load, snapshot
@@ -48,13 +47,6 @@ VARIANTS = {
     "tempering": ["sampler.kind=tempering", "sampler.num_steps=2", "energy.num_classes=10"],
     "hybrid_denoised": ["energy.kind=hybrid", "energy.network.hidden_dim=16", "loss.kind=denoising"],
 }
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    path = tmp_path_factory.mktemp("digits") / "train"
-    ensure_shards(str(path), "digits", "train")
-    return path
 
 
 @pytest.fixture

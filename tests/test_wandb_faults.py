@@ -16,17 +16,8 @@ from runs import ROOT, Run, command, environment, final_hashes, finish, free_por
 from wandb_reader import history
 from wandb_server import KEY, StandIn, service
 
-from ebm.data.shards import ensure_shards
-
 STEPS = 300  # at 10 to 20 ms: long enough for the client to start, and to be killed, under way
 SETTINGS = {"train__steps": STEPS, "checkpoint__every": 100, "data__trace": "false", "tracking__wandb_timeout": 8}
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    path = tmp_path_factory.mktemp("digits") / "train"
-    ensure_shards(str(path), "digits", "train")
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -129,7 +129,7 @@ class HealthConfig(Section):
     max_skipped_steps: int = Field(20, ge=1, description="steps in a row without a finite gradient that are too many")
     min_auc: float = Field(0.05, ge=0, lt=0.5, description="P(E(x_neg) > E(x_pos)) below this is bad")
     max_auc: float = Field(0.995, gt=0.5, le=1, description="P(E(x_neg) > E(x_pos)) above this is bad, after grace")
-    grace: int = Field(1000, ge=0, description="steps in which chains, begun as noise, may lie above all data")
+    grace: int = Field(1000, ge=0, description="first steps, in which chains may lie above or below all data")
     max_saturated: float = Field(0.5, gt=0, description="share of chain pixels at the bounds beyond data's that is bad")
     max_drift: float = Field(0.5, gt=0, description="step_size * |dE/dx| as a share of the bounds' width that is bad")
     min_drift: float = Field(1e-8, ge=0, description="step_size * |dE/dx|, as a share of it, below which is bad")

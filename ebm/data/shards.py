@@ -12,6 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 from webdataset import TarWriter
 
+from ebm.data.cache import locked
 from ebm.data.decode import encode, show, to_array, to_pillow
 from ebm.data.manifest import FILE_NAME, Manifest, assemble, is_remote, manifest_path, sync_directory
 from ebm.data.processes import init_worker, worker_context
@@ -21,6 +22,7 @@ from ebm.data.vectors import VECTOR_SUFFIX, check_finite, encode_vector
 from ebm.errors import DataError
 
 TEMPORARY = ".tmp"
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,19 @@ def write_shards(
 
 def ensure_shards(shards: str, source: str | None, split: str) -> None:
     """Write `shards`, a local directory, from `source` where one is given and there is no manifest yet. Raises
-    DataError."""
+    DataError. Of several jobs that begin together one writes them, and the others wait."""
     if source is None or is_remote(shards):
         return
     path = manifest_path(shards)
-    if not path.exists():
-        write_shards(open_source(source, split), path.parent)
+    if path.exists():
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path.parent / LOCK):
+            if not path.exists():
+                write_shards(open_source(source, split), path.parent)
+    except OSError as error:
+        raise DataError(f"{path.parent}: shards can't be written ({error})") from error
 
 
 @dataclass(frozen=True)
