@@ -1,10 +1,10 @@
 """Throughput of 1, 2 and 4 ranks at a fixed batch a rank, and what the measured pieces predict for more.
 
-python benchmarks/scaling.py [--ranks 1 2] [--batch 128] [--steps 60] [--rounds 3] [--out FILE] [key=value ...]
+python benchmarks/scaling.py [--ranks 1 2] [--batch 128] [--steps 200] [--rounds 3] [--out FILE] [key=value ...]
 
 Real `accelerate launch` runs on digits with one thread a rank, the rank counts in turns; the step is the median of
-perf/step_s after the first 20 steps. Ranks beyond the machine's cores share them, and are marked so. The share of
-communication is that of an all-reduce of the network's gradient alone, timed in two processes (gloo).
+perf/step_s, each of 10 steps, after the first 20. Ranks beyond the machine's cores share them, and are marked so. The
+share of communication is that of an all-reduce of the network's gradient alone, timed in two processes (gloo).
 
 The prediction takes `--step-ms` (a step of one GPU without communication) and `--gradient-mb`. For N GPUs in nodes of 8
 it gives the time of a ring all-reduce, 2 (N - 1) / N * bytes / bandwidth + 2 (N - 1) * latency, over the slower of
@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--batch", type=int, default=128, help="images a rank")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--step-ms", type=float, default=250.0)
     parser.add_argument("--gradient-mb", type=float, default=24.0)
@@ -89,7 +89,7 @@ def step_seconds(ranks: int, options, shards: Path, folder: Path) -> float:
     run_dir = folder / f"run_{number}"
     settings = {
         "run.dir": run_dir, "data.shards": shards, "data.streams": 4, "train.batch_size": ranks * options.batch,
-        "train.steps": options.steps, "train.log_every": 1, "buffer.size": ranks * 4096,
+        "train.steps": options.steps, "train.log_every": 10, "buffer.size": ranks * 4096,
         "tracking.wandb": "disabled", "tracking.samples_every": 10**6, "tracking.sample_steps": 1,
         "tracking.num_samples": 1, "checkpoint.every": 10**6, "health.every": 10**6,
     }  # fmt: skip

@@ -82,7 +82,7 @@ def clocks(state):
     parts = defaultdict(float)
     places = [
         (trainer, "positives", "draw"), (trainer, "initial_states", "draw"), (state.folded, "refresh", "fold"),
-        (state, "engine", "chain"), (trainer, "contrastive_divergence", "loss"), (state.world, "backward", "loss"),
+        (state, "engine", "chain"), (state.model, "forward", "loss"), (state.world, "backward", "loss"),
         (state.world, "clip_grad_norm", "optimizer"), (optimisation, "step_if", "optimizer"),
         (state.optimizer, "zero_grad", "optimizer"), (state.ema, "update_parameters", "optimizer"),
         (state.meters, "add", "log"),

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ebm.errors import DataError
+from ebm.files import sync_directory
 
 _NAME = re.compile(r"step_(\d{8,})")
 MAX_JSON = 1 << 24  # bytes; a hundred thousand streams need less
@@ -152,11 +153,11 @@ class Saver:
     def _commit(self, entries: dict[str, dict]) -> None:
         final, temporary = directory_of(self._root, self._step), _temporary(self._root, self._step)
         _write_json(temporary / "manifest.json", {"version": 1, "step": self._step, "files": entries})
-        _sync(temporary)
+        sync_directory(temporary)
         if final.exists():  # damaged, or of a branch that was rolled back
             set_aside(final)
         os.replace(temporary, final)
-        _sync(self._root)
+        sync_directory(self._root)
 
     def _prune(self, keep: int) -> None:
         good = newest_good(self._root)
@@ -330,11 +331,3 @@ def _entry(path: Path) -> dict:
     with path.open("rb+") as stream:
         os.fsync(stream.fileno())
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,6 +1,7 @@
 """The processes of a run: the only file that knows accelerate."""
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 
@@ -48,6 +49,17 @@ class World:
         # Host-side agreement (stop requests, checkpoints) goes over gloo, so that it never waits for a GPU.
         self._host_group = dist.new_group(backend="gloo") if self.size > 1 and cuda else None
 
+    def idle_cores(self) -> str | None:
+        """How to use them, where half of this node's cores or more have nothing to do."""
+        cores, ranks = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        busy = ranks * torch.get_num_threads()
+        if self.device.type != "cpu" or 2 * busy > cores:
+            return None
+        return (
+            f"computing on {busy} of {cores} CPU cores (accelerate launch sets one thread a process); for all of them: "
+            f"OMP_NUM_THREADS={cores // ranks} accelerate launch ..."
+        )
+
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer):
         return self.accelerator.prepare(model, optimizer)
 
@@ -69,16 +81,22 @@ class World:
     def scaler(self):
         return self.accelerator.scaler
 
-    def any_of(self, *flags: bool) -> list[bool]:
-        """For each flag, whether it is true on any rank."""
+    def ask(self, *flags: bool) -> Callable[[], list[bool]]:
+        """For each flag, whether it is true on any rank: known when the result is called, while the ranks meet behind
+        the work in between. Over a thousand ranks take longer to meet than a chain step does."""
         if self.size == 1:
-            return list(flags)
+            return lambda: list(flags)
         values = torch.tensor(flags, dtype=torch.int32)
-        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._host_group)
-        return [bool(value) for value in values]
+        work = dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._host_group, async_op=True)
+
+        def answer() -> list[bool]:
+            work.wait()
+            return [bool(value) for value in values]
+
+        return answer
 
     def any(self, flag: bool) -> bool:
-        return self.any_of(flag)[0]
+        return self.ask(flag)()[0]
 
     def all(self, flag: bool) -> bool:
         return not self.any(not flag)

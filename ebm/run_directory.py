@@ -10,6 +10,7 @@ from pathlib import Path
 from ebm import checkpoint
 from ebm.config import Config, check_same_run, load_config, to_yaml
 from ebm.errors import EXIT_STOPPED, ConfigError, UserError
+from ebm.files import replace
 
 LOCK_WAIT = 60.0  # seconds for ranks that lost their launcher to notice it, save and end
 
@@ -49,7 +50,7 @@ class RunDirectory:
         if _restarts()[0] == 0:  # else STOP is what ended the start before, and is to end this one
             self.stop_file.unlink(missing_ok=True)
         checkpoint.sweep(self.checkpoints)
-        _replace(file, to_yaml(config))
+        replace(file, to_yaml(config).encode())
 
     def _lock(self) -> None:
         """Keep other jobs out until this process ends, however it ends."""
@@ -104,7 +105,7 @@ class RunDirectory:
                 return False
             to = checkpoint.step_of(target)
             event = {"from": step, "to": to, "rollbacks": ladder["rollbacks"], "reason": reason, "ladder": ladder}
-            _replace(self._rollback_file, json.dumps([*past, event], indent=1))
+            replace(self._rollback_file, json.dumps([*past, event], indent=1).encode())
             return True
 
         return self._together(record)
@@ -137,20 +138,20 @@ class RunDirectory:
                 f"{self._attempts} or raise health.max_restarts; if jobs end before their first checkpoint, lower "
                 "checkpoint.every"
             )
-        _replace(self._attempts, json.dumps({"step": step, "starts": starts, "reason": ""}))
+        replace(self._attempts, json.dumps({"step": step, "starts": starts, "reason": ""}).encode())
 
     def failed(self, reason: str) -> None:
         """Keep why this start ended, for the message that refuses another. Raises nothing: an error is under way."""
         with suppress(OSError, ValueError):
             seen = json.loads(self._attempts.read_text())
-            _replace(self._attempts, json.dumps(seen | {"reason": reason[:1000]}))
+            replace(self._attempts, json.dumps(seen | {"reason": reason[:1000]}).encode())
 
     def finish(self, code: int, step: int, seconds: float) -> None:
         """Say what was written where and what to run next; DONE where the run is done."""
         if not self.world.is_main:
             return
         if code == 0:
-            _replace(self.path / "DONE", f"step {step}\n")
+            replace(self.path / "DONE", f"step {step}\n".encode())
             self.say(
                 f"done: {step} steps, {seconds:.0f} s\n"
                 f"  metrics      {self.path}/metrics.jsonl\n"
@@ -170,13 +171,3 @@ class RunDirectory:
 def _restarts() -> tuple[int, int]:
     """How often an elastic launcher (--max-restarts) has started this process again, and how often it would."""
     return tuple(int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    temporary = path.with_suffix(f"{path.suffix}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

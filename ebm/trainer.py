@@ -127,6 +127,8 @@ def train(config: Config, world: World, started: float) -> int:
     if resume(state, run):
         run.say(f"resuming {run.path} at step {state.step}")
     run.begin(state.step, config.health.max_restarts)
+    if idle := world.idle_cores():
+        run.say(idle)
     tracker, code = open_tracker(state, run), 1
     try:
         with (
@@ -179,7 +181,7 @@ def loop(
     config, world = state.config, state.world
     if state.step == 0:
         saver.start(0, *snapshot(state))  # so that there is always one to roll back to
-    interval = Interval(state.step)
+    interval, agreed = Interval(state.step), world.ask(stop.asked() is not None, not saver.ended)
     while state.step < config.train.steps:
         dog.beat()
         before = time.perf_counter()
@@ -204,7 +206,7 @@ def loop(
             interval = Interval(step)
         if step % config.tracking.samples_every == 0 or last:
             panels(state, batch, result, tracker)
-        stopping, writing = world.any_of(stop.asked() is not None, not saver.ended)
+        stopping, writing = agreed()
         if saver.busy and not writing:
             finish_save(state, saver, tracker)
         if last or stopping:
@@ -216,6 +218,8 @@ def loop(
         if stopping and not last:
             run.say(f"stopping at step {step}: {stop.reason or 'another rank was asked to'}")
             return EXIT_STOPPED
+        if not last:  # answered after the next step
+            agreed = world.ask(stop.asked() is not None, not saver.ended)
     return 0
 
 

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (
-    ("config", "streams", "errors", "environment"),
+    ("config", "streams", "errors", "environment", "files"),
     ("energies", "samplers", "losses", "replay_buffer"),
     (
         "data",

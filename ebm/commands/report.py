@@ -8,7 +8,7 @@ import torch
 from ebm import checkpoint, evaluation, report
 from ebm.data.reader import read_all
 from ebm.errors import ConfigError, DataError, UserError
-from ebm.tracking.records import replace
+from ebm.files import replace
 from ebm.trained import TrainedRun, open_run
 
 

@@ -13,13 +13,14 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from ebm.data.transfer import TransferError
 from ebm.errors import ConfigError, DataError
+from ebm.files import locked
 
 WHOLE, PART, LOCK = ".tar", ".part", "lock"
 OURS = re.compile(r"[0-9a-f]{64}\.(tar|part)")  # files beside them are never removed
@@ -145,13 +146,6 @@ def _open_whole(path: Path, size: int) -> BinaryIO | None:
     with suppress(FileNotFoundError):
         os.utime(path)
     return file
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[BinaryIO]:
-    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
 
 
 def _is(path: Path, file: BinaryIO) -> bool:

@@ -21,6 +21,7 @@ from ebm.data.remote import Remote
 from ebm.data.tars import BLOCK, MAX_BYTES, scan_shard
 from ebm.data.transfer import Access, TransferError, check_url, fetch, scheme_of
 from ebm.errors import ConfigError, DataError
+from ebm.files import replace, sync_directory
 
 FILE_NAME = "manifest.json"
 MAX_MANIFEST = 1 << 28  # bytes
@@ -109,22 +110,9 @@ class Manifest(BaseModel):
     def save(self) -> Path:
         """Write manifest.json, atomically."""
         target = self.directory / FILE_NAME
-        temporary = target.with_suffix(".json.tmp")
-        with open(temporary, "w") as file:
-            file.write(self.model_dump_json() + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        replace(target, f"{self.model_dump_json()}\n".encode())
         sync_directory(self.directory)
         return target
-
-
-def sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def is_remote(path: str | Path) -> bool:

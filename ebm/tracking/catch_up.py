@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ebm.tracking.records import replace
+from ebm.files import replace
 
 WRITE_EVERY = 5.0  # seconds
 

@@ -9,6 +9,8 @@ from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any
 
+from ebm.files import replace, sync_directory
+
 
 class Outage:
     """Says once that `what` can't be written, and once that it can again."""
@@ -132,29 +134,6 @@ class WholeFiles:
         self.retry()
         if self._waiting:
             self._say(f"{self._what}: {len(self._waiting)} files are lost, they could not be written to the end")
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with suppress(OSError):  # a full disk has better use for the room
-            temporary.unlink()
-        raise
-
-
-def sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _write_at(file: int, content: bytes, offset: int) -> None:

@@ -1,0 +1,27 @@
+"""The benchmarks run and print what they promise: a table, then one JSON object. Their figures are not judged here."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from runs import ROOT, environment
+
+SMALL = {
+    "step": ["--steps", "4"],
+    "data": ["--sizes", "8", "--images", "512", "--rounds", "1"],
+    "scaling": ["--ranks", "1", "2", "--batch", "8", "--steps", "40", "--rounds", "1"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_runs_and_prints_one_object(name, digits):
+    arguments = list(SMALL[name])
+    if name == "step":
+        arguments.append(f"data.shards={digits}")
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *arguments], cwd=ROOT,
+                          env=environment(), capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    table, brace, rest = done.stdout.partition("\n{")
+    assert table.strip() and json.loads(brace + rest)
