@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, and locks between processes."""
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -34,7 +35,12 @@ def sync_directory(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[BinaryIO]:
-    """The file, made if need be, while no other process has it locked; waits for that."""
+    """The file, made if need be, while no other process has it locked; waits for that. Where the file system has no
+    locks, it goes on without."""
     with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
         yield file

@@ -50,6 +50,8 @@ class RunDirectory:
         if _restarts()[0] == 0:  # else STOP is what ended the start before, and is to end this one
             self.stop_file.unlink(missing_ok=True)
         checkpoint.sweep(self.checkpoints)
+        for part in (*self.path.glob("*.tmp"), *self.path.glob("samples/*.tmp")):  # of a job that was killed
+            part.unlink()
         replace(file, to_yaml(config).encode())
 
     def _lock(self) -> None:

@@ -1,5 +1,8 @@
 """The step itself, in this process: every variant trains, resumes exactly, and survives a NaN."""
 
+import os
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -145,3 +148,15 @@ def test_a_nan_makes_the_step_void(new_state):
     advance(state, 1)
     assert (int(state.skipped_steps), int(state.skipped_in_row)) == (1, 0)
     assert differing(before, everything(state))
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "threads", "told"),
+    [(64, 1, 1, "OMP_NUM_THREADS=64"), (64, 4, 1, "OMP_NUM_THREADS=16"), (2, 2, 1, None), (8, 1, 8, None)],
+)
+def test_a_run_that_leaves_cores_idle_says_how_to_use_them(monkeypatch, cores, ranks, threads, told):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    said = World.idle_cores(SimpleNamespace(device=torch.device("cpu")))
+    assert said is None if told is None else told in said
