@@ -8,6 +8,7 @@ written when it is closed: the command can be run again and again while the run 
 import fcntl
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 from ebm.errors import ConfigError, UserError
 
 QUIET = 120.0  # seconds; a file being written gets the machine's load every 15
+BLOCK, HEADER, FULL, LAST = 1 << 15, 7, 1, 4  # of a .wandb file
 SETTLED = 5.0  # seconds; the client's service writes a closed file to its end
 # A server that does not answer is given up on after some minutes, not never.
 PATIENCE = {"WANDB_X_GRAPHQL_RETRY_MAX": "5", "WANDB_X_FILE_STREAM_RETRY_MAX": "5", "WANDB_ERROR_REPORTING": "false"}
@@ -98,6 +100,8 @@ def clock(folder: Path) -> float:
 
 def upload(parts: list[Path]) -> None:
     """With W&B's own command; its exit code is 0 also where it failed, so its markers tell."""
+    for file in (file for part in parts if not (part / "closed").exists() for file in part.glob("run-*.wandb")):
+        os.truncate(file, whole_records(file.read_bytes()))
     command = [sys.executable, "-m", "wandb", "sync", *map(str, parts)]
     subprocess.run(command, env=PATIENCE | os.environ, check=False)
     missing = [part for part in parts if not all(marker(file).exists() for file in part.glob("run-*.wandb"))]
@@ -106,6 +110,24 @@ def upload(parts: list[Path]) -> None:
             f"{missing[0]}: not uploaded ({len(missing)} of {len(parts)} files); after `wandb login`, where W&B can be "
             "reached, run the same command again: what is uploaded already is not uploaded twice"
         )
+
+
+def whole_records(data: bytes) -> int:
+    """Bytes of a .wandb file up to the end of its last whole record. A client that is killed leaves half of one, which
+    W&B's command takes for a run that goes on. The file is a header and LevelDB's log: blocks of 32 KiB, and in them
+    pieces of records, (crc32, length, kind) and content, that never cross a block."""
+    at = end = HEADER
+    while at + HEADER <= len(data):
+        if BLOCK - at % BLOCK < HEADER:
+            at += BLOCK - at % BLOCK
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + HEADER])
+        at += HEADER + length
+        if kind == 0 or at > len(data):
+            break
+        if kind in (FULL, LAST):
+            end = at
+    return min(end, len(data))
 
 
 @contextmanager
