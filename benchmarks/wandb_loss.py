@@ -1,10 +1,11 @@
 """Step time of the default network without W&B, offline, with a server out of reach, and with its service killed.
 
-python benchmarks/wandb_loss.py [--out DIR] [--rounds N] [--steps N]
+python benchmarks/wandb_loss.py [--runs DIR] [--rounds N] [--steps N] [--out FILE]
 
-Each round runs the four one after the other, so that a slow spell of the machine meets them all. A run counts by the
-median of perf/step_s, and by its ratio to the round's run without W&B; the killed run counts from the kill on. Prints
-a table (median, smallest and largest of the rounds) and one JSON object.
+Each round runs the four one after the other, each round from another of them on. A run counts by the median of
+perf/step_s after its first half, by its ratio to the round's run without W&B, and by its ratio to its own first half,
+since runs a minute apart meet another machine. W&B's service is killed after the first half. Prints a table (median
+and quartiles of the rounds) and one JSON object.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -20,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from runs import Run, final_hashes, free_port, records  # noqa: E402
+from timing import machine, spread, table  # noqa: E402
 from wandb_server import KEY, service  # noqa: E402
 
 CASES = ("disabled", "offline", "closed port", "killed")
@@ -28,30 +31,39 @@ LOG_EVERY = 5
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/wandb_loss"))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--runs", type=Path, default=Path("runs/wandb_loss"))
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--out", type=Path, help="write the JSON object here too")
     options = parser.parse_args()
-    out = options.out.resolve()
-    shutil.rmtree(out / "runs", ignore_errors=True)
-    seconds, hashes = {case: [] for case in CASES}, []
+    root = options.runs.resolve()
+    shutil.rmtree(root / "runs", ignore_errors=True)
+    rounds, hashes = [], []
     for number in range(options.rounds):
-        for case in CASES:
-            folder = out / "runs" / f"{case.replace(' ', '_')}_{number}"
-            seconds[case].append(measure(case, folder, out / "shards", options.steps))
+        halves = {}
+        for case in (CASES[(number + i) % len(CASES)] for i in range(len(CASES))):
+            folder = root / "runs" / f"{case.replace(' ', '_')}_{number}"
+            halves[case] = measure(case, folder, root / "shards", options.steps)
             hashes.append(final_hashes(folder / "run"))
-    result = {"steps": options.steps, "identical": all(h == hashes[0] for h in hashes), "cases": {}}
-    print(f"{'':12}  {'ms a step':>22}  {'ratio to disabled':>22}")
-    for case, values in seconds.items():
-        ratios = [ours / without for ours, without in zip(values, seconds["disabled"], strict=True)]
-        result["cases"][case] = {"step_s": spread(values), "ratio": spread(ratios)}
-        print(f"{case:12}  {row([1000 * v for v in values], 1):>22}  {row(ratios, 3):>22}")
-    print(json.dumps(result))
+        rounds.append(halves)
+    result = {"machine": machine(), "rounds": options.rounds, "steps": options.steps,
+              "identical": all(h == hashes[0] for h in hashes), "cases": {}}  # fmt: skip
+    for case in CASES:
+        first, second = zip(*(halves[case] for halves in rounds), strict=True)
+        without = [halves["disabled"][1] for halves in rounds]
+        result["cases"][case] = {"step_s": spread(second), "to_disabled": ratio(second, without),
+                                 "to_first_half": ratio(second, first)}  # fmt: skip
+    rows = [[case, *(shown(v) for v in found.values())] for case, found in result["cases"].items()]
+    print(table(["case", "s a step", "to disabled", "to its first half"], rows))
+    text = json.dumps(result, indent=1)
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n")
     return 0
 
 
-def measure(case: str, folder: Path, shards: Path, steps: int) -> float:
-    """Median seconds a step of one run."""
+def measure(case: str, folder: Path, shards: Path, steps: int) -> tuple[float, float]:
+    """Median seconds a step of one run's first half and of its second."""
     folder.mkdir(parents=True)
     settings = {
         "run.dir": folder / "run", "data.shards": shards, "data.workers": 0, "train.steps": steps,
@@ -61,22 +73,26 @@ def measure(case: str, folder: Path, shards: Path, steps: int) -> float:
     server = {"WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}", "WANDB_API_KEY": KEY}
     launch = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "train.py")]
     run = Run([*launch, *(f"{key}={value}" for key, value in settings.items())], folder / "log", **server)
-    first = 4 * LOG_EVERY  # warm-up
+    half = steps // 2 + LOG_EVERY
     if case == "killed":
-        first = max(first, steps // 3)
-        run.until_step(folder / "run", first)
+        run.until_step(folder / "run", half)
         os.kill(service(run), signal.SIGKILL)
     if run.wait(600) != 0:
         raise SystemExit((folder / "log").read_text())
-    return median(r["perf/step_s"] for r in records(folder / "run/metrics.jsonl") if r["step"] > first + LOG_EVERY)
+    found = records(folder / "run/metrics.jsonl")
+
+    def between(low: int, high: int) -> float:
+        return median(r["perf/step_s"] for r in found if low < r["step"] <= high)
+
+    return between(4 * LOG_EVERY, half), between(half + LOG_EVERY, steps)  # the beginning is warm-up
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {name: round(f(values), 5) for name, f in (("median", median), ("min", min), ("max", max))}
+def ratio(ours: Sequence[float], others: Sequence[float]) -> dict[str, float]:
+    return spread([a / b for a, b in zip(ours, others, strict=True)], 3)
 
 
-def row(values: list[float], digits: int) -> str:
-    return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(median(values), min(values), max(values), d=digits)
+def shown(spread: dict[str, float]) -> str:
+    return "{median:.4f} ({low:.4f} to {high:.4f})".format(**spread)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """From shards to decoded samples: what the reader's workers run. Every sample is either decoded or accounted for."""
 
 import math
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +12,7 @@ from ebm.data.decode import decode, read_header, show
 from ebm.data.manifest import Manifest
 from ebm.data.order import Order, Window
 from ebm.data.remote import Prefetch
-from ebm.data.tars import BLOCK, image_suffix, parse_label, read_block, read_range, vector_suffix
+from ebm.data.tars import BLOCK, crc32, main_suffixes, parse_label, read_block, read_range
 from ebm.data.vectors import decode_vector
 from ebm.errors import DataError
 
@@ -90,10 +89,10 @@ class SampleReader:
         first, stop = block * BLOCK, min((block + 1) * BLOCK, entry.samples)
         begin, end = (*entry.offsets, entry.bytes)[block : block + 2]
         data = read_range(file, begin, end)
-        if zlib.crc32(data) != entry.crc32[block] and self.manifest.remote:
+        if crc32(data) != entry.crc32[block] and self.manifest.remote:
             with self.manifest.reopen(entry) as again:
                 data = read_range(again, begin, end)
-        if zlib.crc32(data) != entry.crc32[block]:
+        if crc32(data) != entry.crc32[block]:
             lost = DataError(
                 f"{path}: changed since the manifest was made: samples {first} to {stop - 1} (bytes {begin} to "
                 f"{end - 1}) have another crc32, so none of them can be trusted{self._damage(data, stop - first)}. "
@@ -139,8 +138,7 @@ class SampleReader:
             raise DataError(f"{path}: key {key}: {error}") from error
 
     def _decode(self, sample: dict) -> tuple[np.ndarray, int]:
-        names = [name for name in sample if not name.startswith("__")]
-        image, vector = image_suffix(names), vector_suffix(names)
+        image, vector = main_suffixes(tuple(sample))
         if len(self.shape) == 1:
             if vector is None:
                 shown = "; set data.shape=[C,H,W], as the images have it" if image else ""
