@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 import torch
+import torchvision.io  # noqa: F401  ebm.data loads it late; on a busy machine that takes longer than LIMIT
 import yaml
 from PIL import Image
 
