@@ -122,13 +122,13 @@ class Cluster:
         self.run("slurmd", "-N", node)
 
     def kill_node(self, node: str) -> None:
-        """As by a power cut: its slurmd and all that it started, at once. The youngest srun goes first: it watches
-        the older ones, and any that outlives another by a moment has the other nodes' tasks killed."""
+        """As by a power cut: its slurmd and all that it started, at once. The sruns go first, and of these the child,
+        which watches its parent: any that outlives the other by a moment has the other nodes' tasks killed."""
         daemon = self._process(f"slurmd.{node}.pid")
         steps = self._processes("SLURMD_NODENAME", node)
         steps += [p.parent() for p in steps if p.is_running() and "slurmstepd" in (p.parent() or p).name()]
         found = {p for p in (daemon, *steps) if p is not None and p.is_running()}
-        for process in sorted(found, key=lambda p: (p.name() == "srun", p.create_time()), reverse=True):
+        for process in sorted(found, key=lambda p: (p.name() == "srun", len(p.parents())), reverse=True):
             process.kill()
 
     def _process(self, file: str) -> psutil.Process | None:
