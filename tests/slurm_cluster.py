@@ -122,13 +122,15 @@ class Cluster:
         self.run("slurmd", "-N", node)
 
     def kill_node(self, node: str) -> None:
-        """As by a power cut: its slurmd and all that it started, at once. The sruns go first, and of these the child,
-        which watches its parent: any that outlives the other by a moment has the other nodes' tasks killed."""
+        """As by a power cut: its slurmd and all that it started, at once, in an order in which none has time to tell of
+        another's end: srun's child, which watches it, srun itself, which would have the other nodes' tasks killed, and
+        then each slurmstepd before what it started."""
         daemon = self._process(f"slurmd.{node}.pid")
         steps = self._processes("SLURMD_NODENAME", node)
         steps += [p.parent() for p in steps if p.is_running() and "slurmstepd" in (p.parent() or p).name()]
-        found = {p for p in (daemon, *steps) if p is not None and p.is_running()}
-        for process in sorted(found, key=lambda p: (p.name() == "srun", len(p.parents())), reverse=True):
+        depths = {p: len(p.parents()) for p in (daemon, *steps) if p is not None and p.is_running()}
+        sruns = {p for p in depths if p.name() == "srun"}
+        for process in sorted(depths, key=lambda p: (0, -depths[p]) if p in sruns else (1, depths[p])):
             process.kill()
 
     def _process(self, file: str) -> psutil.Process | None:
