@@ -34,7 +34,7 @@ def main() -> None:
     if options.serve:
         return serve(options.serve)
     import torch
-    from timing import machine, table
+    from timing import machine, publish, table
 
     every = [f"{w}x{b}" for w in (16, 48, 128) for b in (16, 64, 128, 256, 512)]
     cases = options.cases or (every if torch.cuda.is_available() else ["48x64", "16x64", "16x16", "128x16"])
@@ -49,23 +49,20 @@ def main() -> None:
             rows.append([f"{case} {dtype}", *steps, found["to_torchebm"], found["to_plain"], found["over_bare"],
                          f"{found['mfu']:.0%}"])  # fmt: skip
     print(table(["case", *(f"{s}/s" for s in SIDES), "/torchebm", "/plain", "time/bare", "MFU"], rows))
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    publish(result, options.out)
 
 
 def measure(sides: dict[str, "Side"], case: str, rounds: int) -> dict:
     from statistics import median
 
-    from timing import alternate, spread
+    from timing import alternate, ratios, spread
 
     rates = {name: side.ask(f"start {case}") for name, side in sides.items()}  # warm-up; the limit's rates
     times = alternate({name: lambda side=side: side.ask("go")["s"] for name, side in sides.items()}, rounds)
     steps = int(case.split()[2])
 
-    def ratio(one: str, other: str) -> float:  # of the rounds' ratios, since a round's runs met the same machine
-        return round(median(a / b for a, b in zip(times[one], times[other], strict=True)), 3)
+    def ratio(one: str, other: str) -> float:
+        return round(median(ratios(times[one], times[other])), 3)
 
     flops = rates["bare"]["flops"]
     return {

@@ -10,7 +10,6 @@ of the limit stay where they were decoded. Prints a table and one JSON object.
 """
 
 import argparse
-import json
 import multiprocessing
 import sys
 import tempfile
@@ -25,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from sklearn.datasets import load_sample_images  # noqa: E402
-from timing import alternate, machine, spread, table  # noqa: E402
+from timing import alternate, machine, publish, ratios, spread, table  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from torchvision.datasets import ImageFolder  # noqa: E402
 from torchvision.transforms.v2.functional import pil_to_tensor  # noqa: E402
@@ -60,10 +59,7 @@ def main() -> None:
                     rates = [case["images_per_s"][side]["median"] for side in ("shards", "folder", "limit")]
                     rows.append([name, *rates, case["to_folder"], case["to_limit"]])
     print(table(["case", "shards/s", "folder/s", "limit/s", "/folder", "/limit"], rows))
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    publish(result, options.out)
 
 
 def write(root: Path, size: int, suffix: str, number: int) -> None:
@@ -85,7 +81,7 @@ def measure(root: Path, size: int, workers: int, rounds: int) -> dict:
         rates = alternate(sides | {"limit": limit}, rounds)
 
     def ratio(other: str) -> float:
-        return round(median(a / b for a, b in zip(rates["shards"], rates[other], strict=True)), 3)
+        return round(median(ratios(rates["shards"], rates[other])), 3)
 
     return {
         "images_per_s": {name: spread(values, 0) for name, values in rates.items()},

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from timing import machine, table  # noqa: E402
+from timing import machine, publish, table  # noqa: E402
 
 from ebm import evaluation  # noqa: E402
 from ebm.config import load_config  # noqa: E402
@@ -53,10 +53,7 @@ def main() -> None:
     reached = {kind: first_at_most(curves["this project"], kind, value) for kind, value in best.items()}
     result = {"machine": machine(), "floor": judge.floor, "torchebm_reaches": best, "seconds_to_reach_it": reached,
               "curves": curves}  # fmt: skip
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.json:
-        options.json.write_text(text + "\n")
+    publish(result, options.json)
 
 
 def first_at_most(curve: list[dict], kind: str, value: float) -> float | None:

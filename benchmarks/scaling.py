@@ -13,7 +13,6 @@ backward pass, and where all but one bucket of 25 MB does. Chains communicate no
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -28,7 +27,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
 from runs import Run, free_port, records  # noqa: E402
-from timing import alternate, machine, spread, table  # noqa: E402
+from timing import alternate, machine, publish, ratios, spread, table  # noqa: E402
 
 from ebm.config import load_config  # noqa: E402
 from ebm.data.shards import ensure_shards  # noqa: E402
@@ -54,10 +53,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = measured(options, Path(folder)) | {"predicted": predicted(options)}
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    publish(result, options.out)
 
 
 def measured(options, folder: Path) -> dict:
@@ -72,7 +68,7 @@ def measured(options, folder: Path) -> dict:
     for n, values in times.items():
         rates = [int(n) * options.batch / s for s in values]
         one = [options.batch / s * int(n) for s in times[str(options.ranks[0])]]
-        efficiency = median(a / b for a, b in zip(rates, one, strict=True)) * options.ranks[0]
+        efficiency = median(ratios(rates, one)) * options.ranks[0]
         crowded = int(n) > (os.cpu_count() or 1)
         result[n] = {"step_s": spread(values), "images_per_s": spread(rates, 1), "efficiency": round(efficiency, 3),
                      "share_of_all_reduce": round(reduce / median(values), 4) if int(n) > 1 else 0.0,

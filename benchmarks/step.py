@@ -8,7 +8,6 @@ without clocks: they make a GPU wait after each part, so that there the parts ad
 """
 
 import argparse
-import json
 import sys
 from collections import defaultdict
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from ebm.environment import prepare_process  # noqa: E402
 
 prepare_process()
 
-from timing import machine, seconds, spread, table  # noqa: E402
+from timing import machine, publish, seconds, spread, table  # noqa: E402
 
 from ebm import optimisation, trainer  # noqa: E402
 from ebm.config import load_config  # noqa: E402
@@ -70,10 +69,7 @@ def main() -> None:
     total = median(observed[warm:])
     rows = [[part, 1e3 * median(values), f"{median(values) / total:.1%}"] for part, values in times.items()]
     print(table(["part", "ms", "share"], rows))
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    publish(result, options.out)
 
 
 @contextmanager

@@ -1,10 +1,11 @@
 """What the benchmarks share: the machine they ran on, measurements taken in turns, tables."""
 
+import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from statistics import median, quantiles
@@ -62,6 +63,19 @@ def spread(values: list[float], digits: int = 5) -> dict[str, float]:
     """Median and quartiles."""
     low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return {"median": round(median(values), digits), "low": round(low, digits), "high": round(high, digits)}
+
+
+def ratios(ones: Iterable[float], others: Iterable[float]) -> list[float]:
+    """Of the rounds, one by one, since the runs of a round met the same machine."""
+    return [one / other for one, other in zip(ones, others, strict=True)]
+
+
+def publish(result: dict, file: Path | None) -> None:
+    """Print a result as one JSON object, and write it to `file` where there is one."""
+    text = json.dumps(result, indent=1)
+    print(text)
+    if file:
+        file.write_text(text + "\n")
 
 
 def table(header: list[str], rows: list[list]) -> str:

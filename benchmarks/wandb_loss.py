@@ -9,12 +9,10 @@ and quartiles of the rounds) and one JSON object.
 """
 
 import argparse
-import json
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -22,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from runs import Run, final_hashes, free_port, records  # noqa: E402
-from timing import machine, spread, table  # noqa: E402
+from timing import machine, publish, ratios, spread, table  # noqa: E402
 from wandb_server import KEY, service  # noqa: E402
 
 CASES = ("disabled", "offline", "closed port", "killed")
@@ -51,14 +49,11 @@ def main() -> int:
     for case in CASES:
         first, second = zip(*(halves[case] for halves in rounds), strict=True)
         without = [halves["disabled"][1] for halves in rounds]
-        result["cases"][case] = {"step_s": spread(second), "to_disabled": ratio(second, without),
-                                 "to_first_half": ratio(second, first)}  # fmt: skip
+        result["cases"][case] = {"step_s": spread(second), "to_disabled": spread(ratios(second, without), 3),
+                                 "to_first_half": spread(ratios(second, first), 3)}  # fmt: skip
     rows = [[case, *(shown(v) for v in found.values())] for case, found in result["cases"].items()]
     print(table(["case", "s a step", "to disabled", "to its first half"], rows))
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    publish(result, options.out)
     return 0
 
 
@@ -85,10 +80,6 @@ def measure(case: str, folder: Path, shards: Path, steps: int) -> tuple[float, f
         return median(r["perf/step_s"] for r in found if low < r["step"] <= high)
 
     return between(4 * LOG_EVERY, half), between(half + LOG_EVERY, steps)  # the beginning is warm-up
-
-
-def ratio(ours: Sequence[float], others: Sequence[float]) -> dict[str, float]:
-    return spread([a / b for a, b in zip(ours, others, strict=True)], 3)
 
 
 def shown(spread: dict[str, float]) -> str:

@@ -229,7 +229,9 @@ def _plain_members(data: bytes) -> list[tuple[tuple[str, str], bytes]] | None:
     members, places, checksums, at = [], [], [], 0
     while at + 512 <= len(data):
         if data[at] == 0:  # no name: the end, or damage
-            at = at if data[at:].strip(b"\0") else len(data)
+            if data[at:].strip(b"\0"):
+                return None
+            at = len(data)
             break
         name, size, checksum, kind, magic, prefix = HEADER.unpack_from(data, at)
         name = name.rstrip(b"\0")
