@@ -14,6 +14,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from ebm.config import TrainConfig
 from ebm.errors import ConfigError
+from ebm.watchdog import GRACE
 
 
 class World:
@@ -27,7 +28,8 @@ class World:
             )
         if config.mixed_precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise ConfigError("train.mixed_precision=bf16: this GPU has no bfloat16; use fp16 or no")
-        timeout = timedelta(seconds=config.collective_timeout)
+        # The watchdog is first to see that a rank hangs, and shows where; a collective may have begun before its beat.
+        timeout = timedelta(seconds=config.collective_timeout + 2 * GRACE)
         _join_restarted(timeout, "nccl" if cuda else "gloo")
         self.accelerator = Accelerator(
             cpu=not cuda,
@@ -132,7 +134,8 @@ class World:
 
     def lost_peer(self, error: BaseException) -> bool:
         """Whether `error` says that another rank is gone, rather than what went wrong here."""
-        lost = isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)
+        signs = ("gloo", "Connection closed by peer", "pair closure")
+        lost = isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
         return self.size > 1 and isinstance(error, RuntimeError) and lost
 
     def close(self) -> None:

@@ -8,11 +8,17 @@ import os
 import random
 import shutil
 import signal
+import time
+from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
-from runs import Run, command, final_hashes, finish, last_step, records
+import torch
+import torch.distributed as dist
+from runs import Run, command, final_hashes, finish, free_port, last_step, records
 
 from ebm import checkpoint
+from ebm.distributed import World
 from ebm.run_directory import RunDirectory
 
 SETTINGS = {"train__steps": 120, "sampler__num_steps": 5, "health__max_restarts": 1000}
@@ -126,6 +132,25 @@ def test_a_rank_that_hangs_ends_the_job_with_stacks(digits, tmp_path, how):
     if how == "asleep":
         assert "rank 1: no step in 8 s" in said and "in hang" in said
     finish(command(2, tmp_path / "run", digits, **SETTINGS), tmp_path / "log")
+
+
+def test_a_lost_rank_is_known_by_what_gloo_says():
+    """By the operation that times out, by another under way then, and by one after it."""
+    torch.multiprocessing.spawn(wait_for_a_rank_that_sleeps, (free_port(),), nprocs=2)
+
+
+def wait_for_a_rank_that_sleeps(rank: int, port: int) -> None:
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", address, timedelta(seconds=2), rank=rank, world_size=2)
+    dist.barrier()
+    if rank == 1:
+        time.sleep(4)
+        return
+    first = dist.all_reduce(torch.ones(1), async_op=True)
+    for wait in (lambda: dist.all_reduce(torch.ones(1)), first.wait, lambda: dist.all_reduce(torch.ones(1))):
+        with pytest.raises(RuntimeError) as caught:
+            wait()
+        assert World.lost_peer(SimpleNamespace(size=2), caught.value), caught.value
 
 
 def test_a_failing_step_is_not_retried_for_ever(digits, tmp_path):

@@ -31,6 +31,7 @@ WITHIN_A_FLOOR = {
     ("run_directory", "checkpoint"),
     ("trainer", "state"),
     ("trainer", "readings"),
+    ("distributed", "watchdog"),
     ("negatives", "data"),
     ("readings", "state"),
     ("tracking", "figures"),
