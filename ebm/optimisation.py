@@ -40,6 +40,11 @@ def bare(optimizer) -> torch.optim.Optimizer:
 
 
 def step_if(optimizer, finite: Tensor) -> None:
-    """One optimizer step, or none where `finite` (bool scalar on the device) is false; no host read."""
+    """One optimizer step, or none where `finite` (bool scalar on the device) is false; no host read.
+
+    A CPU's update is a thread's work: to wake others for each of a network's tensors takes longer than the tensor."""
     bare(optimizer).found_inf = (~finite).float()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     optimizer.step()
+    torch.set_num_threads(threads)
