@@ -79,7 +79,7 @@ def clocks(state):
     places = [
         (trainer, "positives", "draw"), (trainer, "initial_states", "draw"), (state.folded, "refresh", "fold"),
         (state, "engine", "chain"), (state.model, "forward", "loss"), (state.world, "backward", "loss"),
-        (state.world, "clip_grad_norm", "optimizer"), (optimisation, "step_if", "optimizer"),
+        (optimisation, "clip_grad_norm", "optimizer"), (optimisation, "step_if", "optimizer"),
         (state.optimizer, "zero_grad", "optimizer"), (state.ema, "update_parameters", "optimizer"),
         (state.meters, "add", "log"),
     ]  # fmt: skip

@@ -62,8 +62,8 @@ class World:
             f"OMP_NUM_THREADS={cores // ranks} accelerate launch ..."
         )
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer):
-        return self.accelerator.prepare(model, optimizer)
+    def prepare(self, model: nn.Module) -> nn.Module:
+        return self.accelerator.prepare(model)
 
     def autocast_dtype(self) -> torch.dtype:
         return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.accelerator.mixed_precision]
@@ -75,12 +75,9 @@ class World:
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
 
-    def clip_grad_norm(self, model: nn.Module, max_norm: float | None) -> Tensor:
-        """The global gradient norm before clipping, equal on all ranks; no host read."""
-        return self.accelerator.clip_grad_norm_(model.parameters(), float("inf") if max_norm is None else max_norm)
-
     @property
-    def scaler(self):
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """The one that `backward` scales losses with; in fp16 alone."""
         return self.accelerator.scaler
 
     def ask(self, *flags: bool) -> Callable[[], list[bool]]:

@@ -64,7 +64,7 @@ def build_state(config: Config, world: World) -> TrainState:
     ema = AveragedModel(energy, multi_avg_fn=get_ema_multi_avg_fn(config.optim.ema_decay)).requires_grad_(False)
     folded = FoldedEnergy(energy, chain_dtype(world.autocast_dtype(), world.device))
     objective = Objective(energy, loss_of(config.loss), of_scores=config.loss.of_scores)
-    model, optimizer = world.prepare(objective, optimisation.build_optimizer(config.optim, energy))
+    model = world.prepare(objective)
     buffer, levels = None, config.sampler.levels
     if config.loss.negatives == "persistent":
         buffer = ReplayBuffer(
@@ -83,7 +83,7 @@ def build_state(config: Config, world: World) -> TrainState:
         world,
         energy,
         model,
-        optimizer,
+        optimisation.build_optimizer(config.optim, energy),
         ema,
         folded,
         Engine(chain_energy(config, folded)),
@@ -124,7 +124,7 @@ def snapshot(state: TrainState) -> tuple[dict[str, dict[str, Tensor]], dict]:
         files = {
             "model": state.energy.state_dict(),
             "ema": state.ema.module.state_dict(),
-            "optimizer": checkpoint.pack_optimizer(optimisation.bare(state.optimizer)),
+            "optimizer": checkpoint.pack_optimizer(state.optimizer),
         }
     if state.buffer is not None:
         files |= {f"stream_{v:04d}": state.buffer.stream_state(i) for i, v in enumerate(state.buffer.streams)}
@@ -156,7 +156,7 @@ def load(state: TrainState, path: Path, ladder: dict | None = None) -> None:
     for name, module in (("model", state.energy), ("ema", state.ema.module)):
         own = module.state_dict()
         module.load_state_dict(checkpoint.read_tensors(path, name, own))
-    checkpoint.load_optimizer(path, optimisation.bare(state.optimizer))
+    checkpoint.load_optimizer(path, state.optimizer)
     state.step, state.meters = meta["step"], Meters()
     state.ema.n_averaged.fill_(state.step)
     if state.buffer is not None:

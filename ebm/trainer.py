@@ -58,10 +58,10 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
 
     # Update. The gradient is averaged over the ranks, so its norm tells every rank alike whether any had a NaN;
     # torch's fused Adam leaves weights and state alone where found_inf is 1, without the host having to look.
-    grad_norm = world.clip_grad_norm(state.model, config.optim.grad_clip)
+    grad_norm = optimisation.clip_grad_norm(state.model, state.optimizer, config.optim.grad_clip, world.scaler)
     finite = torch.isfinite(grad_norm)
     optimisation.set_learning_rate(state.optimizer, config, step, state.ladder.lr_scale)
-    optimisation.step_if(state.optimizer, finite)
+    optimisation.step_if(state.optimizer, finite, world.scaler)
     state.optimizer.zero_grad()
     state.ema.update_parameters(state.energy)
 

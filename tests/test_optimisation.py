@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ebm.config import validate
-from ebm.optimisation import bare, build_optimizer, learning_rate, set_learning_rate, step_if
+from ebm.optimisation import build_optimizer, clip_grad_norm, learning_rate, set_learning_rate, step_if
 
 YES, NO = torch.tensor(True), torch.tensor(False)
 
@@ -122,6 +122,29 @@ def test_a_void_step_changes_no_bit():
     assert not torch.equal(after[0], before[0])
 
 
+def test_scaled_gradients_make_the_same_steps():
+    """With the scaler of fp16: the norm is that of the gradient itself, and a void step halves the scale."""
+    model, plain = network(), network()
+    settings = config(lr=0.01, betas=[0.5, 0.9]).optim
+    optimizer, reference = build_optimizer(settings, model), build_optimizer(settings, plain)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(4):
+        x = torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
+        for m in (model, plain):
+            m.zero_grad()
+        plain(x).square().sum().backward()
+        scaler.scale(model(x).square().sum()).backward()
+        if step == 2:
+            for m in (model, plain):
+                m[0].weight.grad[0, 0] = torch.inf
+        norms = clip_grad_norm(model, optimizer, 0.5, scaler), clip_grad_norm(plain, reference, 0.5)
+        assert norms[0] == norms[1] and norms[0].isfinite() == (step != 2)
+        step_if(optimizer, norms[0].isfinite(), scaler)
+        step_if(reference, norms[1].isfinite())
+        assert scaler.get_scale() == (1024.0 if step < 2 else 512.0)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+
+
 def test_a_void_first_step_changes_no_weight():
     model = network()
     before = [parameter.detach().clone() for parameter in model.parameters()]
@@ -131,8 +154,3 @@ def test_a_void_first_step_changes_no_weight():
     step_if(optimizer, NO)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
     assert all(value.eq(0).all() for state in optimizer.state.values() for value in state.values())
-
-
-def test_bare_is_the_torch_optimizer():
-    optimizer = build_optimizer(config().optim, network())
-    assert bare(optimizer) is optimizer
