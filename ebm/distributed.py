@@ -1,6 +1,7 @@
 """The processes of a run: the only file that knows accelerate."""
 
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -63,7 +64,9 @@ class World:
         )
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        return self.accelerator.prepare(model)
+        with warnings.catch_warnings():  # torch has another name for it, which accelerate does not know yet
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+            return self.accelerator.prepare(model)
 
     def autocast_dtype(self) -> torch.dtype:
         return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.accelerator.mixed_precision]
