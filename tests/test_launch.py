@@ -52,15 +52,15 @@ def test_dry_run_prints_the_script_and_a_command_that_a_shell_reads_back(monkeyp
 def test_what_the_job_would_find_out_is_refused(monkeypatch, capsys, tmp_path):
     (tmp_path / "done").mkdir()
     (tmp_path / "done/DONE").touch()
-    (tmp_path / "twice.txt").write_text("optim.lr=1e-4\noptim.lr=2e-4\n")
+    (tmp_path / "twice.txt").write_text(f"run.dir={tmp_path}/a optim.lr=1e-4\nrun.dir={tmp_path}/a optim.lr=2e-4\n")
     (tmp_path / "open.txt").write_text("run.dir='runs/a\n")
     from ebm.config import load_config, to_yaml
 
     (tmp_path / "other").mkdir()
     (tmp_path / "other/config.yaml").write_text(to_yaml(load_config(None, [f"run.dir={tmp_path / 'other'}"])))
-    hour = ["--time", "60"]
+    hour, fresh = ["--time", "60"], f"run.dir={tmp_path / 'fresh'}"
     for options, named in (
-        ([*hour, "--nodes", "3", "--gpus", "2"], "data.streams=4 is not divisible by 3 nodes x 2 ranks = 6"),
+        ([*hour, "--nodes", "3", "--gpus", "2", fresh], "data.streams=4 is not divisible by 3 nodes x 2 ranks = 6"),
         ([*hour, "train.stepz=5"], "did you mean train.steps"),
         ([*hour, "--config", "nowhere.yaml"], "no such file"),
         ([*hour, "run.dir=runs/50%j"], "%"),
@@ -68,8 +68,8 @@ def test_what_the_job_would_find_out_is_refused(monkeypatch, capsys, tmp_path):
         ([*hour, f"run.dir={tmp_path / 'other'}", "optim.lr=7e-4"], "optim.lr: 0.0015 there, 0.0007 now"),
         ([*hour, "--sweep", str(tmp_path / "twice.txt")], "two lines have run.dir="),
         ([*hour, "--sweep", str(tmp_path / "open.txt")], "No closing quotation"),
-        (["--time", "5"], "the signal to save comes 300 s before its end"),
-        (["--time", "soon"], "--time soon"),
+        (["--time", "5", fresh], "the signal to save comes 300 s before its end"),
+        (["--time", "soon", fresh], "--time soon"),
     ):
         code, said, error = run_submit(monkeypatch, capsys, "--dry-run", *options)
         assert (code, said) == (2, "") and named in error, error
