@@ -41,7 +41,7 @@ def clip_grad_norm(
     """The norm of the model's gradient, unscaled, before it is cut to `max_norm`; no host read."""
     if scaler is not None:
         scaler.unscale_(optimizer)
-    return nn.utils.clip_grad_norm_(model.parameters(), math.inf if max_norm is None else max_norm, foreach=True)
+    return nn.utils.clip_grad_norm_(model.parameters(), math.inf if max_norm is None else max_norm)
 
 
 def step_if(optimizer: torch.optim.Optimizer, finite: Tensor, scaler: GradScaler | None = None) -> None:
