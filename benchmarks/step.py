@@ -80,7 +80,7 @@ def clocks(state):
         (trainer, "positives", "draw"), (trainer, "initial_states", "draw"), (state.folded, "refresh", "fold"),
         (state, "engine", "chain"), (state.model, "forward", "loss"), (state.world, "backward", "loss"),
         (optimisation, "clip_grad_norm", "optimizer"), (optimisation, "step_if", "optimizer"),
-        (state.optimizer, "zero_grad", "optimizer"), (state.ema, "update_parameters", "optimizer"),
+        (state.optimizer, "zero_grad", "optimizer"), (optimisation, "update_average", "optimizer"),
         (state.meters, "add", "log"),
     ]  # fmt: skip
     if state.buffer is not None:

@@ -1,4 +1,4 @@
-"""The optimizer: Adam with warm-up and a cosine tail, and steps that a non-finite gradient makes void."""
+"""The optimizer: Adam with warm-up and a cosine tail, steps that a non-finite gradient makes void, averaged weights."""
 
 import math
 
@@ -57,3 +57,12 @@ def step_if(optimizer: torch.optim.Optimizer, finite: Tensor, scaler: GradScaler
         scaler.step(optimizer)
         scaler.update()
     torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * model, weight by weight; buffers are the model's own. No host read
+    (torch's AveragedModel waits for the device at every update)."""
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    for own, new in zip(average.buffers(), model.buffers(), strict=True):
+        own.copy_(new)

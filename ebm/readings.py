@@ -118,7 +118,7 @@ def panels(state: TrainState, batch: Batch, result: StepResult, tracker: Tracker
     if tracker is None:
         return
     config, n = state.config, state.config.tracking.num_samples
-    folded = FoldedEnergy(state.ema.module, state.folded.dtype).refresh()
+    folded = FoldedEnergy(state.ema, state.folded.dtype).refresh()
     fresh, _ = fresh_chains(
         folded,
         state.sampler,

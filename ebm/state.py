@@ -1,11 +1,11 @@
 """The state of a run: all that a step reads and changes, built from the config, taken to and from checkpoints."""
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ebm import checkpoint, optimisation
 from ebm.config import Config, SamplerConfig
@@ -26,14 +26,15 @@ from ebm.streams import StreamGenerators, derive_seed, owned_streams
 
 @dataclass
 class TrainState:
-    """All that a step reads and changes. `energy` is the bare module, `model` the wrapped `Objective` around it."""
+    """All that a step reads and changes. `energy` is the bare module, `model` the wrapped `Objective` around it, and
+    `ema` has the averages of the energy's weights."""
 
     config: Config
     world: World
     energy: nn.Module
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    ema: AveragedModel
+    ema: nn.Module
     folded: FoldedEnergy
     engine: Engine
     buffer: ReplayBuffer | None
@@ -61,7 +62,7 @@ def build_state(config: Config, world: World) -> TrainState:
     check_files(manifest)
     energy = build_energy(config.energy, config.data.shape, config.run.seed).to(world.device).train()
     # Copies before `prepare`: accelerate replaces the forward of the module it is given.
-    ema = AveragedModel(energy, multi_avg_fn=get_ema_multi_avg_fn(config.optim.ema_decay)).requires_grad_(False)
+    ema = copy.deepcopy(energy).requires_grad_(False)
     folded = FoldedEnergy(energy, chain_dtype(world.autocast_dtype(), world.device))
     objective = Objective(energy, loss_of(config.loss), of_scores=config.loss.of_scores)
     model = world.prepare(objective)
@@ -123,7 +124,7 @@ def snapshot(state: TrainState) -> tuple[dict[str, dict[str, Tensor]], dict]:
     if state.world.is_main:
         files = {
             "model": state.energy.state_dict(),
-            "ema": state.ema.module.state_dict(),
+            "ema": state.ema.state_dict(),
             "optimizer": checkpoint.pack_optimizer(state.optimizer),
         }
     if state.buffer is not None:
@@ -153,12 +154,11 @@ def load(state: TrainState, path: Path, ladder: dict | None = None) -> None:
     """
     config = state.config
     meta = checkpoint.read_state(path, config.data.streams)
-    for name, module in (("model", state.energy), ("ema", state.ema.module)):
+    for name, module in (("model", state.energy), ("ema", state.ema)):
         own = module.state_dict()
         module.load_state_dict(checkpoint.read_tensors(path, name, own))
     checkpoint.load_optimizer(path, state.optimizer)
     state.step, state.meters = meta["step"], Meters()
-    state.ema.n_averaged.fill_(state.step)
     if state.buffer is not None:
         for i, v in enumerate(state.buffer.streams):
             own = state.buffer.stream_state(i)

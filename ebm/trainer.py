@@ -63,7 +63,7 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     optimisation.set_learning_rate(state.optimizer, config, step, state.ladder.lr_scale)
     optimisation.step_if(state.optimizer, finite, world.scaler)
     state.optimizer.zero_grad()
-    state.ema.update_parameters(state.energy)
+    optimisation.update_average(state.ema, state.energy, config.optim.ema_decay)
 
     # Chains go back to their slots; those that are not finite start again.
     e_pos, e_neg = (_join([terms.pop(name, None) for terms in outputs], streams) for name in ("e_pos", "e_neg"))

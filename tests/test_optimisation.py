@@ -8,7 +8,15 @@ import torch
 from torch import nn
 
 from ebm.config import validate
-from ebm.optimisation import build_optimizer, clip_grad_norm, learning_rate, set_learning_rate, step_if
+from ebm.energies.network import spectrally_normalise
+from ebm.optimisation import (
+    build_optimizer,
+    clip_grad_norm,
+    learning_rate,
+    set_learning_rate,
+    step_if,
+    update_average,
+)
 
 YES, NO = torch.tensor(True), torch.tensor(False)
 
@@ -154,3 +162,19 @@ def test_a_void_first_step_changes_no_weight():
     step_if(optimizer, NO)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
     assert all(value.eq(0).all() for state in optimizer.state.values() for value in state.values())
+
+
+def test_the_average_follows_the_weights_and_takes_over_the_buffers():
+    model = spectrally_normalise(network())
+    average = copy.deepcopy(model).requires_grad_(False)
+    expected = [p.detach().double() for p in model.parameters()]
+    for step in range(3):
+        with torch.no_grad():
+            for p in model.parameters():
+                p += torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+        model(torch.zeros(1, 3))  # a power iteration moves the buffers
+        update_average(average, model, 0.9)
+        expected = [0.9 * e + 0.1 * p.detach() for e, p in zip(expected, model.parameters(), strict=True)]
+    torch.testing.assert_close([p.double() for p in average.parameters()], expected)
+    assert all(torch.equal(a, b) for a, b in zip(average.buffers(), model.buffers(), strict=True))
+    assert len(list(average.buffers())) == 4

@@ -84,7 +84,7 @@ def advance(state, steps: int):
 
 def everything(state) -> dict[str, torch.Tensor]:
     tensors = {f"model.{k}": v for k, v in state.energy.state_dict().items()}
-    tensors |= {f"ema.{k}": v for k, v in state.ema.module.state_dict().items()}
+    tensors |= {f"ema.{k}": v for k, v in state.ema.state_dict().items()}
     for i, values in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{k}": v for k, v in values.items()}
     if state.buffer is not None:
