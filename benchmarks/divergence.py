@@ -3,7 +3,7 @@
 python benchmarks/divergence.py [--seeds 5] [--steps 400] [--out DIR] [--jobs 1] [RECIPE ...]
 
 `step_x30`: a residual network with the step size times 30. `high_lr`: no energy regulariser and the learning rate
-times 67. `nan`: a NaN in a weight of one of two ranks, at step 150. Each is run with the ladder to its end and scored
+times 33. `nan`: a NaN in a weight of one of two ranks, at step 150. Each is run with the ladder to its end and scored
 by the Fréchet distance of its persistent chains to held-out digits; without it, it must end with exit 3 and say why.
 Prints a table and one JSON object; exits 1 where a bound is broken.
 """

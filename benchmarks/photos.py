@@ -21,10 +21,10 @@ ROOT = Path(__file__).parent.parent
 SETTINGS = [
     "energy.kind=resnet", "energy.features=[16,32,32]", "energy.blocks=1", "energy.spectral_norm=true",
     "data.shape=[3,32,32]", "data.source=null", "data.streams=4", "sampler.num_steps=20", "sampler.step_size=10",
-    "sampler.noise_scale=0.005", "sampler.grad_clamp=0.03", "buffer.size=2000", "optim.lr=5e-4", "optim.grad_clip=1",
-    "optim.warmup_steps=50", "loss.l2=0.25", "train.batch_size=64", "train.steps=300", "train.log_every=10",
-    "train.mixed_precision=bf16", "tracking.samples_every=100", "tracking.sample_steps=60", "evaluate.source=null",
-    "evaluate.shards=null",
+    "sampler.noise_scale=0.005", "sampler.grad_clamp=0.03", "buffer.size=2000", "buffer.reinit_prob=0.1",
+    "optim.lr=5e-4", "optim.grad_clip=1", "optim.warmup_steps=50", "loss.l2=0.25", "train.batch_size=64",
+    "train.steps=300", "train.log_every=10", "train.mixed_precision=bf16", "tracking.samples_every=100",
+    "tracking.sample_steps=60", "evaluate.source=null", "evaluate.shards=null",
 ]  # fmt: skip
 
 

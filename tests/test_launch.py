@@ -65,7 +65,7 @@ def test_what_the_job_would_find_out_is_refused(monkeypatch, capsys, tmp_path):
         ([*hour, "--config", "nowhere.yaml"], "no such file"),
         ([*hour, "run.dir=runs/50%j"], "%"),
         ([*hour, f"run.dir={tmp_path / 'done'}"], "is done already"),
-        ([*hour, f"run.dir={tmp_path / 'other'}", "optim.lr=7e-4"], "optim.lr: 0.0015 there, 0.0007 now"),
+        ([*hour, f"run.dir={tmp_path / 'other'}", "optim.lr=7e-4"], "optim.lr: 0.003 there, 0.0007 now"),
         ([*hour, "--sweep", str(tmp_path / "twice.txt")], "two lines have run.dir="),
         ([*hour, "--sweep", str(tmp_path / "open.txt")], "No closing quotation"),
         (["--time", "5", fresh], "the signal to save comes 300 s before its end"),
