@@ -36,27 +36,23 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: in
 
 
 def clip_grad_norm(
-    model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float | None, scaler: GradScaler | None = None
+    optimizer: torch.optim.Optimizer, max_norm: float | None, scaler: GradScaler | None = None
 ) -> Tensor:
-    """The norm of the model's gradient, unscaled, before it is cut to `max_norm`; no host read."""
+    """The norm of the whole gradient, unscaled, before it is cut to `max_norm`; no host read."""
     if scaler is not None:
         scaler.unscale_(optimizer)
-    return nn.utils.clip_grad_norm_(model.parameters(), math.inf if max_norm is None else max_norm)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)
 
 
 def step_if(optimizer: torch.optim.Optimizer, finite: Tensor, scaler: GradScaler | None = None) -> None:
-    """One optimizer step, or none where `finite` (bool scalar on the device) is false; no host read.
-
-    A CPU's update is a thread's work: to wake others for each of a network's tensors takes longer than the tensor."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """One optimizer step, or none where `finite` (bool scalar on the device) is false; no host read."""
     if scaler is None:
         optimizer.found_inf = (~finite).float()
         optimizer.step()
     else:  # which has seen by itself whether the gradient is finite
         scaler.step(optimizer)
         scaler.update()
-    torch.set_num_threads(threads)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """The trainer: one step, and the loop."""
 
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import torch
@@ -31,9 +31,10 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     parts, streams = config.train.accumulate, len(random.streams)
 
     # Data: to [-1, 1], dequantised, augmented, noised; and where the chains start, for objectives that need any.
-    x_pos = positives(config, batch.images.to(world.device, non_blocking=True), random, step)
-    y_pos = batch.labels.to(world.device, non_blocking=True) if config.energy.num_classes else None
-    start = initial_states(config, random, state.buffer, x_pos, y_pos, step)
+    with one_thread():
+        x_pos = positives(config, batch.images.to(world.device, non_blocking=True), random, step)
+        y_pos = batch.labels.to(world.device, non_blocking=True) if config.energy.num_classes else None
+        start = initial_states(config, random, state.buffer, x_pos, y_pos, step)
 
     # Part by part (one, unless train.accumulate says more): chain, then loss and gradient of both phases together.
     state.folded.refresh()
@@ -58,20 +59,21 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
 
     # Update. The gradient is averaged over the ranks, so its norm tells every rank alike whether any had a NaN;
     # torch's fused Adam leaves weights and state alone where found_inf is 1, without the host having to look.
-    grad_norm = optimisation.clip_grad_norm(state.model, state.optimizer, config.optim.grad_clip, world.scaler)
-    finite = torch.isfinite(grad_norm)
-    optimisation.set_learning_rate(state.optimizer, config, step, state.ladder.lr_scale)
-    optimisation.step_if(state.optimizer, finite, world.scaler)
-    state.optimizer.zero_grad()
-    optimisation.update_average(state.ema, state.energy, config.optim.ema_decay)
+    with one_thread():
+        grad_norm = optimisation.clip_grad_norm(state.optimizer, config.optim.grad_clip, world.scaler)
+        finite = torch.isfinite(grad_norm)
+        optimisation.set_learning_rate(state.optimizer, config, step, state.ladder.lr_scale)
+        optimisation.step_if(state.optimizer, finite, world.scaler)
+        state.optimizer.zero_grad()
+        optimisation.update_average(state.ema, state.energy, config.optim.ema_decay)
 
-    # Chains go back to their slots; those that are not finite start again.
-    e_pos, e_neg = (_join([terms.pop(name, None) for terms in outputs], streams) for name in ("e_pos", "e_neg"))
-    if start is not None and start.draw is not None:
-        x = _join(chains, streams)
-        sick = ~torch.isfinite(x).flatten(1).all(1) | ~torch.isfinite(e_neg)
-        state.buffer.write(start.draw, x, config.sampler.num_steps, finite, sick)
-        state.quarantined = state.quarantined + sick.sum()
+        # Chains go back to their slots; those that are not finite start again.
+        e_pos, e_neg = (_join([terms.pop(name, None) for terms in outputs], streams) for name in ("e_pos", "e_neg"))
+        if start is not None and start.draw is not None:
+            x = _join(chains, streams)
+            sick = ~torch.isfinite(x).flatten(1).all(1) | ~torch.isfinite(e_neg)
+            state.buffer.write(start.draw, x, config.sampler.num_steps, finite, sick)
+            state.quarantined = state.quarantined + sick.sum()
 
     # Meters, on the device.
     state.step = step
@@ -87,6 +89,17 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
         target, rate = config.sampler.target_acceptance, config.sampler.adapt_rate
         state.step_size.copy_(adapted(state.step_size, world.mean(values["sampler/acceptance"]), target, rate))
     return StepResult(None if start is None else start.draw, e_pos, e_neg, values)
+
+
+@contextmanager
+def one_thread():
+    """For tensors so small that on a CPU to wake another thread takes longer than they do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def positives(config: Config, samples: Tensor, random: StreamGenerators, step: int) -> Tensor:
