@@ -27,7 +27,8 @@ RUNS = {
     "healthy": ("train.steps=600",),
     "sick": (
         "train.steps=300", "energy.kind=resnet", "energy.features=[16,32]", "energy.blocks=1",
-        "sampler.grad_clamp=null", "sampler.step_size=300", "optim.decay_start=1",
+        "sampler.grad_clamp=null", "sampler.step_size=300", "sampler.num_steps=20", "buffer.reinit_prob=0.1",
+        "optim.lr=1.5e-3", "optim.decay_start=1",
         "health.ladder=false", "health.patience=1000",  # what would step in otherwise
     ),
 }  # fmt: skip

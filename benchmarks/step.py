@@ -60,7 +60,7 @@ def main() -> None:
     over = [t / (c + x) for t, c, x in zip(observed[warm:], times["chain"], times["loss"], strict=True)]
     result = {
         "machine": machine(),
-        "config": options.overrides or "digits",
+        "config": " ".join([str(options.config or "digits"), *options.overrides]),
         "step_s": spread(whole[warm:]),
         "parts_s": {part: spread(values, 6) for part, values in times.items()},
         "data_share": round(sum(times["data"]) / sum(observed[warm:]), 4),

@@ -2,10 +2,10 @@
 
 python benchmarks/wandb_loss.py [--runs DIR] [--rounds N] [--steps N] [--out FILE]
 
-Each round runs the four one after the other, each round from another of them on. A run counts by the median of
-perf/step_s after its first half, by its ratio to the round's run without W&B, and by its ratio to its own first half,
-since runs a minute apart meet another machine. W&B's service is killed after the first half. Prints a table (median
-and quartiles of the rounds) and one JSON object.
+Chains have 20 steps. Each round runs the four one after the other, each round from another of them on. A run counts by
+the median of perf/step_s after its first half, by its ratio to the round's run without W&B, and by its ratio to its own
+first half, since runs a minute apart meet another machine. W&B's service is killed after the first half. Prints a table
+(median and quartiles of the rounds) and one JSON object.
 """
 
 import argparse
@@ -61,8 +61,8 @@ def measure(case: str, folder: Path, shards: Path, steps: int) -> tuple[float, f
     """Median seconds a step of one run's first half and of its second."""
     folder.mkdir(parents=True)
     settings = {
-        "run.dir": folder / "run", "data.shards": shards, "data.workers": 0, "train.steps": steps,
-        "train.log_every": LOG_EVERY, "tracking.samples_every": 100000, "tracking.sample_steps": 5,
+        "run.dir": folder / "run", "data.shards": shards, "data.workers": 0, "sampler.num_steps": 20,
+        "train.steps": steps, "train.log_every": LOG_EVERY, "tracking.samples_every": 100000, "tracking.sample_steps": 5,
         "tracking.wandb": {"closed port": "online", "killed": "offline"}.get(case, case),
     }  # fmt: skip
     server = {"WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}", "WANDB_API_KEY": KEY}
