@@ -62,7 +62,8 @@ def measure(case: str, folder: Path, shards: Path, steps: int) -> tuple[float, f
     folder.mkdir(parents=True)
     settings = {
         "run.dir": folder / "run", "data.shards": shards, "data.workers": 0, "sampler.num_steps": 20,
-        "train.steps": steps, "train.log_every": LOG_EVERY, "tracking.samples_every": 100000, "tracking.sample_steps": 5,
+        "train.steps": steps, "train.log_every": LOG_EVERY, "tracking.samples_every": 100000,
+        "tracking.sample_steps": 5,
         "tracking.wandb": {"closed port": "online", "killed": "offline"}.get(case, case),
     }  # fmt: skip
     server = {"WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}", "WANDB_API_KEY": KEY}
