@@ -51,10 +51,10 @@ def run(arguments) -> int:
             print(f"{name}: left out: {problem}")
         elif arguments.metrics is not None:
             raise problem
-    print(f"{trained.checkpoint}: {sets}")
-    print(table(values))
     if arguments.json:
         _write(Path(arguments.json), values)
+    print(f"{trained.checkpoint}: {sets}")
+    print(table(values))
     return 0
 
 
