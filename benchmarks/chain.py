@@ -92,7 +92,7 @@ class Side:
 def serve(name: str) -> None:
     """Answer requests on stdin: "start CASE DTYPE STEPS" builds and warms up, "go" times one chain."""
     if name in ("engine", "bare"):
-        from ebm.environment import prepare_process
+        from ebm.runtime.process import prepare_process
 
         prepare_process()
     from timing import seconds

@@ -31,9 +31,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor  # noqa: E402
 
 from ebm.data import ShardReader, load_manifest  # noqa: E402
 from ebm.data.decode import decode, encode, read_header  # noqa: E402
-from ebm.data.processes import init_worker, worker_context  # noqa: E402
 from ebm.data.shards import write_shards  # noqa: E402
 from ebm.data.sources import open_source  # noqa: E402
+from ebm.runtime.process import init_worker, worker_context  # noqa: E402
 
 BATCH = 128
 

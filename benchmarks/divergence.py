@@ -27,7 +27,7 @@ from runs import free_port
 from ebm import evaluation
 from ebm.data.reader import read_all
 from ebm.data.shards import ensure_shards
-from ebm.trained import open_run
+from ebm.inference.run import open_run
 
 ROOT = Path(__file__).parent.parent
 RESNET = ["energy.kind=resnet", "energy.features=[16,32]", "energy.blocks=1", "sampler.grad_clamp=null"]

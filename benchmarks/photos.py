@@ -60,7 +60,7 @@ def call(*arguments: str) -> None:
 
 def measure(run: Path) -> dict:
     sys.path.insert(0, str(ROOT))
-    from ebm import checkpoint
+    from ebm.runtime import checkpoint
 
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     late = [r for r in records if r["step"] > 100]

@@ -30,8 +30,8 @@ from ebm.config import load_config  # noqa: E402
 from ebm.data.reader import read_all  # noqa: E402
 from ebm.data.shards import ensure_shards  # noqa: E402
 from ebm.energies import build_energy  # noqa: E402
+from ebm.inference.run import open_run  # noqa: E402
 from ebm.samplers import fresh_chains  # noqa: E402
-from ebm.trained import open_run  # noqa: E402
 
 FRESH = 500  # chains
 RECIPES = {

@@ -17,17 +17,18 @@ from statistics import median
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ebm.environment import prepare_process  # noqa: E402
+from ebm.runtime.process import prepare_process  # noqa: E402
 
 prepare_process()
 
 from timing import machine, publish, seconds, spread, table  # noqa: E402
 
-from ebm import optimisation, trainer  # noqa: E402
 from ebm.config import load_config  # noqa: E402
 from ebm.data.shards import ensure_shards  # noqa: E402
-from ebm.distributed import World  # noqa: E402
-from ebm.state import build_state  # noqa: E402
+from ebm.runtime.distributed import World  # noqa: E402
+from ebm.training import loop as trainer  # noqa: E402
+from ebm.training import optimizer as optimisation  # noqa: E402
+from ebm.training.state import build_state  # noqa: E402
 
 PARTS = ("data", "draw", "fold", "chain", "loss", "optimizer", "write", "log")
 

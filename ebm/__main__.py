@@ -1,15 +1,17 @@
-"""python -m ebm COMMAND: what goes on around a training run."""
+"""ebm COMMAND: training, and what goes on around it."""
 
 import argparse
 import importlib
 import sys
 
-from ebm.environment import prepare_process
+from ebm import __version__
 from ebm.errors import UserError
+from ebm.runtime.process import prepare_process
 
 prepare_process()
 
 COMMANDS = {
+    "train": "train an energy, or resume a run",
     "shard": "write images to webdataset shards with a manifest",
     "index": "make a manifest for shards written elsewhere, or verify one",
     "sample": "draw fresh chains with a run's averaged weights",
@@ -22,10 +24,13 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="python -m ebm", description=__doc__)
+    parser = argparse.ArgumentParser(prog="ebm", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"ebm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, meaning in COMMANDS.items():
-        sub = commands.add_parser(name, help=meaning, description=meaning)
+        sub = commands.add_parser(
+            name, help=meaning, description=meaning, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         if name in arguments[:1]:  # torch is loaded for the command that runs, not for --help
             importlib.import_module(f"ebm.commands.{name}").add_arguments(sub)
     options = parser.parse_args(arguments)

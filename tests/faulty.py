@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 import train
-from ebm import trainer
+from ebm.training import loop as trainer
 
 FAULT = json.loads(os.environ["EBM_FAULT"])
 HERE = FAULT.get("rank") in (None, int(os.environ.get("RANK", 0)))

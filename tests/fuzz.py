@@ -36,17 +36,17 @@ import torchvision.io  # noqa: F401  ebm.data loads it late; on a busy machine t
 import yaml
 from PIL import Image
 
-from ebm import checkpoint
 from ebm.config import HealthConfig, fingerprint, load_config, to_yaml
 from ebm.data import ShardReader, load_manifest
+from ebm.data.decode import encode_vector
 from ebm.data.manifest import check_files, index_shards, verify
 from ebm.data.order import Order
 from ebm.data.shards import write_shards
 from ebm.data.sources import ArraySource
-from ebm.data.vectors import encode_vector
 from ebm.errors import UserError
-from ebm.ladder import Ladder
-from ebm.replay_buffer import ReplayBuffer
+from ebm.runtime import checkpoint
+from ebm.training.buffer import ReplayBuffer
+from ebm.training.divergence import Ladder
 
 LIMIT = 5.0  # seconds an input
 WARM_UP = 200  # inputs before the count begins

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-TESTS = ("tests/test_losses.py", "tests/test_losses_exact.py", "tests/test_losses_kinds.py")
+TESTS = ("tests/losses/test_contrastive.py", "tests/losses/test_losses_exact.py", "tests/losses/test_losses_kinds.py")
 
 RELEVANT = {  # names of the tests that run on a file's mutants
     "contrastive": "value_and_gradient or recovery",

@@ -19,13 +19,13 @@ import torch
 from fuzz import TARGETS, WARM_UP, AloneWorld, fuzz, pax_tar, sealed, small_shards, sparse_tar
 from safetensors.torch import load_file, save_file
 
-from ebm import checkpoint
 from ebm.config import MAX_BYTES, ImportConfig, load_config
 from ebm.data import ShardReader, load_manifest
 from ebm.data.manifest import check_files, index_shards
 from ebm.data.tars import MAX_HEADER, read_block
 from ebm.energies import build_energy
 from ebm.errors import ConfigError, DataError
+from ebm.runtime import checkpoint
 
 
 @pytest.mark.parametrize("target", TARGETS)

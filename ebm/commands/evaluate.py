@@ -13,11 +13,11 @@ from ebm.config import DataConfig
 from ebm.data import Access
 from ebm.data.reader import read_all
 from ebm.data.shards import ensure_shards
-from ebm.data.toy import DENSITIES, known_density
+from ebm.data.sources import DENSITIES, known_density
 from ebm.errors import ConfigError, DataError
-from ebm.figures import landscape
+from ebm.inference.pictures import landscape
+from ebm.inference.run import TrainedRun, open_run
 from ebm.samplers import fresh_chains
-from ebm.trained import TrainedRun, open_run
 
 METRICS = ("frechet", "classes", "ood", "energy", "accuracy", "likelihood")
 OF_IMAGES = ("frechet", "classes", "ood")

@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ebm import checkpoint, evaluation, report
+from ebm import evaluation, report
 from ebm.data.reader import read_all
 from ebm.errors import ConfigError, DataError, UserError
-from ebm.files import replace
-from ebm.trained import TrainedRun, open_run
+from ebm.inference.run import TrainedRun, open_run
+from ebm.runtime import checkpoint
+from ebm.runtime.files import replace
 
 
 def add_arguments(parser) -> None:

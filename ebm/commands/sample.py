@@ -7,12 +7,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ebm.commands.images import from_array, load_array, to_array
 from ebm.errors import ConfigError
-from ebm.figures import pictures
+from ebm.inference.images import from_array, load_array, to_array
+from ebm.inference.pictures import pictures
+from ebm.inference.run import TrainedRun, open_run
 from ebm.samplers import Engine, advance, fresh_chains
 from ebm.streams import generator
-from ebm.trained import TrainedRun, open_run
 
 
 def add_arguments(parser) -> None:

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ebm.commands.images import from_array, load_array, to_states
 from ebm.data import Access
 from ebm.data.reader import read_all
 from ebm.errors import ConfigError
-from ebm.trained import open_run
+from ebm.inference.images import from_array, load_array, to_states
+from ebm.inference.run import open_run
 
 
 def add_arguments(parser) -> None:

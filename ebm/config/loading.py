@@ -24,7 +24,12 @@ except ImportError:
     from yaml import SafeLoader as YAMLLoader
 
 
-DEFAULT_CONFIG = Path(__file__).parent.parent.parent / "configs" / "digits.yaml"
+PACKAGE = Path(__file__).parent.parent
+# An installed wheel carries the shipped configs inside the package; a checkout has them beside it.
+CONFIGS = next(
+    (path for path in (PACKAGE / "configs", PACKAGE.parent / "configs") if path.is_dir()), PACKAGE / "configs"
+)
+DEFAULT_CONFIG = CONFIGS / "digits.yaml"
 
 
 MAX_BYTES = 1 << 16  # of a config file; the shipped ones have 2 KiB

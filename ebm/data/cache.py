@@ -1,26 +1,24 @@
-"""A directory of shards from afar, shared by the processes of a node: bounded, and whole or not there.
-
-A shard is kept as SHA256.tar. While it comes in it is SHA256.part, which has its final size from the start, so that the
-bound counts it, and which its writer holds a lock on: others wait for it instead of fetching the same again. A writer
-that was killed leaves a .part without a lock, which is never taken for a shard and is removed by whoever needs room.
-"""
+"""Shards with a URL: a bounded cache on the node, the directory they come from, and fetching ahead of time."""
 
 import fcntl
 import hashlib
 import os
+import queue
 import re
 import stat
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import quote
 
-from ebm.data.transfer import TransferError
+from ebm.data.transfer import WEB, Access, TransferError, fetch, scheme_of
 from ebm.errors import ConfigError, DataError
-from ebm.files import locked
+from ebm.runtime.files import locked
 
 WHOLE, PART, LOCK = ".tar", ".part", "lock"
 OURS = re.compile(r"[0-9a-f]{64}\.(tar|part)")  # files beside them are never removed
@@ -165,3 +163,58 @@ def _abandoned(part: Path) -> bool:
             return False
         part.unlink(missing_ok=True)
         return True
+
+
+@dataclass(frozen=True)
+class Remote:
+    """`url`: of the directory, with a slash at its end."""
+
+    url: str
+    access: Access
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def cache(self) -> ShardCache:
+        directory = self.access.cache_dir
+        return ShardCache(default_directory() if directory is None else Path(directory), self.access.cache_bytes)
+
+    def url_of(self, name: str) -> str:
+        return self.url + (quote(name) if scheme_of(self.url) in WEB else name)
+
+    def open(self, name: str, size: int, sha256: str) -> BinaryIO:
+        """The whole shard, verified, from the cache or into it. Raises DataError naming its URL."""
+
+        def receive(file: BinaryIO) -> None:
+            fetch(self.url_of(name), self.access, lambda body: verified(body, size, sha256, file))
+
+        return self.cache.open(sha256, size, receive)
+
+    def verify(self, name: str, size: int, sha256: str) -> None:
+        """Fetch a shard without keeping it. Raises DataError where it is not what the manifest says."""
+        fetch(self.url_of(name), self.access, lambda body: verified(body, size, sha256))
+
+
+@dataclass
+class Prefetch:
+    """Shards asked for ahead of time, one after the other in a thread, once: the reader that then misses one tries
+    again, and says why. Pickles as long as it has not begun."""
+
+    wanted: queue.SimpleQueue | None = field(default=None, compare=False)
+
+    def __call__(self, manifest, shards: Iterable[int]) -> None:
+        if self.wanted is None:
+            self.wanted = queue.SimpleQueue()
+            threading.Thread(target=self._run, args=(manifest,), daemon=True).start()
+        for shard in shards:
+            self.wanted.put(shard)
+
+    def _run(self, manifest) -> None:
+        once = replace(manifest.directory, access=replace(manifest.directory.access, retries=0))
+        manifest = manifest.model_copy(update={"directory": once})
+        while True:
+            try:
+                manifest.open(manifest.shards[self.wanted.get()]).close()
+            except DataError:
+                continue

@@ -17,11 +17,11 @@ from braceexpand import braceexpand
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 from tqdm import tqdm
 
-from ebm.data.remote import Remote
+from ebm.data.cache import Remote
 from ebm.data.tars import BLOCK, MAX_BYTES, scan_shard
 from ebm.data.transfer import Access, TransferError, check_url, fetch, scheme_of
 from ebm.errors import ConfigError, DataError
-from ebm.files import replace, sync_directory
+from ebm.runtime.files import replace, sync_directory
 
 FILE_NAME = "manifest.json"
 MAX_MANIFEST = 1 << 28  # bytes

@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader
 from ebm.config import DataConfig
 from ebm.data.manifest import Manifest, check_files, load_manifest
 from ebm.data.order import Order, Window
-from ebm.data.processes import init_worker, worker_context
 from ebm.data.samples import Decoded, SampleReader, WindowDataset
 from ebm.data.transfer import Access
 from ebm.errors import DataError
+from ebm.runtime.process import init_worker, worker_context
 
 MAX_PIXELS = DataConfig.model_fields["max_pixels"].default
 MAX_SKIPPED = DataConfig.model_fields["max_skipped"].default

@@ -8,12 +8,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from ebm.data.decode import decode, read_header, show
+from ebm.data.cache import Prefetch
+from ebm.data.decode import decode, decode_vector, read_header, show
 from ebm.data.manifest import Manifest
 from ebm.data.order import Order, Window
-from ebm.data.remote import Prefetch
 from ebm.data.tars import BLOCK, crc32, main_suffixes, parse_label, read_block, read_range
-from ebm.data.vectors import decode_vector
 from ebm.errors import DataError
 
 KEPT = 1 << 26  # bytes of decoded samples that a worker keeps, where they are all samples of the manifest

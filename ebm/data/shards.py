@@ -12,14 +12,13 @@ from PIL import Image
 from tqdm import tqdm
 from webdataset import TarWriter
 
-from ebm.data.decode import encode, show, to_array, to_pillow
+from ebm.data.decode import VECTOR_SUFFIX, check_finite, encode, encode_vector, show, to_array, to_pillow
 from ebm.data.manifest import FILE_NAME, Manifest, assemble, is_remote, manifest_path
-from ebm.data.processes import init_worker, worker_context
 from ebm.data.sources import Item, Source, open_source
 from ebm.data.tars import Scan, scan_shard
-from ebm.data.vectors import VECTOR_SUFFIX, check_finite, encode_vector
 from ebm.errors import DataError
-from ebm.files import locked, sync_directory
+from ebm.runtime.files import locked, sync_directory
+from ebm.runtime.process import init_worker, worker_context
 
 TEMPORARY = ".tmp"
 LOCK = ".lock"

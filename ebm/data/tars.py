@@ -19,8 +19,7 @@ import numpy as np
 from imagecodecs import deflate_crc32 as crc32  # 40 times as fast as zlib's
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
-from ebm.data.decode import IMAGE_SUFFIXES, read_header
-from ebm.data.vectors import VECTOR_SUFFIX, read_vector_shape
+from ebm.data.decode import IMAGE_SUFFIXES, VECTOR_SUFFIX, read_header, read_vector_shape
 from ebm.errors import DataError
 
 # Of a header: name, size, checksum, type, magic, first byte of the name's prefix; size and checksum without their ends.

@@ -7,17 +7,18 @@ from ebm.energies.analytic import (
     GaussianMixtureEnergy,
     RingEnergy,
 )
-from ebm.energies.base import BaseEnergyFunction
-from ebm.energies.build import build_energy
-from ebm.energies.composition import HybridEnergyFunction, MixtureEnergy, WeightedSum, mixture
-from ebm.energies.conv import ConvolutionalEnergyFunction
+from ebm.energies.base import BaseEnergyFunction, MixtureEnergy, WeightedSum, mixture
+from ebm.energies.factory import build_energy
 from ebm.energies.folded import FoldedEnergy, chain_dtype
 from ebm.energies.graph import PixelGraphEnergyFunction, PointGraphEnergyFunction
-from ebm.energies.mlp import MLPEnergyFunction
-from ebm.energies.network import NetworkEnergy
-from ebm.energies.resnet import ResNetEnergyFunction
-from ebm.energies.transformer import TransformerEnergyFunction
-from ebm.energies.wide_resnet import WideResNetEnergyFunction
+from ebm.energies.networks import (
+    ConvolutionalEnergyFunction,
+    HybridEnergyFunction,
+    MLPEnergyFunction,
+    NetworkEnergy,
+    TransformerEnergyFunction,
+)
+from ebm.energies.resnet import ResNetEnergyFunction, WideResNetEnergyFunction
 
 __all__ = [
     "BaseEnergyFunction",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ebm.energies.network import EnergyHead
+from ebm.energies.networks import EnergyHead
 
 
 def chain_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

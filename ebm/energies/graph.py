@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ebm.energies.base import require_batch
-from ebm.energies.network import NetworkEnergy, make_activation, sum_over
+from ebm.energies.networks import NetworkEnergy, make_activation, sum_over
 
 OFFSETS = [(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1) if (row, column) != (0, 0)]
 

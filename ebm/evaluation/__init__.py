@@ -1,11 +1,18 @@
 """How good a trained energy is: functions of images, features and energies, which know nothing of runs."""
 
 from ebm.evaluation.classifier import Classifier, train_classifier
-from ebm.evaluation.frechet import frechet_distance
-from ebm.evaluation.levels import from_levels, to_levels
-from ebm.evaluation.metrics import class_metrics, energy_metrics, frechet_metrics, likelihood_metrics, ood_metrics
-from ebm.evaluation.ood import auroc, ood_sets
+from ebm.evaluation.metrics import (
+    auroc,
+    class_metrics,
+    energy_metrics,
+    frechet_distance,
+    frechet_metrics,
+    likelihood_metrics,
+    ood_metrics,
+    ood_sets,
+)
 from ebm.evaluation.quadrature import CELLS, Density, density, kl_divergence, mode_weights
+from ebm.inference.images import from_levels, to_levels
 
 __all__ = [
     "CELLS",

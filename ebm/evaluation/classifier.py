@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ebm.evaluation.levels import from_levels
+from ebm.inference.images import from_levels
 from ebm.streams import derive_seed, generator
 
 FEATURES = 64

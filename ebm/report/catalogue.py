@@ -20,7 +20,7 @@ class Metric(NamedTuple):
 
 
 def _drift(config: Config, _) -> Range:
-    """The drift limit of `ebm.ladder`, as a gradient norm."""
+    """The drift limit of `ebm.training.divergence`, as a gradient norm."""
     if config.sampler.bounds is None:
         return 0.0, math.inf
     low, high = config.sampler.bounds

@@ -1,13 +1,12 @@
 """Samplers: pure functions on a callable energy, and fronts with the names of the guide."""
 
-from ebm.samplers.chain import ChainInfo
-from ebm.samplers.configured import advance, fresh_chains, sampler_of, schedule, settings_of
+from ebm.samplers.base import ChainInfo
 from ebm.samplers.dynamics import HamiltonianMonteCarlo, LangevinDynamics, MetropolisAdjustedLangevin, ParallelTempering
 from ebm.samplers.engine import Engine
+from ebm.samplers.factory import advance, fresh_chains, sampler_of, schedule, settings_of
 from ebm.samplers.gibbs import GibbsInfo, class_flips, within_gibbs
-from ebm.samplers.hamiltonian import hmc
 from ebm.samplers.langevin import langevin
-from ebm.samplers.metropolis import MetropolisInfo, adapted, mala
+from ebm.samplers.metropolis import MetropolisInfo, adapted, hmc, mala
 from ebm.samplers.tempering import TemperingInfo, tempering
 
 __all__ = [

@@ -7,9 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ebm.samplers.hamiltonian import hmc
 from ebm.samplers.langevin import langevin
-from ebm.samplers.metropolis import adapted, mala
+from ebm.samplers.metropolis import adapted, hmc, mala
 from ebm.samplers.tempering import tempering
 from ebm.streams import Generators, normal_
 

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from ebm.samplers.chain import ChainInfo, dense, describe, evaluate, per_step
+from ebm.samplers.base import ChainInfo, dense, describe, evaluate, per_step
 from ebm.streams import Generators, normal_
 
 
@@ -74,7 +74,7 @@ def move_(
 def _mover(device: str) -> Callable[..., None]:
     """`move_`, on CUDA as one kernel."""
     if device == "cuda" and find_spec("triton"):
-        from ebm.samplers.fused import move_ as fused
+        from ebm.samplers.kernels import move_ as fused
 
         return fused
     return move_

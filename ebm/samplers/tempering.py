@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ebm.samplers.chain import dense, describe
+from ebm.samplers.base import dense, describe
 from ebm.samplers.metropolis import State, begin, comes_about, transition
 from ebm.streams import Generators
 

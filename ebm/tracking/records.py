@@ -9,7 +9,7 @@ from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any
 
-from ebm.files import replace, sync_directory
+from ebm.runtime.files import replace, sync_directory
 
 
 class Outage:

@@ -20,9 +20,8 @@ import numpy as np
 
 from ebm.config import Config, TrackingConfig
 from ebm.errors import EXIT_STOPPED
-from ebm.files import replace
-from ebm.tracking.artifacts import Artifacts, newest_samples
-from ebm.tracking.catch_up import Handed, rows_between
+from ebm.runtime.files import replace
+from ebm.tracking.delivery import Artifacts, Handed, newest_samples, rows_between
 
 CLOSED = "closed"  # a file in the directory of an offline part that nobody writes to any more
 MAX_WAITING = 10_000  # calls; W&B is given up on here, not memory

@@ -1,0 +1,1 @@
+"""A trained run opened for use, and pictures of samples."""

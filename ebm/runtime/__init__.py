@@ -1,0 +1,1 @@
+"""How a job lives: its processes, files, checkpoints, and ends."""

@@ -1,0 +1,333 @@
+"""Checkpoints: written in the background under a temporary name, agreed by all ranks, then renamed.
+
+`step_00001000/` holds safetensors files (shared ones by rank 0, one a stream by its owner), `state.json`, and last
+`manifest.json` with the size and sha256 of each. Nothing in it can run code.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ebm.errors import DataError
+from ebm.runtime.files import sync_directory
+
+_NAME = re.compile(r"step_(\d{8,})")
+MAX_JSON = 1 << 24  # bytes; a hundred thousand streams need less
+
+Count = Annotated[int, Field(ge=0, lt=2**62)]
+
+
+class _State(BaseModel):
+    """What resuming reads from state.json; more may stand there."""
+
+    model_config = ConfigDict(strict=True)
+    step: Count
+    positions: dict[str, Annotated[list[Count], Field(min_length=2, max_length=2)]]
+    skipped_samples: Count
+    skipped_steps: Count
+    skipped_in_row: Count
+    quarantined: Count
+    good: bool
+    ladder: dict[str, Any]  # checked by `ebm.training.divergence`
+    step_size: Annotated[FiniteFloat, Field(gt=0)] | None = None  # of a sampler that adapts its own
+    scaler: dict[str, FiniteFloat] | None
+
+
+def directory_of(root: Path, step: int) -> Path:
+    return root / f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name)[1])
+
+
+def _temporary(root: Path, step: int) -> Path:
+    return directory_of(root, step).with_suffix(".tmp")
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """The finished checkpoints under `root`, oldest first, by number."""
+    found = [(int(m[1]), p) for p in root.glob("step_*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
+    return [path for _, path in sorted(found)]
+
+
+class Saver:
+    """Writes checkpoints behind the training's back, all ranks together.
+
+    The ranks call `start` and `finish` at the same steps; in between a thread writes what this rank owns. A checkpoint
+    that one rank could not write is given up by all, and the one before stays.
+
+    Args:
+        root: the directory of checkpoints.
+        world: the run's `ebm.runtime.distributed.World`.
+        say: hears why a checkpoint was given up.
+    """
+
+    def __init__(self, root: Path, world, say):
+        self._root, self._world, self._say = root, world, say
+        self._step, self._thread, self._written, self._error = 0, None, {}, None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        """Wait for this rank's part, whatever ended the training: a thread that is still inside torch when the
+        interpreter ends takes the process down with SIGABRT in the place of its exit code."""
+        if self.busy:
+            self._thread.join()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is under way; the same on every rank."""
+        return self._thread is not None
+
+    @property
+    def ended(self) -> bool:
+        """Whether this rank has no part left to write."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def start(self, step: int, files: dict[str, dict[str, Tensor]], state: dict) -> None:
+        """Begin the checkpoint of `step`; training may change the tensors as soon as this returns.
+
+        `files`: this rank's tensors by file name (`model`, `ema`, `optimizer` on rank 0; `stream_0003` on its owner).
+        `state`: what `state.json` holds; rank 0 writes it.
+        """
+        assert not self.busy
+        snapshot = {name: {key: _on_host(t) for key, t in tensors.items()} for name, tensors in files.items()}
+        self._step, self._written, self._error = step, {}, None
+        self._thread = threading.Thread(target=self._write, args=(snapshot, state), daemon=True)
+        self._thread.start()
+
+    def _write(self, files: dict[str, dict[str, Tensor]], state: dict) -> None:
+        try:
+            temporary = _temporary(self._root, self._step)
+            temporary.mkdir(parents=True, exist_ok=True)
+            for name, tensors in files.items():
+                save_file(tensors, temporary / f"{name}.safetensors")
+                self._written[f"{name}.safetensors"] = _entry(temporary / f"{name}.safetensors")
+            if self._world.is_main:
+                self._written["state.json"] = _write_json(temporary / "state.json", state)
+        except Exception as error:  # the thread's end must be seen by the training, whatever it was
+            self._error = error
+
+    def finish(self, keep: int, ready: bool = True) -> Path | None:
+        """Wait for all ranks' parts and make the checkpoint final; None, and said, where a rank could not write its,
+        or rank 0 was not `ready`: a run resumed from here would not write the records before it again.
+
+        Kept are the newest `keep` with this one, and the newest that is good to roll back to.
+        """
+        self._thread.join()
+        self._thread = None
+        parts = self._world.gather((self._written, None if self._error is None else str(self._error)))
+        error = next((error for _, error in parts if error is not None), None)
+        if self._world.is_main:
+            try:
+                if not ready:
+                    error = error or "records of its steps are not on the disk yet"
+                if error is None:
+                    self._commit({name: entry for files, _ in parts for name, entry in sorted(files.items())})
+            except OSError as caught:
+                error = str(caught)
+            if error is not None:
+                shutil.rmtree(_temporary(self._root, self._step), ignore_errors=True)
+            else:
+                self._prune(keep)
+        error = self._world.gather(error)[0]
+        if error is not None:
+            self._say(f"the checkpoint of step {self._step} could not be written ({error}); the one before is kept")
+            return None
+        return directory_of(self._root, self._step)
+
+    def _commit(self, entries: dict[str, dict]) -> None:
+        final, temporary = directory_of(self._root, self._step), _temporary(self._root, self._step)
+        _write_json(temporary / "manifest.json", {"version": 1, "step": self._step, "files": entries})
+        sync_directory(temporary)
+        if final.exists():  # damaged, or of a branch that was rolled back
+            set_aside(final)
+        os.replace(temporary, final)
+        sync_directory(self._root)
+
+    def _prune(self, keep: int) -> None:
+        good = newest_good(self._root)
+        old = [path for path in checkpoints(self._root)[:-keep] if path != good]
+        newest = directory_of(self._root, self._step).name
+        old += [path for path in self._root.glob("step_*.aside") if path.stem <= newest]
+        gone = [path.rename(path.with_suffix(".gone.tmp")) for path in old]
+        # Big files take long to unlink, and nobody need wait for it.
+        threading.Thread(target=lambda: [shutil.rmtree(path, ignore_errors=True) for path in gone]).start()
+
+
+def set_aside(path: Path) -> None:
+    """Take a checkpoint out of those that can be resumed from; it stays until a newer one is final."""
+    aside = path.with_suffix(".aside")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(path, aside)
+
+
+def sweep(root: Path) -> None:
+    """Remove what earlier runs left unfinished. Before the first `Saver.start`, by one process."""
+    for path in root.glob("step_*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def problem_of(path: Path) -> str | None:
+    """Why a checkpoint can't be trusted; None where every file has the size and sha256 of the manifest."""
+    try:
+        manifest = _read_json(path / "manifest.json")
+        files = {name: (int(entry["bytes"]), entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        return f"manifest.json: {type(error).__name__}: {error}"
+    if "state.json" not in files:
+        return "manifest.json does not list state.json"
+    for name, (size, sha256) in files.items():
+        if Path(name).name != name:
+            return f"manifest.json names {name!r}, which is outside the checkpoint"
+        try:
+            problem = _problem_of_file(path / name, size, sha256)
+        except OSError as error:
+            problem = error.strerror
+        if problem:
+            return f"{name!r} {problem}"
+    return None
+
+
+def _problem_of_file(file: Path, size: int, sha256: str) -> str | None:
+    if not file.is_file():
+        return "is missing"
+    if file.stat().st_size != size:
+        return f"has {file.stat().st_size} bytes, not {size}"
+    with file.open("rb") as stream:
+        if hashlib.file_digest(stream, "sha256").hexdigest() != sha256:
+            return "does not have the sha256 of the manifest"
+    return None
+
+
+def newest_valid(root: Path, say=print) -> Path | None:
+    """The newest checkpoint that verifies; `say` hears about each newer one that does not."""
+    for path in reversed(checkpoints(root)):
+        problem = problem_of(path)
+        if problem is None:
+            return path
+        say(f"checkpoint {path} is damaged ({problem}); going back to the one before")
+    return None
+
+
+def newest_good(root: Path, before: Path | None = None) -> Path | None:
+    """The newest checkpoint, older than `before`, whose state.json says that training was well."""
+    for path in reversed(checkpoints(root)):
+        if (before is None or path < before) and _is_good(path):
+            return path
+    return None
+
+
+def _is_good(path: Path) -> bool:
+    try:
+        return read_state(path)["good"]
+    except DataError:
+        return False
+
+
+def read_tensors(path: Path, name: str, expected: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """A file's tensors; with `expected`, the same names, shapes and types as there. Raises DataError."""
+    file = path / f"{name}.safetensors"
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{file}: {error}") from error
+    if expected is not None:
+        _check_tensors(file, tensors, expected)
+    return tensors
+
+
+def _check_tensors(file: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    for name in sorted(found.keys() ^ expected.keys()):
+        raise DataError(f"{file}: {name!r} is {'missing' if name in expected else 'not of this run'}")
+    for name, tensor in expected.items():
+        is_, should = ((t.dtype, list(t.shape)) for t in (found[name], tensor))
+        if is_ != should:
+            raise DataError(f"{file}: {name!r} is {is_[0]} {is_[1]}, and this run's is {should[0]} {should[1]}")
+
+
+def read_state(path: Path, streams: int | None = None) -> dict:
+    """What `save` was given as `state`, checked; with `streams`, it has a position for each. Raises DataError."""
+    file = path / "state.json"
+    try:
+        values = _read_json(file)
+        state = _State(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{file}: {key!r}: {first['msg']}, found {str(first['input'])[:80]!r}") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: {error}") from error
+    if streams is not None and state.positions.keys() != {str(v) for v in range(streams)}:
+        raise DataError(f"{file}: 'positions' must name the streams 0 to {streams - 1}, and no others")
+    return {"step_size": None, **values}
+
+
+def _read_json(file: Path) -> dict:
+    """Raises OSError or ValueError."""
+    if not file.is_file():
+        raise FileNotFoundError("is missing, or is no plain file")
+    with file.open("rb") as stream:
+        text = stream.read(MAX_JSON + 1)
+    if len(text) > MAX_JSON:
+        raise ValueError(f"larger than {MAX_JSON} bytes")
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"must be an object, found {type(value).__name__}")
+    return value
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The tensors of a torch optimizer's state, named "parameter number.name"."""
+    states = optimizer.state_dict()["state"]
+    return {f"{i}.{name}": torch.as_tensor(value) for i, state in states.items() for name, value in state.items()}
+
+
+def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Give a fresh Adam the state in a checkpoint. Raises DataError."""
+    tensors = read_tensors(path, "optimizer")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    expected = {}
+    for i in {key.split(".")[0] for key in tensors} & {str(i) for i in range(len(parameters))}:
+        p = parameters[int(i)]  # one that never had a gradient has no state
+        expected |= {f"{i}.step": torch.zeros(()), f"{i}.exp_avg": p, f"{i}.exp_avg_sq": p}
+    _check_tensors(path / "optimizer.safetensors", tensors, expected)
+    states: dict[int, dict] = {}
+    for key, value in tensors.items():
+        number, name = key.split(".", 1)
+        states.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """A copy of its own, in host memory."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _write_json(path: Path, value: dict) -> dict:
+    path.write_text(json.dumps(value, indent=1))
+    return _entry(path)
+
+
+def _entry(path: Path) -> dict:
+    """Size and sha256 of a file that is on the disk for good."""
+    with path.open("rb+") as stream:
+        os.fsync(stream.fileno())
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}

@@ -1,0 +1,79 @@
+"""What a process sets for itself: threads and memory before torch loads, worker processes, one-thread sections."""
+
+import ctypes
+import multiprocessing
+import os
+import platform
+import signal
+import threading
+from contextlib import contextmanager
+from multiprocessing import connection, forkserver, resource_tracker
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
+
+
+def prepare_process() -> None:
+    """Call before the first import of torch. What the user's environment says already stands."""
+    # Idle OpenMP threads sleep instead of spinning: where a core is shared (loader workers, other jobs), spinning makes
+    # a chain of small convolutions 10 to 20 times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # glibc takes each large activation from the kernel anew and gives it back: faulting its pages in costs a chain on
+    # the CPU a fifth of its time (benchmarks/results/chain.json). Kept, they are used again.
+    if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+# The main process decides when to stop: a batch system signals every process of a job, and workers that died at once
+# would take the data from under the step that is still to be finished and saved.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def worker_context() -> multiprocessing.context.BaseContext:
+    """A context to start workers with; its fork server begins to load now. Not fork: the training process has threads
+    and perhaps CUDA. The server starts with SIGNALS blocked, which it and its workers inherit."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ebm.data.reader", "ebm.data.shards"])
+    with _blocked():
+        resource_tracker.ensure_running()  # unblocks some of them itself, so it goes first
+    with _blocked():
+        forkserver.ensure_running()
+    return context
+
+
+@contextmanager
+def _blocked():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def init_worker(number: int = 0) -> None:
+    """Called first in a worker: one thread, deaf to SIGNALS, and gone when the main process is."""
+    import torch  # prepare_process, above, comes before it
+
+    torch.set_num_threads(1)
+    for name in SIGNALS:
+        signal.signal(name, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+@contextmanager
+def one_thread():
+    """For tensors so small that on a CPU to wake another thread takes longer than they do."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

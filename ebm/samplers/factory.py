@@ -1,0 +1,126 @@
+"""From a config to the call of a sampler, and to fresh chains."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ebm.config import LangevinConfig, SamplerConfig
+from ebm.samplers.engine import Engine
+from ebm.samplers.langevin import langevin
+from ebm.samplers.metropolis import hmc, mala
+from ebm.samplers.tempering import tempering
+from ebm.streams import generator, start_
+
+
+def sampler_of(
+    config: SamplerConfig, num_steps: int | None = None, step_size: float | Tensor | None = None
+) -> tuple[Callable, dict]:
+    """The sampler that a config asks for and its keyword arguments, with another number of steps or step size where
+    given (a tensor on the device for those that adapt it).
+
+    Its states are (B, *shape), those of `tempering` (B, config.levels, *shape).
+    """
+    if config.kind == "langevin":
+        config = config if step_size is None else config.scaled(step_size / config.step_size)
+        return langevin, settings_of(config, num_steps)
+    settings = {
+        "num_steps": config.num_steps if num_steps is None else num_steps,
+        "step_size": config.step_size if step_size is None else step_size,
+        "bounds": config.bounds,
+        "boundary": config.boundary,
+    }
+    if config.kind == "tempering":
+        return tempering, settings | {"temperatures": config.temperatures, "swap_every": config.swap_every}
+    settings["temperature"] = config.temperature
+    if config.kind == "hmc":
+        return hmc, settings | {"num_leapfrog": config.num_leapfrog}
+    return mala, settings
+
+
+def schedule(kind: str, start: float, end: float | None, num_steps: int) -> list[float]:
+    """`num_steps` values from `start` to `end` (None: constant): "constant", "linear", "cosine" or "geometric"."""
+    if kind in ("constant", "flow") or end is None or num_steps == 1:
+        return [start] * num_steps
+    fractions = [k / (num_steps - 1) for k in range(num_steps)]
+    if kind == "geometric":
+        return [start * (end / start) ** f for f in fractions]
+    if kind == "cosine":
+        fractions = [(1 - math.cos(math.pi * f)) / 2 for f in fractions]
+    return [start + (end - start) * f for f in fractions]
+
+
+def flow_temperature(time: float, start: float, maximum: float) -> float:
+    """Of a flow's chain: 0 before `start`, rising linearly to `maximum` at time 1, constant from there on (Balcerak et
+    al. 2025, eq. 10)."""
+    return maximum * min(max(0.0, time - start) / (1 - start), 1.0)
+
+
+def settings_of(config: LangevinConfig, num_steps: int | None = None) -> dict:
+    """The keyword arguments of `langevin` that a config asks for, with another number of steps where given."""
+    num_steps = config.num_steps if num_steps is None else num_steps
+    steps = schedule(config.schedule, config.step_size, config.step_size_end, num_steps)
+    noises = schedule(config.schedule, config.noise, config.noise_scale_end, num_steps)
+    if config.schedule == "flow":
+        times = (k * config.step_size for k in range(num_steps))
+        noises = [
+            math.sqrt(2 * config.step_size * flow_temperature(t, config.flow_end, config.temperature)) for t in times
+        ]
+    elif config.temperature is not None and config.noise_scale_end is None:
+        temperatures = schedule(config.schedule, config.temperature, config.temperature_end, num_steps)
+        noises = [math.sqrt(2 * step * t) for step, t in zip(steps, temperatures, strict=True)]
+    return {
+        "num_steps": num_steps,
+        "step_size": steps,
+        "noise_scale": noises,
+        "grad_clamp": config.grad_clamp,
+        "bounds": config.bounds,
+        "boundary": config.boundary,
+    }
+
+
+def advance(
+    engine: Engine,
+    config: SamplerConfig,
+    x: Tensor,
+    *labels: Tensor,
+    num_steps: int,
+    generator: Sequence[torch.Generator],
+) -> Tensor:
+    """States (B, *shape) after `num_steps` steps from `x` (B, *shape). In tempering all replicas of a chain start
+    there, and the cold ones come back."""
+    sampler, settings = sampler_of(config, num_steps)
+    if config.kind != "tempering":
+        return engine(sampler, x, *labels, generator=generator, **settings)[0]
+    ladders = x.unsqueeze(1).expand(-1, config.levels, *x.shape[1:])
+    return engine(sampler, ladders, *labels, generator=generator, **settings)[0][:, 0]
+
+
+def fresh_chains(
+    energy: Callable[..., Tensor],
+    config: SamplerConfig,
+    shape: Sequence[int],
+    num: int,
+    num_steps: int,
+    *,
+    seed: int,
+    device="cpu",
+    num_classes: int | None = None,
+    block: int = 512,
+):
+    """`num` chains of `num_steps` steps from where `config.start` says: states (num, *shape) and labels (num,) or None.
+
+    Every 32 chains have generators of their own, so the first chains depend neither on `num` nor on `block`, the
+    number computed at a time. Labels run through the classes in turn.
+    """
+    group, states, engine = 32, [], Engine(energy, capture=False)  # a graph pays off over many chains
+    labels = torch.arange(-(-num // group) * group, device=device) % num_classes if num_classes else None
+    groups, at_once = range(-(-num // group)), max(1, block // group)
+    for first in range(0, len(groups), at_once):
+        numbers = groups[first : first + at_once]
+        start, noise = ([generator(seed, purpose, n, device=device) for n in numbers] for purpose in ("start", "chain"))
+        x = start_(torch.empty(len(numbers) * group, *shape, device=device), start, config.start_range)
+        y = () if labels is None else (labels[first * group : first * group + len(x)],)
+        states.append(advance(engine, config, x, *y, num_steps=num_steps, generator=noise))
+    return torch.cat(states)[:num], None if labels is None else labels[:num]

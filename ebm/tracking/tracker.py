@@ -1,0 +1,184 @@
+"""What a run records: metrics.jsonl, trace.jsonl, sample panels, W&B, alerts, progress. For rank 0."""
+
+import math
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from io import BytesIO
+from pathlib import Path
+from statistics import median
+
+from torch import Tensor
+from tqdm import tqdm
+
+from ebm.config import Config, TrackingConfig
+from ebm.errors import UserError
+from ebm.inference.pictures import pictures, side_by_side
+from ebm.tracking.records import Records, WholeFiles
+from ebm.tracking.wandb_run import WandbRun
+
+WARNING = "health/warning"  # the ladder's worst sign, as a share of its limit
+HISTORY, MINIMUM, RECENT = 50, 10, 3  # lines of metrics: what the step time is compared with, and what is
+
+
+class Alerts:
+    """Judges the lines of metrics and hears of events; each title goes out once in `tracking.alert_every` seconds.
+
+    `send(title, text, level)` uploads; `say(text)` is the log's. May be called from any thread."""
+
+    def __init__(self, tracking: TrackingConfig, send: Callable[[str, str, str], None], say: Callable[[str], None]):
+        self._tracking, self._send, self._say = tracking, send, say
+        self._sent: dict[str, float] = {}  # when, by title
+        self._seconds: deque[float] = deque(maxlen=HISTORY + RECENT)
+        self._lock = threading.Lock()
+
+    def event(self, title: str, text: str, level: str = "WARN") -> bool:
+        """Send an alert that the log has already. Whether it was: not again within `tracking.alert_every`."""
+        now, every = time.monotonic(), self._tracking.alert_every
+        with self._lock:
+            if not self._tracking.alerts or now - self._sent.get(title, -math.inf) < every:
+                return False
+            self._sent[title] = now
+        self._send(title, text, level)
+        return True
+
+    def read(self, step: int, metrics: dict[str, float]) -> None:
+        """Judge a line of metrics."""
+        warning = metrics.get(WARNING, 0.0)
+        if warning >= 1:
+            self._tell("training may diverge", f"step {step}: {WARNING} {warning:.3g} (1 and above is bad)")
+        if "perf/step_s" not in metrics:
+            return
+        self._seconds.append(metrics["perf/step_s"])
+        before, now = list(self._seconds)[:-RECENT], list(self._seconds)[-RECENT:]
+        # A few lines together: one alone may hold a sample panel or a checkpoint.
+        if len(before) >= MINIMUM and min(now) > self._tracking.slow_factor * median(before):
+            times = median(now) / median(before)
+            self._tell("steps are slow", f"step {step}: {median(now):.3g} s a step, {times:.1f} times the usual")
+
+    def stalled(self, step: int, seconds: float) -> None:
+        """There was no step for `seconds`."""
+        self._tell("no step", f"no step in {seconds:.0f} s, the last line of metrics is step {step}'s", "ERROR")
+
+    def _tell(self, title: str, text: str, level: str = "WARN") -> None:
+        if self.event(title, text, level):
+            self._say(f"{title}: {text}")
+
+
+class Progress:
+    """A bar on a terminal, lines elsewhere: step, rate, time left, loss, AUC."""
+
+    def __init__(self, total_steps: int, first_step: int):
+        self.total, self._first, self._started = total_steps, first_step, time.monotonic()
+        on_terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=total_steps, initial=first_step, unit="step") if on_terminal else None
+
+    def update(self, step: int, metrics: dict[str, float]) -> None:
+        shown = {name: metrics[f"{group}/{name}"] for group, name in (("train", "loss"), ("energy", "gap"),
+                 ("energy", "auc")) if f"{group}/{name}" in metrics}  # fmt: skip
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
+            return
+        rate = (step - self._first) / (time.monotonic() - self._started)
+        left = int((self.total - step) / rate) if rate else 0
+        clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+        values = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
+        self.write(f"step {step}/{self.total}  {rate:.1f} it/s  left {clock}  {values}")
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):  # a log file on a full disk, a pipe that nobody reads any more
+            if self._bar is not None:
+                self._bar.write(text)
+            else:
+                print(text, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Tracker:
+    """All that rank 0 records of a run that goes on at `resume_step`. Only the start raises (UserError): a disk that is
+    full, read-only or failing later on is said, and tried again, while training goes on."""
+
+    def __init__(self, config: Config, run_dir: Path, resume_step: int):
+        self._samples_dir = run_dir / "samples"
+        self._progress = Progress(config.train.steps, resume_step)
+        try:
+            self._samples_dir.mkdir(exist_ok=True)
+            self._metrics = Records(run_dir / "metrics.jsonl", resume_step, self.say)
+            self._trace = Records(run_dir / "trace.jsonl", resume_step, self.say) if config.data.trace else None
+        except OSError as error:
+            raise UserError(
+                f"run.dir={run_dir}: {error}; free some space or make it writable, then run the same command again"
+            ) from error
+        self._records = [self._metrics] if self._trace is None else [self._metrics, self._trace]
+        self._samples = WholeFiles(str(self._samples_dir), self.say)
+        self._wandb = WandbRun(config, run_dir, resume_step, self.say)
+        self._alerts, self._step = Alerts(config.tracking, self._wandb.alert, self.say), resume_step
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._step = step
+        self._metrics.append({"step": step, **metrics})
+        self._wandb.log(step, metrics)
+        self._progress.update(step, metrics)
+        self._alerts.read(step, metrics)
+
+    def alert(self, title: str, text: str, level: str = "WARN") -> None:
+        """Send what the log says already to those who don't read it. `level`: INFO, WARN or ERROR."""
+        self._alerts.event(title, text, level)
+
+    def stalled(self, seconds: float) -> None:
+        """There was no step for `seconds`. From any thread."""
+        self._alerts.stalled(self._step, seconds)
+
+    def checkpoint(self, path: Path) -> None:
+        """A checkpoint became final: an artifact, where `tracking.artifacts` says so."""
+        self._wandb.log_checkpoint(path)
+
+    def rewind(self, step: int) -> None:
+        """Training went back to `step`: the records after it go, so that every step stands once."""
+        for records in self._records:
+            records.rewind(step)
+        self._wandb.rewind(step)
+
+    def trace(self, step: int, samples: list, chains: list) -> None:
+        self._trace.append({"step": step, "samples": samples, "chains": chains})
+
+    def panels(self, step: int, samples: dict[str, Tensor]) -> None:
+        """Images (N, C, H, W) in [-1, 1] or vectors (N, D), by panel: all in samples/step_N.png, each in W&B."""
+        panels = pictures(samples)
+        file = BytesIO()
+        side_by_side(panels).save(file, format="png")
+        self._samples.write(self._samples_dir / f"step_{step:08d}.png", file.getvalue())
+        self._wandb.log_images(step, panels)
+
+    def histograms(self, step: int, values: dict[str, Tensor]) -> None:
+        self._wandb.log_histograms(step, {name: v.float().cpu().numpy() for name, v in values.items()})
+
+    def flush(self) -> bool:
+        """Whether every record is on the disk for good. To be asked before a checkpoint becomes final: a run resumed
+        from it does not write the records before it again. Pictures are tried again, but hold no checkpoint back."""
+        self._samples.retry()
+        return all([records.flush() for records in self._records])
+
+    @property
+    def pending(self) -> int:
+        """How many records are in memory only; after `close`, how many are lost."""
+        return sum(records.pending for records in self._records)
+
+    def say(self, text: str) -> None:
+        self._progress.write(text)
+
+    def close(self, exit_code: int) -> None:
+        self._progress.close()
+        for file in (*self._records, self._samples):  # before W&B, which may take its time
+            file.close()
+        self._wandb.finish(exit_code)
+        hint = self._wandb.sync_hint()
+        if hint:
+            self.say(hint)

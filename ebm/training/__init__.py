@@ -1,0 +1,1 @@
+"""The training of a run: the step, the loop and the state."""

@@ -1,0 +1,182 @@
+"""The trainer: one step, and the loop."""
+
+import time
+from contextlib import suppress
+
+from ebm.config import Config
+from ebm.errors import EXIT_STOPPED, DataError, DivergenceError, LostPeerError, UserError
+from ebm.runtime.checkpoint import Saver
+from ebm.runtime.distributed import World
+from ebm.runtime.run_directory import RunDirectory
+from ebm.runtime.stopping import StopRequest
+from ebm.runtime.watchdog import Watchdog
+from ebm.tracking import Tracker
+from ebm.training.readings import Interval, StepResult, measure, panels, read_health, trace
+from ebm.training.state import TrainState, build_state, load, snapshot
+from ebm.training.step import train_step
+
+
+def train(config: Config, world: World, started: float) -> int:
+    """Run, or go on with, the training of `config`. Returns the exit code: 0 done, 75 stopped and resumable."""
+    run = RunDirectory(config, world)
+    if run.done:
+        run.say(f"{run.path} is done already; another run.dir begins a new run")
+        return 0
+    state = build_state(config, world)
+    if resume(state, run):
+        run.say(f"resuming {run.path} at step {state.step}")
+    run.begin(state.step, config.health.max_restarts)
+    if idle := world.idle_cores():
+        run.say(idle)
+    tracker, code = open_tracker(state, run), 1
+    try:
+        with (
+            StopRequest(run.stop_file, config.train.time_limit, started) as stop,
+            Watchdog(
+                config.train.collective_timeout,
+                world.rank,
+                config.tracking.stall_after,
+                None if tracker is None else tracker.stalled,
+            ) as dog,
+            Saver(run.checkpoints, world, run.say) as saver,
+        ):
+            code = loop(state, run, saver, tracker, stop, dog)
+    except Exception as error:
+        if tracker is not None:
+            tracker.alert("the run ended", f"step {state.step}: {error}", "ERROR")
+        if not world.lost_peer(error):
+            run.failed(f"{type(error).__name__}: {error}")
+            raise
+        first_line = str(error).partition("\n")[0]
+        raise LostPeerError(
+            f"rank {world.rank}: another rank ended, and its own message says why, or its host is gone ({first_line})"
+        ) from error
+    finally:
+        state.reader.close()
+        if tracker is not None:
+            tracker.close(code)
+    run.finish(code, state.step, time.monotonic() - started)
+    if code == EXIT_STOPPED:  # the first rank to end so has its launcher end the others: rank 0 may be busy with W&B
+        with suppress(RuntimeError):
+            world.any(False)
+    return code
+
+
+def open_tracker(state: TrainState, run: RunDirectory) -> Tracker | None:
+    """On rank 0; its error on every rank."""
+    tracker, error = None, None
+    if state.world.is_main:
+        try:
+            tracker = Tracker(state.config, run.path, state.step)
+        except UserError as caught:
+            error = caught
+    state.world.raise_together(error)
+    return tracker
+
+
+def loop(
+    state: TrainState, run: RunDirectory, saver: Saver, tracker: Tracker | None, stop: StopRequest, dog: Watchdog
+) -> int:
+    config, world = state.config, state.world
+    if state.step == 0:
+        saver.start(0, *snapshot(state))  # so that there is always one to roll back to
+    interval, agreed = Interval(state.step), world.ask(stop.asked() is not None, not saver.ended)
+    while state.step < config.train.steps:
+        dog.beat()
+        before = time.perf_counter()
+        batch = next(state.reader)
+        interval.waited += time.perf_counter() - before
+        if batch.errors:
+            state.skipped_samples += batch.skipped
+            print(f"step {state.step + 1}: passed over {batch.skipped}: {batch.errors[0]}", flush=True)
+        result = train_step(state, batch)
+        step, last = state.step, state.step == config.train.steps
+        if result.draw is not None:
+            interval.reinit += result.draw.reinit.float().mean().item()
+        if config.data.trace:
+            trace(state, batch, result.draw, tracker)
+        if step % config.health.every == 0 and heal(state, result, run, saver, tracker):
+            interval = Interval(state.step)
+            continue
+        if step % config.train.log_every == 0 or last:
+            metrics = measure(state, result, interval)
+            if tracker is not None:
+                tracker.log(step, metrics)
+            interval = Interval(step)
+        if step % config.tracking.samples_every == 0 or last:
+            panels(state, batch, result, tracker)
+        stopping, writing = agreed()
+        if saver.busy and not writing:
+            finish_save(state, saver, tracker)
+        if last or stopping:
+            save_now(state, saver, tracker)
+        elif step % config.checkpoint.every == 0:
+            if saver.busy:  # slower than the steps of a whole interval: training waits
+                finish_save(state, saver, tracker)
+            saver.start(step, *snapshot(state))
+        if stopping and not last:
+            run.say(f"stopping at step {step}: {stop.reason or 'another rank was asked to'}")
+            return EXIT_STOPPED
+        if not last:  # answered after the next step
+            agreed = world.ask(stop.asked() is not None, not saver.ended)
+    return 0
+
+
+def resume(state: TrainState, run: RunDirectory) -> bool:
+    """Go on from the newest checkpoint, if there is one."""
+    path, ladder = run.resume_point()
+    if path is not None:
+        load(state, path, ladder)
+    return path is not None
+
+
+def heal(state: TrainState, result: StepResult, run: RunDirectory, saver: Saver, tracker: Tracker | None) -> bool:
+    """Judge the run's health and do what the ladder says. Whether the state is an earlier one now."""
+    # Rank 0's numbers for all: a last bit that differs between machines must not part the ranks.
+    verdict = state.ladder.judge(state.step, state.world.gather(read_health(state, result))[0])
+    if verdict.action == "go on":
+        return False
+    if verdict.action == "stop":
+        raise DivergenceError(
+            f"training diverged at {verdict.reason}. In a new run, lower optim.lr or sampler.step_size or raise loss.l2"
+        )
+    scales = f"learning rate x {state.ladder.lr_scale:g}, step size x {state.ladder.step_scale:g}"
+    if verdict.action == "cut":
+        run.say(f"diverging at {verdict.reason}: {scales} from here on")
+        if tracker is not None:
+            tracker.alert("steps were cut", f"{verdict.reason}: {scales} from here on")
+        return False
+    if saver.busy:
+        finish_save(state, saver, tracker)
+    if not run.roll_back(state.step, state.ladder.state(), verdict.reason):
+        raise DivergenceError(f"training diverged at {verdict.reason}, and there is no checkpoint to go back to")
+    resume(state, run)
+    if tracker is not None:
+        tracker.rewind(state.step)
+        tracker.alert("rolled back", f"{verdict.reason}: back to step {state.step}, {scales}")
+    run.say(f"diverged at {verdict.reason}: back to step {state.step} with new noise, {scales}")
+    return True
+
+
+def finish_save(state: TrainState, saver: Saver, tracker: Tracker | None) -> bool:
+    """Make the checkpoint under way final, with the records of its steps on the disk before it."""
+    path = saver.finish(state.config.checkpoint.keep, tracker is None or tracker.flush())
+    if path is not None and tracker is not None:
+        tracker.checkpoint(path)
+    return path is not None
+
+
+def save_now(state: TrainState, saver: Saver, tracker: Tracker | None) -> None:
+    """A checkpoint of this very step, or an error: nothing follows that could make up for one that failed."""
+    if saver.busy:
+        finish_save(state, saver, tracker)
+    for wait in (2.0, 10.0, None):
+        saver.start(state.step, *snapshot(state))
+        if finish_save(state, saver, tracker):
+            return
+        if wait is not None:
+            time.sleep(wait)
+    raise DataError(
+        f"the checkpoint of step {state.step} could not be written in three tries; make room, then run the same "
+        "command: it goes on from the checkpoint before"
+    )

@@ -1,0 +1,175 @@
+"""The replay buffer: what a step draws and writes is a function of seed, stream and step, never of the ranks."""
+
+import pytest
+import torch
+
+from ebm.streams import owned_streams
+from ebm.training.buffer import ReplayBuffer
+
+SHAPE, SLOTS, STREAMS = (2, 3, 3), 10, 4
+
+
+def make(streams=range(STREAMS), seed=3, slots=SLOTS, **settings):
+    return ReplayBuffer(SHAPE, slots, streams, seed, **settings)
+
+
+def none_sick(draw):
+    return torch.zeros(len(draw.x), dtype=torch.bool)
+
+
+def yes():
+    return torch.tensor(True)
+
+
+def advance(x):
+    """A deterministic stand-in for a chain, of each state's own numbers."""
+    return (1.7 * x + 0.1).sin()
+
+
+def rounds(world_size, steps=6, n=4):
+    """Per stream: all draws, and the final states and ages, of a run dealt over `world_size` ranks."""
+    seen = {}
+    for rank in range(world_size):
+        streams = owned_streams(STREAMS, rank, world_size)
+        buffer = make(streams)
+        draws = []
+        for step in range(1, steps + 1):
+            draw = buffer.draw(n, step, 0.3)
+            draws.append((draw.slots, draw.reinit, draw.x.view(len(streams), n, *SHAPE)))
+            buffer.write(draw, advance(draw.x), 5, yes(), none_sick(draw))
+        for index, stream in enumerate(streams):
+            state = buffer.stream_state(index)
+            seen[stream] = [part[index] for draw in draws for part in draw] + [state["x"], state["age"]]
+    return seen
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_any_number_of_ranks_gives_the_same_chains(world_size):
+    alone, dealt = rounds(1), rounds(world_size)
+    assert sorted(dealt) == sorted(alone) == list(range(STREAMS))
+    for stream in range(STREAMS):
+        assert all(torch.equal(a, b) for a, b in zip(alone[stream], dealt[stream], strict=True))
+    assert len({alone[stream][-2].sum().item() for stream in range(STREAMS)}) == STREAMS
+
+
+def test_new_chains_are_uniform_and_differ():
+    buffer = make(slots=2000, start=(-0.5, 1.5))
+    assert buffer.x.shape == (8000, *SHAPE) and buffer.x.dtype == torch.float32
+    assert -0.5 <= buffer.x.min() < -0.49 and 1.49 < buffer.x.max() <= 1.5
+    assert buffer.x.mean().item() == pytest.approx(0.5, abs=4 * (4 / 12 / buffer.x.numel()) ** 0.5)
+    assert len(buffer.x.flatten(1).unique(dim=0)) == 8000
+    assert (buffer.age == 0).all()
+    assert torch.equal(make().x, make().x) and not torch.equal(make().x, make(seed=4).x)
+
+
+def test_draws_are_without_replacement_and_differ_by_step_and_stream():
+    buffer = make()
+    draws = [buffer.draw(SLOTS, step, 0.0) for step in range(3)]
+    for draw in draws:
+        assert torch.equal(draw.slots.sort(1).values, torch.arange(SLOTS).expand(STREAMS, SLOTS))
+        assert torch.equal(draw.rows, (draw.slots + SLOTS * torch.arange(STREAMS).unsqueeze(1)).flatten())
+        assert torch.equal(draw.x, buffer.x[draw.rows])
+    orders = torch.cat([draw.slots for draw in draws])
+    assert len(orders.unique(dim=0)) == 3 * STREAMS
+    again = buffer.draw(SLOTS, 1, 0.0)
+    assert torch.equal(again.rows, draws[1].rows)
+
+
+def test_every_slot_is_drawn_equally_often():
+    buffer, counts, steps = make(streams=[0]), torch.zeros(SLOTS), 2000
+    for step in range(steps):
+        counts[buffer.draw(3, step, 0.0).slots[0]] += 1
+    expected = steps * 3 / SLOTS
+    assert ((counts - expected).abs() < 4.5 * (expected * (1 - 3 / SLOTS)) ** 0.5).all()
+
+
+def test_the_share_of_new_chains():
+    buffer = make(slots=5000, start=(2.0, 3.0))
+    buffer.x.zero_()
+    draw = buffer.draw(5000, 1, 0.2)
+    new = (draw.x >= 2).flatten(1)
+    assert torch.equal(new.all(1), draw.fresh) and torch.equal(new.any(1), draw.fresh)
+    assert torch.equal(draw.reinit.flatten(), draw.fresh)
+    assert torch.equal(draw.x[~draw.fresh], torch.zeros(int((~draw.fresh).sum()), *SHAPE))
+    assert draw.fresh.float().mean().item() == pytest.approx(0.2, abs=4.5 * (0.16 / 20_000) ** 0.5)
+    assert len(draw.x[draw.fresh].flatten(1).unique(dim=0)) == int(draw.fresh.sum())
+    assert not buffer.draw(10, 1, 0.0).fresh.any() and buffer.draw(10, 1, 1.0).fresh.all()
+    assert not torch.equal(buffer.draw(10, 1, 1.0).x, buffer.draw(10, 2, 1.0).x)
+
+
+def test_chains_go_back_to_their_own_slots():
+    buffer = make()
+    before = buffer.x.clone()
+    draw = buffer.draw(4, 1, 0.5)
+    written = advance(draw.x)
+    assert torch.equal(buffer.x, before)  # drawing alone changes nothing
+    buffer.write(draw, written, 5, yes(), none_sick(draw))
+    assert torch.equal(buffer.x[draw.rows], written)
+    others = torch.ones(len(before), dtype=torch.bool)
+    others[draw.rows] = False
+    assert int(others.sum()) == STREAMS * (SLOTS - 4)
+    assert torch.equal(buffer.x[others], before[others]) and (buffer.age[others] == 0).all()
+
+
+def test_ages_count_the_steps_since_noise():
+    buffer, ages = make(), [[0] * SLOTS for _ in range(STREAMS)]
+    for step in range(1, 30):
+        draw = buffer.draw(4, step, 0.2)
+        buffer.write(draw, draw.x, step, yes(), none_sick(draw))
+        for stream, (slots, reinit) in enumerate(zip(draw.slots.tolist(), draw.reinit.tolist(), strict=True)):
+            for slot, new in zip(slots, reinit, strict=True):
+                ages[stream][slot] = step if new else ages[stream][slot] + step
+    assert buffer.age.view(STREAMS, SLOTS).tolist() == ages
+    assert buffer.age.dtype == torch.int32
+
+
+def test_a_bad_step_writes_nothing():
+    buffer = make()
+    draw = buffer.draw(4, 1, 0.5)
+    buffer.write(draw, advance(draw.x), 5, yes(), none_sick(draw))
+    x, age = buffer.x.clone(), buffer.age.clone()
+    draw = buffer.draw(4, 2, 0.5)
+    buffer.write(draw, torch.full_like(draw.x, torch.nan), 5, torch.tensor(False), none_sick(draw))
+    assert torch.equal(buffer.x, x) and torch.equal(buffer.age, age)
+
+
+def test_a_stream_moves_to_another_rank():
+    source = make([0, 2])
+    draw = source.draw(4, 1, 0.2)
+    source.write(draw, advance(draw.x), 5, yes(), none_sick(draw))
+    saved = {name: tensor.clone() for name, tensor in source.stream_state(1).items()}
+    target = make([1, 2, 3])
+    neighbours = [target.stream_state(index)["x"].clone() for index in (0, 2)]
+    target.load_stream(1, saved)
+    assert all(torch.equal(target.stream_state(1)[name], saved[name]) for name in saved)
+    assert all(torch.equal(target.stream_state(i)["x"], x) for i, x in zip((0, 2), neighbours, strict=True))
+    a, b = source.draw(4, 2, 0.2), target.draw(4, 2, 0.2)
+    assert torch.equal(a.x[4:8], b.x[4:8]) and torch.equal(a.slots[1], b.slots[1])
+
+
+def test_sick_chains_start_again_whatever_became_of_the_step():
+    for ok in (True, False):
+        buffer = ReplayBuffer((2,), 20, [0, 1], seed=0)
+        buffer.age += 7
+        before = buffer.x.clone()
+        draw = buffer.draw(5, 1, 0.0)
+        sick = torch.arange(10) % 3 == 0
+        buffer.write(draw, torch.full_like(draw.x, 0.5), 4, torch.tensor(ok), sick)
+        assert torch.equal(buffer.x[draw.rows[sick]], draw.noise[sick])
+        assert (buffer.age[draw.rows[sick]] == 0).all() and (draw.noise[sick] != before[draw.rows[sick]]).all()
+        assert torch.equal(buffer.x[draw.rows[~sick]], torch.full((6, 2), 0.5) if ok else before[draw.rows[~sick]])
+        assert (buffer.age[draw.rows[~sick]] == (11 if ok else 7)).all()
+
+
+def test_chains_kept_in_float16_are_drawn_in_float32_and_lose_no_more_than_its_rounding():
+    exact, kept = make(slots=500), make(slots=500, dtype=torch.float16)
+    assert kept.x.dtype == torch.float16 and torch.equal(kept.x, exact.x.half())
+    for step in range(1, 4):
+        a, b = exact.draw(100, step, 0.2), kept.draw(100, step, 0.2)
+        assert b.x.dtype == torch.float32 and torch.allclose(a.x, b.x, atol=2e-3) and torch.equal(a.slots, b.slots)
+        exact.write(a, a.x * 0.9, 5, yes(), none_sick(a))
+        kept.write(b, b.x * 0.9, 5, yes(), none_sick(b))
+    before = kept.x.clone()
+    draw = kept.draw(100, 9, 0.0)
+    kept.write(draw, draw.x + 1, 5, torch.tensor(False), none_sick(draw))
+    assert torch.equal(kept.x, before)

@@ -1,0 +1,97 @@
+"""What only a GPU can show: the step never waits for the device, bf16 and fp16 train, a chain resumes exactly."""
+
+import pytest
+import torch
+from runs import TINY, command, final_hashes, finish
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def test_a_step_reads_no_device_memory(digits, tmp_path):
+    from ebm.config import load_config
+    from ebm.runtime.distributed import World
+    from ebm.training.loop import train_step
+    from ebm.training.state import build_state
+
+    settings = [f"{key}={value}" for key, value in TINY.items()]
+    config = load_config(None, [*settings, f"data.shards={digits}", f"run.dir={tmp_path}"])
+    state = build_state(config, World(config.train))
+    batches = [next(state.reader) for _ in range(3)]
+    train_step(state, batches[0])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches[1:]:
+            train_step(state, batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        state.reader.close()
+    assert int(state.skipped_steps) == 0
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_precisions_train_and_resume_exactly(digits, tmp_path, precision):
+    settings = {"train__mixed_precision": precision, "energy__spectral_norm": "true"}
+    finish(command(1, tmp_path / "whole", digits, train__steps=40, **settings), tmp_path / "log")
+    run = command(1, tmp_path / "run", digits, train__steps=40, train__time_limit=0.1, **settings)
+    for _ in range(3):
+        finish(run, tmp_path / "log", expect=1)
+    finish(command(1, tmp_path / "run", digits, train__steps=40, **settings), tmp_path / "log")
+    whole, resumed = final_hashes(tmp_path / "whole"), final_hashes(tmp_path / "run")
+    assert resumed == whole
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_captured_chain_is_the_plain_one(dtype, capsys):
+    from test_engine import SETTINGS, generators
+
+    from ebm.energies import FoldedEnergy, ResNetEnergyFunction
+    from ebm.samplers import Engine, langevin
+
+    torch.manual_seed(0)
+    energy = ResNetEnergyFunction(3, 16, 16, (16, 32), num_classes=3).eval().cuda()
+    folded = FoldedEnergy(energy, dtype).refresh()
+    engine, plain, noise = Engine(folded), Engine(folded, capture=False), generators("cuda")
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    for seed in range(3):  # the second and third time by replay, from other states, labels, weights and seeds
+        x = torch.rand(32, 3, 16, 16, device="cuda") * 2 - 1
+        y = torch.randint(3, (32,), device="cuda")
+        out = []
+        for run in (engine, plain):
+            for stream, one in enumerate(noise):
+                one.manual_seed(10 * seed + stream)
+            out.append(run(langevin, x, y, generator=noise, **SETTINGS))
+        assert torch.allclose(out[0][0], out[1][0], atol=tolerance)
+        assert torch.allclose(torch.stack(out[0][1]), torch.stack(out[1][1]), rtol=1e-2)
+        with torch.no_grad():
+            energy.head.scale.mul_(3)
+        folded.refresh()
+    assert engine.capture and len(engine._graphs) == 1
+    assert capsys.readouterr().out == ""
+
+
+def test_an_energy_that_reads_the_device_runs_without_a_graph(capsys):
+    from test_engine import SETTINGS, generators
+
+    from ebm.samplers import Engine, langevin
+
+    def energy(x):
+        return x.square().flatten(1).sum(1) * (2.0 if x.sum().item() > 0 else 1.0)
+
+    x = torch.rand(32, 3, 8, 8, device="cuda")
+    out, _ = Engine(energy)(langevin, x, generator=generators("cuda"), **SETTINGS)
+    expected, _ = langevin(energy, x, generator=generators("cuda"), **SETTINGS)
+    assert torch.allclose(out, expected, atol=1e-5)
+    assert "can't be captured" in capsys.readouterr().out
+
+
+def test_the_fused_update_on_the_device():
+    from ebm.samplers.kernels import move_ as fused
+    from ebm.samplers.langevin import move_
+
+    x = torch.randn(5, 3, 9, 7, device="cuda").contiguous(memory_format=torch.channels_last)
+    grad, z = torch.randn(5, 3, 9, 7, device="cuda"), torch.randn_like(x)
+    for bounds, boundary in ((None, "clamp"), ((-1.0, 1.0), "clamp"), ((-0.5, 1.5), "reflect")):
+        a, b = x.clone(), x.clone()
+        for move, state in ((move_, a), (fused, b)):
+            move(state, grad, z, 0.7, 0.4, 0.3, bounds, boundary)
+        assert torch.allclose(a, b, atol=1e-6)
