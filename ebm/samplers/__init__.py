@@ -3,7 +3,16 @@
 from ebm.samplers.base import ChainInfo
 from ebm.samplers.dynamics import HamiltonianMonteCarlo, LangevinDynamics, MetropolisAdjustedLangevin, ParallelTempering
 from ebm.samplers.engine import Engine
-from ebm.samplers.factory import advance, fresh_chains, sampler_of, schedule, settings_of
+from ebm.samplers.factory import (
+    advance,
+    chain_shape,
+    cold_states,
+    fresh_chains,
+    sampler_of,
+    schedule,
+    settings_of,
+    with_replicas,
+)
 from ebm.samplers.gibbs import GibbsInfo, class_flips, within_gibbs
 from ebm.samplers.langevin import langevin
 from ebm.samplers.metropolis import MetropolisInfo, adapted, hmc, mala
@@ -21,7 +30,9 @@ __all__ = [
     "TemperingInfo",
     "adapted",
     "advance",
+    "chain_shape",
     "class_flips",
+    "cold_states",
     "fresh_chains",
     "hmc",
     "langevin",
@@ -30,5 +41,6 @@ __all__ = [
     "schedule",
     "settings_of",
     "tempering",
+    "with_replicas",
     "within_gibbs",
 ]

@@ -39,6 +39,22 @@ def sampler_of(
     return mala, settings
 
 
+def chain_shape(config: SamplerConfig, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of one chain's state, where a sample has `shape`: (levels, *shape) for `tempering`, which moves a
+    replica a temperature; `shape` itself for all others."""
+    return tuple(shape) if config.levels == 1 else (config.levels, *shape)
+
+
+def with_replicas(config: SamplerConfig, x: Tensor) -> Tensor:
+    """States (B, *chain_shape) in which all replicas of a chain are at `x` (B, *shape)."""
+    return x if config.levels == 1 else x.unsqueeze(1).expand(-1, config.levels, *x.shape[1:]).contiguous()
+
+
+def cold_states(config: SamplerConfig, x: Tensor) -> Tensor:
+    """The states (B, *shape) that sample the energy at the sampler's own temperature, of chains (B, *chain_shape)."""
+    return x if config.levels == 1 else x[:, 0]
+
+
 def schedule(kind: str, start: float, end: float | None, num_steps: int) -> list[float]:
     """`num_steps` values from `start` to `end` (None: constant): "constant", "linear", "cosine" or "geometric"."""
     if kind in ("constant", "flow") or end is None or num_steps == 1:
@@ -91,10 +107,8 @@ def advance(
     """States (B, *shape) after `num_steps` steps from `x` (B, *shape). In tempering all replicas of a chain start
     there, and the cold ones come back."""
     sampler, settings = sampler_of(config, num_steps)
-    if config.kind != "tempering":
-        return engine(sampler, x, *labels, generator=generator, **settings)[0]
-    ladders = x.unsqueeze(1).expand(-1, config.levels, *x.shape[1:])
-    return engine(sampler, ladders, *labels, generator=generator, **settings)[0][:, 0]
+    states, _ = engine(sampler, with_replicas(config, x), *labels, generator=generator, **settings)
+    return cold_states(config, states)
 
 
 def fresh_chains(

@@ -6,7 +6,20 @@ from pydantic import TypeAdapter, ValidationError
 from test_metropolis import quartic, seeded
 
 from ebm.config import HMCConfig, LangevinConfig, MALAConfig, SamplerConfig, TemperingConfig, load_config
-from ebm.samplers import Engine, advance, fresh_chains, hmc, langevin, mala, sampler_of, settings_of, tempering
+from ebm.samplers import (
+    Engine,
+    advance,
+    chain_shape,
+    cold_states,
+    fresh_chains,
+    hmc,
+    langevin,
+    mala,
+    sampler_of,
+    settings_of,
+    tempering,
+    with_replicas,
+)
 
 CONFIGS = [
     LangevinConfig(num_steps=3, step_size=0.1, noise_scale=0.1),
@@ -72,6 +85,18 @@ def test_what_every_kind_tells(config):
     sampler(energy, x, generator=seeded(), **settings)
     assert sum(calls) == config.evaluations
     assert config.last_step_size == {"langevin": 0.1, "hmc": pytest.approx(0.045)}.get(config.kind, 0.1)
+
+
+@every_kind
+def test_replicas_and_cold_states(config):
+    x = torch.rand(8, 1, 4, 4, generator=seeded(1))
+    states = with_replicas(config, x)
+    assert states.shape == (8, *chain_shape(config, (1, 4, 4))) and states.is_contiguous()
+    assert chain_shape(config, (1, 4, 4)) == ((3, 1, 4, 4) if config.kind == "tempering" else (1, 4, 4))
+    assert torch.equal(cold_states(config, states), x)
+    sampler, settings = sampler_of(config)
+    moved, _ = sampler(quartic, states, generator=seeded(), **settings)
+    assert cold_states(config, moved).shape == x.shape
 
 
 def test_the_sampler_of_a_config():
