@@ -168,8 +168,8 @@ MUTANTS = {  # file of ebm/losses: (text, what replaces it)
         ("loss + l2 *", "loss - l2 *"),
     ],
     "__init__": [
-        ("output.loss + config.gradient_penalty *", "output.loss - config.gradient_penalty *"),
-        ("output.loss + config.gradient_penalty *", "output.loss +"),
+        ("plain.loss + config.gradient_penalty *", "plain.loss - config.gradient_penalty *"),
+        ("plain.loss + config.gradient_penalty *", "plain.loss +"),
         ("chain[name][-1]", "chain[name][0]"),
     ],
 }

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ebm.losses.output import Energy, LossOutput, energies, energy_and_gradient, energy_l2, num_parts, terms
+from ebm.losses.output import Energy, LossOutput, energies, energy_and_gradient, energy_l2, num_parts, output
 from ebm.streams import Generators, normal_
 
 
@@ -30,7 +30,7 @@ def contrastive_divergence(
     loss = e_pos.mean() - e_neg.mean()
     if l2:
         loss = loss + l2 * energy_l2(e_pos, e_neg)
-    return LossOutput(loss, terms(e_pos=e_pos, e_neg=e_neg))
+    return output(loss, e_pos, e_neg)
 
 
 def improved_contrastive_divergence(
@@ -68,7 +68,7 @@ def improved_contrastive_divergence(
 
     Raises ValueError where a part has a single chain: it has no neighbour.
     """
-    loss, logged = contrastive_divergence(energy, x_pos, x_neg, l2=l2, y_pos=y_pos, y_neg=y_neg)
+    loss, e_pos, e_neg, _ = contrastive_divergence(energy, x_pos, x_neg, l2=l2, y_pos=y_pos, y_neg=y_neg)
     x = x_neg.detach().requires_grad_(True)
     for _ in range(kl_steps):
         _, gradient = energy_and_gradient(energy, x, y_neg)
@@ -79,7 +79,7 @@ def improved_contrastive_divergence(
             x = _inside(x, *bounds, boundary)
     low_energy, entropy = _frozen_energy(energy, x, y_neg), log_distance(x, num_parts(generator))
     loss = loss + kl_weight * low_energy - entropy_weight * entropy
-    return LossOutput(loss, logged | terms(kl_energy=low_energy, entropy=entropy))
+    return output(loss, e_pos, e_neg, kl_energy=low_energy, entropy=entropy)
 
 
 def _frozen_energy(energy: Energy, x: Tensor, y: Tensor | None) -> Tensor:
@@ -189,4 +189,4 @@ def joint_energy(
     if l2:
         loss = loss + l2 * energy_l2(e_pos, e_neg)
     right = (logits.argmax(1) == y_pos).float().mean()
-    return LossOutput(loss, terms(e_pos=e_pos, e_neg=e_neg, cross_entropy=classification, accuracy=right))
+    return output(loss, e_pos, e_neg, cross_entropy=classification, accuracy=right)

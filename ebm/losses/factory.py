@@ -13,7 +13,7 @@ from ebm.losses.contrastive import (
 )
 from ebm.losses.flow_matching import energy_matching
 from ebm.losses.noise_contrastive import GaussianNoise, UniformNoise, energy_discrepancy, noise_contrastive
-from ebm.losses.output import LossOutput, gradient_penalty, interpolate, terms
+from ebm.losses.output import LossOutput, gradient_penalty, interpolate
 from ebm.losses.score_matching import denoising_score_matching, implicit_score_matching, sliced_score_matching
 
 
@@ -31,13 +31,14 @@ def loss_of(config) -> Callable[..., LossOutput]:
         settings = {"l2": config.l2, "y_pos": y_pos, "y_neg": y_neg, "generator": generator}
         if config.kind == "improved_contrastive":
             settings |= _last_step(chain)
-        output = objective(energy, x_pos, x_neg, **settings)
+        plain = objective(energy, x_pos, x_neg, **settings)
         if not config.gradient_penalty:
-            return output
+            return plain
         x = interpolate(x_pos, x_neg, generator) if at_interpolates else x_pos
         of_x, y = (marginal(energy), None) if config.kind == "jem" else (energy, y_pos)
         penalty = gradient_penalty(of_x, x, y)
-        return LossOutput(output.loss + config.gradient_penalty * penalty, output.terms | terms(penalty=penalty))
+        terms = plain.terms | {"penalty": penalty.detach().float()}
+        return plain._replace(loss=plain.loss + config.gradient_penalty * penalty, terms=terms)
 
     return loss
 

@@ -5,7 +5,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ebm.losses.output import Energy, LossOutput, energies, energy_and_gradient, energy_l2, num_parts, terms
+from ebm.losses.output import Energy, LossOutput, energies, energy_and_gradient, energy_l2, num_parts, output
 from ebm.streams import Generators, normal_, uniform_
 
 
@@ -32,12 +32,12 @@ def energy_matching(
     the density is exp(-E / epsilon), as far as the flow, which knows nothing of it, leaves room:
     flow_weight = 0 and trim = 0 are consistent. Pairs, floor and trim look within the part of a generator.
     """
-    loss, logged = x_pos.new_zeros(()), {}
+    loss, terms = x_pos.new_zeros(()), {}
     if flow_weight:
-        flow = flow_loss(energy, x_pos, y_pos, generator)
-        loss, logged = loss + flow_weight * flow, terms(flow=flow)
+        terms["flow"] = flow_loss(energy, x_pos, y_pos, generator)
+        loss = loss + flow_weight * terms["flow"]
     if x_neg is None:
-        return LossOutput(loss, logged)
+        return output(loss, **terms)
     e_pos, e_neg = energies(energy, [x_pos, x_neg.detach()], [y_pos, y_neg])
     parts = num_parts(generator)
     kept = e_neg.unflatten(0, (parts, -1)).sort(dim=1).values
@@ -45,10 +45,11 @@ def energy_matching(
     contrast = contrastive_weight * (e_pos.unflatten(0, (parts, -1)).mean(1) - kept.mean(1))
     if floor is not None:
         contrast = contrast.clamp_min(-floor)
-    loss = loss + contrast.mean()
+    terms["contrast"] = contrast.mean()
+    loss = loss + terms["contrast"]
     if l2:
         loss = loss + l2 * energy_l2(e_pos, e_neg)
-    return LossOutput(loss, logged | terms(e_pos=e_pos, e_neg=e_neg, contrast=contrast.mean()))
+    return output(loss, e_pos, e_neg, **terms)
 
 
 def flow_loss(energy: Energy, x1: Tensor, y: Tensor | None = None, generator: Generators = None) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ebm.losses.output import Energy, LossOutput, energies, energy_l2, terms
+from ebm.losses.output import Energy, LossOutput, energies, energy_l2, output
 from ebm.streams import Generators, normal_, uniform_
 
 
@@ -59,7 +59,7 @@ def noise_contrastive(
 
     Consistent, and the energy comes out normalised: an energy with a bias learns it, log_normaliser staying 0; for
     one without, give a tensor that requires gradients. Works where noise and data overlap, which in many dimensions
-    they hardly do. "e_neg" are the energies of the noise. `x_neg`, `y_neg` are not used.
+    they hardly do. `e_neg` are the energies of the noise. `x_neg`, `y_neg` are not used.
     """
     x_noise = noise.draw_(x_pos.new_empty(len(x_pos) * ratio, *x_pos.shape[1:]), generator)
     e_pos, e_neg = energies(energy, [x_pos, x_noise], [y_pos, y_pos])
@@ -69,7 +69,7 @@ def noise_contrastive(
     if l2:
         loss = loss + l2 * energy_l2(e_pos, e_neg)
     right = torch.cat([odds_pos > 0, odds_neg < 0]).float().mean()
-    return LossOutput(loss, terms(e_pos=e_pos, e_neg=e_neg, accuracy=right))
+    return output(loss, e_pos, e_neg, accuracy=right)
 
 
 def energy_discrepancy(
@@ -91,7 +91,7 @@ def energy_discrepancy(
     every `time` the density of the data is the minimum, in the limit of many draws for any w. At w = 1 it is for
     every M: the loss then is that of picking the datum out of M + 1 candidates given where they were centred, which
     is consistent (ranking noise contrastive estimation, Ma & Collins 2018). `time` is a variance, in units of x:
-    a small one nears score matching, a large one maximum likelihood, with more variance. "e_neg" are the energies of
+    a small one nears score matching, a large one maximum likelihood, with more variance. `e_neg` are the energies of
     the draws, (M B,). `x_neg`, `y_neg` are not used.
     """
     scale = math.sqrt(time)
@@ -106,4 +106,4 @@ def energy_discrepancy(
     loss = (exponents.logsumexp(1) - math.log(num_samples)).mean()
     if l2:
         loss = loss + l2 * energy_l2(e_pos, e_neg)
-    return LossOutput(loss, terms(e_pos=e_pos, e_neg=e_neg))
+    return output(loss, e_pos, e_neg)

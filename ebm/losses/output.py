@@ -13,14 +13,18 @@ Energy = Callable[..., Tensor]  # x (B, *shape), and labels (B,) where it is cla
 
 
 class LossOutput(NamedTuple):
-    """A loss to differentiate, and its terms: detached, float32, named as they are logged."""
+    """A loss to differentiate, and what it was made of. All but `loss` is detached and float32."""
 
-    loss: Tensor
-    terms: dict[str, Tensor]
+    loss: Tensor  # scalar
+    e_pos: Tensor | None  # energies of the data (n,); None where the objective computes none
+    e_neg: Tensor | None  # energies of chains, or of other draws that the data is told from (m,)
+    terms: dict[str, Tensor]  # scalars, by the names they are logged under
 
 
-def terms(**values: Tensor) -> dict[str, Tensor]:
-    return {name: value.detach().float() for name, value in values.items()}
+def output(loss: Tensor, e_pos: Tensor | None = None, e_neg: Tensor | None = None, **terms: Tensor) -> LossOutput:
+    """A `LossOutput` with everything but the loss detached and in float32."""
+    e_pos, e_neg = (None if e is None else e.detach().float() for e in (e_pos, e_neg))
+    return LossOutput(loss, e_pos, e_neg, {name: value.detach().float() for name, value in terms.items()})
 
 
 def energies(energy: Energy, xs: Sequence[Tensor], ys: Sequence[Tensor | None] = (None,)) -> tuple[Tensor, ...]:

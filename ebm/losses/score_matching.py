@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ebm.losses.output import Energy, LossOutput, energy_and_gradient, energy_l2, terms
+from ebm.losses.output import Energy, LossOutput, energy_and_gradient, energy_l2, output
 from ebm.streams import Generators, normal_, uniform_
 
 PIECEWISE_LINEAR = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.Threshold)
@@ -113,7 +113,7 @@ def _output(e_pos: Tensor, squared: Tensor, divergence: Tensor, l2: float) -> Lo
     loss = (squared / 2 + divergence).mean()
     if l2:
         loss = loss + l2 * energy_l2(e_pos)
-    return LossOutput(loss, terms(e_pos=e_pos, score_squared=squared.mean(), trace=divergence.mean()))
+    return output(loss, e_pos, score_squared=squared.mean(), trace=divergence.mean())
 
 
 def denoising_score_matching(
@@ -133,7 +133,7 @@ def denoising_score_matching(
     Vincent (2011), eq. 9, weighted by sigma**2 (Song & Ermon 2019, eq. 6); with several `sigmas` each sample draws
     one (Li, Chen & Sommer 2019, as one energy for all levels). The result is not the density of the data but that
     density **smoothed** by N(0, sigma**2): of Gaussian data with covariance C it finds C + sigma**2 I, and of several
-    sigmas C + (sum sigma**4 / sum sigma**2) I; subtract that to correct. "e_pos" are energies of the noisy data.
+    sigmas C + (sum sigma**4 / sum sigma**2) I; subtract that to correct. `e_pos` are energies of the noisy data.
     """
     z = normal_(torch.empty_like(x_pos), generator)
     sigma = sigmas if isinstance(sigmas, float) else _drawn(sigmas, x_pos, generator)
@@ -143,7 +143,7 @@ def denoising_score_matching(
     loss = residual.square().flatten(1).sum(1).mean() / 2
     if l2:
         loss = loss + l2 * energy_l2(e_pos)
-    return LossOutput(loss, terms(e_pos=e_pos))
+    return output(loss, e_pos)
 
 
 def _drawn(sigmas: Sequence[float], x: Tensor, generator: Generators) -> Tensor | float:

@@ -59,10 +59,10 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
             x_neg = coldest(x, config.sampler.levels)
         with world.accumulating(state.model, last=part == parts - 1):
             labels = {"y_pos": take(y_pos), "y_neg": None if start is None else take(start.labels)}
-            loss, terms = state.model(take(x_pos), x_neg, **labels, generator=random_of_loss, step=step, chain=settings)
-            world.backward(loss / parts)
-        outputs.append(terms)
-        scalars.append({"train/loss": loss.detach()} | happened)
+            output = state.model(take(x_pos), x_neg, **labels, generator=random_of_loss, step=step, chain=settings)
+            world.backward(output.loss / parts)
+        outputs.append(output)
+        scalars.append({"train/loss": output.loss.detach()} | happened)
 
     # Update. The gradient is averaged over the ranks, so its norm tells every rank alike whether any had a NaN;
     # torch's fused Adam leaves weights and state alone where found_inf is 1, without the host having to look.
@@ -75,7 +75,7 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
         optimisation.update_average(state.ema, state.energy, config.optim.ema_decay)
 
         # Chains go back to their slots; those that are not finite start again.
-        e_pos, e_neg = (_join([terms.pop(name, None) for terms in outputs], streams) for name in ("e_pos", "e_neg"))
+        e_pos, e_neg = (_join(list(es), streams) for es in zip(*((o.e_pos, o.e_neg) for o in outputs), strict=True))
         if start is not None and start.draw is not None:
             x = _join(chains, streams)
             sick = ~torch.isfinite(x).flatten(1).all(1) | ~torch.isfinite(e_neg)
@@ -86,8 +86,8 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     state.step = step
     state.skipped_steps = state.skipped_steps + ~finite
     state.skipped_in_row = torch.where(finite, 0, state.skipped_in_row + 1)
-    scalars = [own | {f"loss/{name}": term.mean() for name, term in terms.items()}
-               for own, terms in zip(scalars, outputs, strict=True)]  # fmt: skip
+    scalars = [own | {f"loss/{name}": term for name, term in output.terms.items()}
+               for own, output in zip(scalars, outputs, strict=True)]  # fmt: skip
     values = {name: torch.stack([own[name] for own in scalars]).mean() for name in scalars[0]}
     values |= {f"energy/{name}_mean": e.mean() for name, e in (("pos", e_pos), ("neg", e_neg)) if e is not None}
     values |= {"optim/grad_norm": grad_norm, "data/saturated": saturated(x_pos, config.sampler.bounds)}

@@ -127,8 +127,21 @@ def test_the_config_s_function_with_its_settings(name):
     expected = function(Classifier(), x_pos, x_neg, y_pos=y_pos, y_neg=y_neg, generator=seeded(1), **settings)
     torch.testing.assert_close(found.loss, expected.loss)
     assert found.terms.keys() == expected.terms.keys()
-    for name, term in found.terms.items():
-        assert torch.equal(term, expected.terms[name]) and term.dtype == torch.float32 and not term.requires_grad
+    pairs = [(term, expected.terms[name]) for name, term in found.terms.items()]
+    for term, other in [*pairs, (found.e_pos, expected.e_pos), (found.e_neg, expected.e_neg)]:
+        assert (term is None) == (other is None)
+        if term is not None:
+            assert torch.equal(term, other) and term.dtype == torch.float32 and not term.requires_grad
+
+
+@pytest.mark.parametrize("name", [*KINDS, *JEM])
+def test_terms_are_scalars_and_energies_are_fields(name):
+    """What is logged is a scalar a name; the energies of the batches are fields, of one number a state."""
+    x_pos, x_neg, y_pos, y_neg = batch()
+    output = compute(name, Classifier(), x_pos, x_neg, y_pos, y_neg, seeded(1), gradient_penalty=0.1)
+    assert all(term.ndim == 0 for term in output.terms.values()) and not {"e_pos", "e_neg"} & output.terms.keys()
+    assert output.e_pos is None or output.e_pos.shape == (8,)
+    assert output.e_neg is None or (output.e_neg.ndim == 1 and len(output.e_neg) % 8 == 0)
 
 
 @pytest.mark.parametrize("name", [*KINDS, *JEM])
