@@ -5,7 +5,9 @@ from ebm.samplers.dynamics import HamiltonianMonteCarlo, LangevinDynamics, Metro
 from ebm.samplers.engine import Engine
 from ebm.samplers.factory import (
     advance,
+    can_be_continued,
     chain_shape,
+    chains_of_lengths,
     cold_states,
     fresh_chains,
     sampler_of,
@@ -30,7 +32,9 @@ __all__ = [
     "TemperingInfo",
     "adapted",
     "advance",
+    "can_be_continued",
     "chain_shape",
+    "chains_of_lengths",
     "class_flips",
     "cold_states",
     "fresh_chains",

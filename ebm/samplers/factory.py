@@ -119,22 +119,87 @@ def fresh_chains(
     num_steps: int,
     *,
     seed: int,
-    device="cpu",
+    device: torch.device | str = "cpu",
     num_classes: int | None = None,
+    labels: Tensor | None = None,
     block: int = 512,
-):
+) -> tuple[Tensor, Tensor | None]:
     """`num` chains of `num_steps` steps from where `config.start` says: states (num, *shape) and labels (num,) or None.
 
     Every 32 chains have generators of their own, so the first chains depend neither on `num` nor on `block`, the
-    number computed at a time. Labels run through the classes in turn.
+    number computed at a time. A conditional energy's chains have the given `labels` (num,), or run through the classes
+    in turn.
     """
-    group, states, engine = 32, [], Engine(energy, capture=False)  # a graph pays off over many chains
-    labels = torch.arange(-(-num // group) * group, device=device) % num_classes if num_classes else None
-    groups, at_once = range(-(-num // group)), max(1, block // group)
+    states, labels = chains_of_lengths(
+        energy, config, shape, num, (num_steps,), seed=seed, device=device, num_classes=num_classes, labels=labels,
+        block=block,
+    )  # fmt: skip
+    return states[num_steps], labels
+
+
+def chains_of_lengths(
+    energy: Callable[..., Tensor],
+    config: SamplerConfig,
+    shape: Sequence[int],
+    num: int,
+    lengths: Sequence[int],
+    *,
+    seed: int,
+    device: torch.device | str = "cpu",
+    num_classes: int | None = None,
+    labels: Tensor | None = None,
+    block: int = 512,
+    moved: Callable[[int], None] | None = None,
+) -> tuple[dict[int, Tensor], Tensor | None]:
+    """`fresh_chains` after each of `lengths` steps: {length: states (num, *shape)}, and their labels.
+
+    Where a chain of many steps goes through the states of one of few (see `can_be_continued`), one chain gives all
+    lengths, at the cost of the longest. `moved` hears the number of chain steps that were done since its last call.
+    """
+    group, engine = 32, Engine(energy, capture=False)  # a graph pays off over many chains
+    groups, at_once, lengths = range(-(-num // group)), max(1, block // group), sorted(set(lengths))
+    if num_classes:
+        padding = torch.arange(len(groups) * group, device=device) % num_classes
+        labels = padding if labels is None else torch.cat([labels.to(padding), padding[len(labels) :]])
+    states: dict[int, list[Tensor]] = {length: [] for length in lengths}
     for first in range(0, len(groups), at_once):
         numbers = groups[first : first + at_once]
-        start, noise = ([generator(seed, purpose, n, device=device) for n in numbers] for purpose in ("start", "chain"))
-        x = start_(torch.empty(len(numbers) * group, *shape, device=device), start, config.start_range)
-        y = () if labels is None else (labels[first * group : first * group + len(x)],)
-        states.append(advance(engine, config, x, *y, num_steps=num_steps, generator=noise))
-    return torch.cat(states)[:num], None if labels is None else labels[:num]
+        y = () if labels is None else (labels[first * group : (first + len(numbers)) * group],)
+        x, noise = _start(config, shape, numbers, group, seed, device)
+        done = 0
+        for length in lengths:
+            if done and not can_be_continued(config):
+                x, noise = _start(config, shape, numbers, group, seed, device)
+                done = 0
+            while done < length:
+                steps = min(length - done, STRETCH) if can_be_continued(config) else length
+                x = advance(engine, config, x, *y, num_steps=steps, generator=noise)
+                done += steps
+                if moved is not None:
+                    moved(steps * len(x))
+            states[length].append(x)
+    kept = {length: torch.cat(parts)[:num] for length, parts in states.items()}
+    return kept, None if labels is None else labels[:num]
+
+
+STRETCH = 100  # steps between two calls of `moved`
+
+
+def can_be_continued(config: SamplerConfig) -> bool:
+    """Whether chains of n and then m steps are chains of n + m steps: not where a schedule is stretched over the
+    chain, nor where replicas at other temperatures are left behind (tempering)."""
+    return config.levels == 1 and not (isinstance(config, LangevinConfig) and config.schedule != "constant")
+
+
+def _start(
+    config: SamplerConfig,
+    shape: Sequence[int],
+    numbers: Sequence[int],
+    group: int,
+    seed: int,
+    device: torch.device | str,
+) -> tuple[Tensor, list[torch.Generator]]:
+    """The initial states of the groups `numbers` of fresh chains, and the generators of their noise."""
+    start, noise = ([generator(seed, purpose, n, device=device) for n in numbers] for purpose in ("start", "chain"))
+    x = torch.empty(len(numbers) * group, *shape, device=device)
+    return start_(x, start, config.start_range), noise
