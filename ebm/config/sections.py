@@ -1,5 +1,6 @@
 """The other sections, and the whole: every key, its type, default and meaning, once."""
 
+import math
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -84,8 +85,25 @@ class BufferConfig(Section):
         "float32", description="type chains are kept in between draws; float16 takes half the memory (.0005 near 1)"
     )
     reinit_prob: float = Field(0.05, ge=0, le=1, description="share of drawn chains that start again from noise")
+    reinit_spread: float = Field(
+        1.0,
+        ge=1,
+        description="largest over smallest probability of a slot's chain to start again; evenly spread in log over the "
+        "slots, reinit_prob on average, so that chains of every age are trained on",
+    )
     augment_flip: bool = Field(False, description="mirror half of the drawn chains left to right (Du et al. 2021)")
     augment_crop: int = Field(0, ge=0, description="shift drawn chains by up to this many pixels, edges repeated")
+
+    @model_validator(mode="after")
+    def _largest_probability(self):
+        spread = self.reinit_spread
+        largest = self.reinit_prob * (1.0 if spread == 1 else math.log(spread) / (1 - 1 / spread))
+        if largest > 1:
+            raise ValueError(
+                f"reinit_prob={self.reinit_prob:g} with reinit_spread={spread:g}: some chains would start again with "
+                f"probability {largest:.3g}; use a reinit_prob of at most {self.reinit_prob / largest:.2g}"
+            )
+        return self
 
 
 class OptimConfig(Section):

@@ -46,7 +46,8 @@ def initial_states(
         bounds = config.sampler.bounds
         return Start(centres if bounds is None else centres.clamp(*bounds), y_pos, centres)
     if negatives == "persistent":
-        draw = buffer.draw(len(x_pos) // len(random.streams), step, config.buffer.reinit_prob)
+        per_stream = len(x_pos) // len(random.streams)
+        draw = buffer.draw(per_stream, step, config.buffer.reinit_prob, config.buffer.reinit_spread)
         labels = None if y_pos is None else draw.rows % buffer.slots % config.energy.num_classes
         flip, crop = config.buffer.augment_flip, config.buffer.augment_crop
         x = augment(draw.x, random("augment_chains", step), flip, crop) if flip or crop else draw.x

@@ -82,6 +82,7 @@ def test_unknown_keys_are_named_with_the_nearest(config_file, override, nearest)
         ("optim.lr=inf", ("optim.lr", "finite")),
         ("optim.betas=[0,1]", ("betas (0.0, 1.0)", "below 1")),
         ("optim.ema_decay=1", ("optim.ema_decay=1", "less than 1")),
+        ("buffer={reinit_prob: 0.5, reinit_spread: 100}", ("reinit_spread=100", "at most 0.21")),
         ("buffer.reinit_prob=1.5", ("buffer.reinit_prob=1.5", "less than or equal to 1")),
         ("data.on_error=ignore", ("data.on_error='ignore'", "'fail' or 'skip'")),
         ("data.shape=[0,8,8]", ("data.shape=[0, 8, 8]", "positive")),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ebm.streams import owned_streams
-from ebm.training.buffer import ReplayBuffer
+from ebm.training.buffer import ReplayBuffer, reinit_probabilities
 
 SHAPE, SLOTS, STREAMS = (2, 3, 3), 10, 4
 
@@ -173,3 +173,23 @@ def test_chains_kept_in_float16_are_drawn_in_float32_and_lose_no_more_than_its_r
     draw = kept.draw(100, 9, 0.0)
     kept.write(draw, draw.x + 1, 5, torch.tensor(False), none_sick(draw))
     assert torch.equal(kept.x, before)
+
+
+def test_restarts_are_spread_over_the_slots_with_the_mean_asked_for():
+    probabilities = reinit_probabilities(0.04, 100.0, 257).double()
+    assert probabilities.mean().item() == pytest.approx(0.04, rel=1e-6)
+    assert (probabilities[0] / probabilities[-1]).item() == pytest.approx(100, rel=1e-5)
+    assert (probabilities.log().diff() - probabilities.log().diff().mean()).abs().max() < 1e-5  # even in log
+    assert torch.equal(reinit_probabilities(0.04, 1.0, 5), torch.full((5,), 0.04))
+
+
+def test_a_slot_starts_again_as_often_as_its_probability_says():
+    buffer, steps = make(streams=[0]), 4000
+    counts = torch.zeros(SLOTS)
+    for step in range(steps):
+        draw = buffer.draw(SLOTS, step, 0.1, 30.0)
+        counts[draw.slots[0]] += draw.reinit[0].float()
+    expected = reinit_probabilities(0.1, 30.0, SLOTS)
+    assert ((counts / steps - expected).abs() < 5 * (expected / steps).sqrt()).all()
+    # Without a spread the same chains start again as by one probability.
+    assert torch.equal(buffer.draw(4, 7, 0.3).reinit, buffer.draw(4, 7, 0.3, 1.0).reinit)
