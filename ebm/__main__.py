@@ -6,7 +6,7 @@ import sys
 
 from ebm import __version__
 from ebm.errors import UserError
-from ebm.runtime.process import prepare_process
+from ebm.runtime.process import configure_logging, flush_output, prepare_process
 
 prepare_process()
 
@@ -34,13 +34,17 @@ def main(arguments: list[str] | None = None) -> int:
         if name in arguments[:1]:  # torch is loaded for the command that runs, not for --help
             importlib.import_module(f"ebm.commands.{name}").add_arguments(sub)
     options = parser.parse_args(arguments)
+    configure_logging()
     try:
-        return importlib.import_module(f"ebm.commands.{options.command}").run(options)
+        code: int = importlib.import_module(f"ebm.commands.{options.command}").run(options)
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    finally:
+        flush_output()
 
 
 if __name__ == "__main__":

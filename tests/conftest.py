@@ -1,9 +1,23 @@
 """One thread a test process: small tensors gain nothing from more, and every machine then adds in the same order."""
 
+import logging
+
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def shown(caplog, capsys):
+    """What the process logs, as rank 0 shows it: the output since the last call."""
+    from ebm.runtime.process import configure_logging
+
+    logger = logging.getLogger("ebm")
+    before = logger.handlers, logger.level
+    configure_logging(0)
+    yield lambda: capsys.readouterr().out
+    logger.handlers, logger.level = before
 
 
 @pytest.fixture(scope="session")

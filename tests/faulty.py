@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-import train
+from ebm.__main__ import main
 from ebm.training import loop as trainer
 
 FAULT = json.loads(os.environ["EBM_FAULT"])
@@ -70,4 +70,4 @@ if __name__ == "__main__":
         kill_in_save()
     elif HERE:
         before_step({"raise": fail}.get(FAULT["kind"]) or globals()[FAULT["kind"]])
-    sys.exit(train.main())
+    sys.exit(main(["train", *sys.argv[1:]]))

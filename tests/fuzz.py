@@ -438,13 +438,13 @@ def checkpoint_target(root: Path):
     state |= {"skipped_in_row": 0, "world_size": 1, "scaler": {"scale": 65536.0, "_growth_tracker": 0}}
     ladder = Ladder(HealthConfig())
     state |= {"quarantined": 0, "good": True, "ladder": ladder.state()}
-    saver = checkpoint.Saver(root, AloneWorld(), print)
+    saver = checkpoint.Saver(root, AloneWorld())
     saver.start(3, files, state)
     path = saver.finish(keep=1)
     good = {file.name: file.read_bytes() for file in path.iterdir()}
 
     def load() -> None:
-        found = checkpoint.newest_valid(root, say=lambda text: text.encode())  # a text that can't be printed raises
+        found = checkpoint.newest_valid(root)  # a text that can't be printed raises
         if found is None:
             return
         meta = checkpoint.read_state(found, streams=2)

@@ -7,6 +7,7 @@ from contextlib import suppress
 
 from ebm.config import DEFAULT_CONFIG, Config, describe, load_config
 from ebm.errors import ConfigError, UserError
+from ebm.runtime.process import configure_logging
 
 STARTED = time.monotonic()
 
@@ -25,7 +26,9 @@ def run(arguments) -> int:
 
 
 def _run(arguments) -> int:
-    main_rank = int(os.environ.get("RANK", 0)) == 0
+    rank = int(os.environ.get("RANK", 0))
+    main_rank = rank == 0
+    configure_logging(rank)
     try:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.dry_run:

@@ -6,6 +6,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -21,7 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ebm.errors import DataError
+from ebm.runtime.distributed import World
 from ebm.runtime.files import sync_directory
+
+log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step_(\d{8,})")
 MAX_JSON = 1 << 24  # bytes; a hundred thousand streams need less
@@ -72,11 +76,10 @@ class Saver:
     Args:
         root: the directory of checkpoints.
         world: the run's `ebm.runtime.distributed.World`.
-        say: hears why a checkpoint was given up.
     """
 
-    def __init__(self, root: Path, world, say):
-        self._root, self._world, self._say = root, world, say
+    def __init__(self, root: Path, world: World):
+        self._root, self._world = root, world
         self._step, self._thread, self._written, self._error = 0, None, {}, None
 
     def __enter__(self):
@@ -146,7 +149,10 @@ class Saver:
                 self._prune(keep)
         error = self._world.gather(error)[0]
         if error is not None:
-            self._say(f"the checkpoint of step {self._step} could not be written ({error}); the one before is kept")
+            if self._world.is_main:
+                log.warning(
+                    f"the checkpoint of step {self._step} could not be written ({error}); the one before is kept"
+                )
             return None
         return directory_of(self._root, self._step)
 
@@ -214,13 +220,13 @@ def _problem_of_file(file: Path, size: int, sha256: str) -> str | None:
     return None
 
 
-def newest_valid(root: Path, say=print) -> Path | None:
-    """The newest checkpoint that verifies; `say` hears about each newer one that does not."""
+def newest_valid(root: Path) -> Path | None:
+    """The newest checkpoint that verifies; each newer one that does not is logged."""
     for path in reversed(checkpoints(root)):
         problem = problem_of(path)
         if problem is None:
             return path
-        say(f"checkpoint {path} is damaged ({problem}); going back to the one before")
+        log.warning(f"checkpoint {path} is damaged ({problem}); going back to the one before")
     return None
 
 

@@ -1,13 +1,18 @@
-"""What a process sets for itself: threads and memory before torch loads, worker processes, one-thread sections."""
+"""What a process sets for itself: threads and memory before torch loads, its log, workers, one-thread sections."""
 
 import ctypes
+import logging
 import multiprocessing
 import os
 import platform
 import signal
+import sys
 import threading
 from contextlib import contextmanager
 from multiprocessing import connection, forkserver, resource_tracker
+from typing import TextIO
+
+from tqdm import tqdm
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
@@ -23,6 +28,58 @@ def prepare_process() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+class _Lines(logging.Handler):
+    """Writes messages as plain lines to stdout, or to stderr. Output that can't be written (a log file on a full disk,
+    a pipe that nobody reads any more) is lost: no message may end a run."""
+
+    def __init__(self, to_stderr: bool):
+        super().__init__()
+        self._to_stderr = to_stderr
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stream = sys.stderr if self._to_stderr else sys.stdout
+        try:
+            tqdm.write(self.format(record), file=stream)  # above a progress bar, where there is one
+            stream.flush()
+        except (OSError, ValueError):  # ValueError: the stream is closed, or can't encode the text
+            pass
+
+
+def configure_logging(rank: int | None = None) -> None:
+    """Show what the library logs.
+
+    `rank`: of a training process, whose log is its output on stdout: rank 0 shows INFO and above, any other WARNING and
+    above, with its rank before them. None: a command that prints its result; warnings go to stderr. With EBM_LOG=debug
+    in the environment every process shows everything."""
+    debug = os.environ.get("EBM_LOG", "").lower() == "debug"
+    handler = _Lines(to_stderr=rank is None)
+    handler.setLevel(logging.DEBUG if debug else logging.INFO if rank == 0 else logging.WARNING)
+    handler.setFormatter(logging.Formatter(f"rank {rank}: %(message)s" if rank else "%(message)s"))
+    logger = logging.getLogger("ebm")
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    logger.handlers = [handler, *(other for other in logger.handlers if not isinstance(other, _Lines))]
+
+
+def flush_output() -> None:
+    """Call last in a process. What can't be written any more is dropped, where the interpreter's own flush at its end
+    would replace the exit code by 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            _discard(stream)
+
+
+def _discard(stream: TextIO) -> None:
+    """Let what `stream` still holds go nowhere."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+    except (OSError, ValueError):  # a stream without a file, or a closed one: nothing is left to flush
+        pass
 
 
 # The main process decides when to stop: a batch system signals every process of a job, and workers that died at once

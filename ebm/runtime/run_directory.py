@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import logging
 import os
 import time
 from contextlib import suppress
@@ -11,6 +12,8 @@ from ebm.config import Config, check_same_run, load_config, to_yaml
 from ebm.errors import EXIT_STOPPED, ConfigError, UserError
 from ebm.runtime import checkpoint
 from ebm.runtime.files import replace
+
+log = logging.getLogger(__name__)
 
 LOCK_WAIT = 60.0  # seconds for ranks that lost their launcher to notice it, save and end
 
@@ -59,19 +62,16 @@ class RunDirectory:
         self._locked = (self.path / "lock").open("w")
         for wait in range(int(LOCK_WAIT)):
             try:
-                return fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
             except BlockingIOError:
                 if wait == 0:
-                    self.say(f"{self.path} is used by another process; waiting up to {LOCK_WAIT:.0f} s for its end")
+                    log.info(f"{self.path} is used by another process; waiting up to {LOCK_WAIT:.0f} s for its end")
                 time.sleep(1.0)
             except OSError as error:
-                return self.say(f"{self.path} can't be locked ({error.strerror}): see that one job alone uses it")
+                log.warning(f"{self.path} can't be locked ({error.strerror}): see that one job alone uses it")
+                return
         raise ConfigError(f"run.dir={self.path} is used by another process; end it, or choose another run.dir")
-
-    def say(self, text: str) -> None:
-        if self.world.is_main:
-            with suppress(OSError):  # a log file on a full disk
-                print(text, flush=True)
 
     def resume_point(self) -> tuple[Path | None, dict | None]:
         """(the newest checkpoint that verifies, what the ladder remembers instead of it after a rollback), found by
@@ -81,7 +81,7 @@ class RunDirectory:
     def _resume_point(self) -> tuple[Path | None, dict | None]:
         past = self._rollbacks()
         last = past[-1] if past else {"rollbacks": 0, "to": 0}
-        while (path := checkpoint.newest_valid(self.checkpoints, self.say)) is not None:
+        while (path := checkpoint.newest_valid(self.checkpoints)) is not None:
             for newer in checkpoint.checkpoints(self.checkpoints):
                 if newer > path:
                     checkpoint.set_aside(newer)
@@ -130,7 +130,7 @@ class RunDirectory:
             try:
                 seen |= json.loads(self._attempts.read_text())
             except (ValueError, TypeError):
-                self.say(f"{self._attempts} can't be read; counting from new")
+                log.warning(f"{self._attempts} can't be read; counting from new")
         starts = seen["starts"] + 1 if seen["step"] == step else 1
         if starts > max_restarts + 1:
             raise ConfigError(
@@ -154,7 +154,7 @@ class RunDirectory:
             return
         if code == 0:
             replace(self.path / "DONE", f"step {step}\n".encode())
-            self.say(
+            log.info(
                 f"done: {step} steps, {seconds:.0f} s\n"
                 f"  metrics      {self.path}/metrics.jsonl\n"
                 f"  samples      {self.path}/samples/\n"
@@ -167,7 +167,7 @@ class RunDirectory:
         elif code == EXIT_STOPPED:
             if _restarts()[1]:  # the launcher takes the end of the ranks for a failure and starts them again
                 self.stop_file.touch()
-            self.say(f"stopped at step {step}, checkpoint in {self.checkpoints}/; the same command goes on from there")
+            log.info(f"stopped at step {step}, checkpoint in {self.checkpoints}/; the same command goes on from there")
 
 
 def _restarts() -> tuple[int, int]:

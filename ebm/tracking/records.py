@@ -1,9 +1,9 @@
 """Files that survive a full, read-only or failing disk: JSON lines, and files written whole."""
 
 import json
+import logging
 import math
 import os
-from collections.abc import Callable
 from contextlib import suppress
 from itertools import accumulate, takewhile
 from pathlib import Path
@@ -11,21 +11,23 @@ from typing import Any
 
 from ebm.runtime.files import replace, sync_directory
 
+log = logging.getLogger(__name__)
+
 
 class Outage:
-    """Says once that `what` can't be written, and once that it can again."""
+    """Logs once that `what` can't be written, and once that it can again."""
 
-    def __init__(self, what: str, say: Callable[[str], None]):
-        self._what, self._say, self.on = what, say, False
+    def __init__(self, what: str):
+        self._what, self.on = what, False
 
     def begin(self, error: OSError) -> None:
         if not self.on:
-            self._say(f"{self._what} can't be written ({error.strerror or error}); training goes on and tries again")
+            log.warning(f"{self._what} can't be written ({error.strerror or error}); training goes on and tries again")
         self.on = True
 
     def end(self, kept: int) -> None:
         if self.on:
-            self._say(f"{self._what} can be written again, with {kept} kept back till now")
+            log.info(f"{self._what} can be written again, with {kept} kept back till now")
         self.on = False
 
 
@@ -37,9 +39,9 @@ class Records:
     `close`; the file never keeps a part of it. Lines also stay in memory until `flush` has made them durable: call it
     now and then."""
 
-    def __init__(self, path: Path, keep_until: int, say: Callable[[str], None] = print):
+    def __init__(self, path: Path, keep_until: int):
         """Open `path`; records after step `keep_until`, and a line that a crash left torn, are cut off."""
-        self._path, self._say, self._outage = path, say, Outage(str(path), say)
+        self._path, self._outage = path, Outage(str(path))
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         self._end = self._durable = self._cut(keep_until)  # bytes written, and bytes on the disk for good
         sync_directory(path.parent)
@@ -88,7 +90,7 @@ class Records:
     def close(self) -> None:
         self.flush()
         if self.pending:
-            self._say(f"{self.pending} records are lost: {self._path} could not be written to the end")
+            log.warning(f"{self.pending} records are lost: {self._path} could not be written to the end")
         os.close(self._file)
 
     def _write(self, new: int = 0) -> bool:
@@ -111,8 +113,8 @@ class Records:
 class WholeFiles:
     """Files written whole or not at all; what can't be written stays in memory for `retry`."""
 
-    def __init__(self, what: str, say: Callable[[str], None]):
-        self._what, self._say, self._outage = what, say, Outage(what, say)
+    def __init__(self, what: str):
+        self._what, self._outage = what, Outage(what)
         self._waiting: dict[Path, bytes] = {}
 
     def write(self, path: Path, content: bytes) -> None:
@@ -133,7 +135,7 @@ class WholeFiles:
     def close(self) -> None:
         self.retry()
         if self._waiting:
-            self._say(f"{self._what}: {len(self._waiting)} files are lost, they could not be written to the end")
+            log.warning(f"{self._what}: {len(self._waiting)} files are lost, they could not be written to the end")
 
 
 def _write_at(file: int, content: bytes, offset: int) -> None:

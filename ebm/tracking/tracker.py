@@ -1,12 +1,12 @@
 """What a run records: metrics.jsonl, trace.jsonl, sample panels, W&B, alerts, progress. For rank 0."""
 
+import logging
 import math
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from statistics import median
@@ -20,6 +20,8 @@ from ebm.inference.pictures import pictures, side_by_side
 from ebm.tracking.records import Records, WholeFiles
 from ebm.tracking.wandb_run import WandbRun
 
+log = logging.getLogger(__name__)
+
 WARNING = "health/warning"  # the ladder's worst sign, as a share of its limit
 HISTORY, MINIMUM, RECENT = 50, 10, 3  # lines of metrics: what the step time is compared with, and what is
 
@@ -27,10 +29,10 @@ HISTORY, MINIMUM, RECENT = 50, 10, 3  # lines of metrics: what the step time is 
 class Alerts:
     """Judges the lines of metrics and hears of events; each title goes out once in `tracking.alert_every` seconds.
 
-    `send(title, text, level)` uploads; `say(text)` is the log's. May be called from any thread."""
+    `send(title, text, level)` uploads. May be called from any thread."""
 
-    def __init__(self, tracking: TrackingConfig, send: Callable[[str, str, str], None], say: Callable[[str], None]):
-        self._tracking, self._send, self._say = tracking, send, say
+    def __init__(self, tracking: TrackingConfig, send: Callable[[str, str, str], None]):
+        self._tracking, self._send = tracking, send
         self._sent: dict[str, float] = {}  # when, by title
         self._seconds: deque[float] = deque(maxlen=HISTORY + RECENT)
         self._lock = threading.Lock()
@@ -65,7 +67,7 @@ class Alerts:
 
     def _tell(self, title: str, text: str, level: str = "WARN") -> None:
         if self.event(title, text, level):
-            self._say(f"{title}: {text}")
+            log.warning(f"{title}: {text}")
 
 
 class Progress:
@@ -87,14 +89,7 @@ class Progress:
         left = int((self.total - step) / rate) if rate else 0
         clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
         values = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
-        self.write(f"step {step}/{self.total}  {rate:.1f} it/s  left {clock}  {values}")
-
-    def write(self, text: str) -> None:
-        with suppress(OSError):  # a log file on a full disk, a pipe that nobody reads any more
-            if self._bar is not None:
-                self._bar.write(text)
-            else:
-                print(text, flush=True)
+        log.info(f"step {step}/{self.total}  {rate:.1f} it/s  left {clock}  {values}")
 
     def close(self) -> None:
         if self._bar is not None:
@@ -103,23 +98,23 @@ class Progress:
 
 class Tracker:
     """All that rank 0 records of a run that goes on at `resume_step`. Only the start raises (UserError): a disk that is
-    full, read-only or failing later on is said, and tried again, while training goes on."""
+    full, read-only or failing later on is logged, and tried again, while training goes on."""
 
     def __init__(self, config: Config, run_dir: Path, resume_step: int):
         self._samples_dir = run_dir / "samples"
         self._progress = Progress(config.train.steps, resume_step)
         try:
             self._samples_dir.mkdir(exist_ok=True)
-            self._metrics = Records(run_dir / "metrics.jsonl", resume_step, self.say)
-            self._trace = Records(run_dir / "trace.jsonl", resume_step, self.say) if config.data.trace else None
+            self._metrics = Records(run_dir / "metrics.jsonl", resume_step)
+            self._trace = Records(run_dir / "trace.jsonl", resume_step) if config.data.trace else None
         except OSError as error:
             raise UserError(
                 f"run.dir={run_dir}: {error}; free some space or make it writable, then run the same command again"
             ) from error
         self._records = [self._metrics] if self._trace is None else [self._metrics, self._trace]
-        self._samples = WholeFiles(str(self._samples_dir), self.say)
-        self._wandb = WandbRun(config, run_dir, resume_step, self.say)
-        self._alerts, self._step = Alerts(config.tracking, self._wandb.alert, self.say), resume_step
+        self._samples = WholeFiles(str(self._samples_dir))
+        self._wandb = WandbRun(config, run_dir, resume_step)
+        self._alerts, self._step = Alerts(config.tracking, self._wandb.alert), resume_step
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._step = step
@@ -171,9 +166,6 @@ class Tracker:
         """How many records are in memory only; after `close`, how many are lost."""
         return sum(records.pending for records in self._records)
 
-    def say(self, text: str) -> None:
-        self._progress.write(text)
-
     def close(self, exit_code: int) -> None:
         self._progress.close()
         for file in (*self._records, self._samples):  # before W&B, which may take its time
@@ -181,4 +173,4 @@ class Tracker:
         self._wandb.finish(exit_code)
         hint = self._wandb.sync_hint()
         if hint:
-            self.say(hint)
+            log.info(hint)

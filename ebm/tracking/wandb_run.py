@@ -23,6 +23,8 @@ from ebm.errors import EXIT_STOPPED
 from ebm.runtime.files import replace
 from ebm.tracking.delivery import Artifacts, Handed, newest_samples, rows_between
 
+log = logging.getLogger(__name__)
+
 CLOSED = "closed"  # a file in the directory of an offline part that nobody writes to any more
 MAX_WAITING = 10_000  # calls; W&B is given up on here, not memory
 UNSAFE = {"offline": 10.0, "online": 60.0}  # seconds a row is with the client before it is on the disk, or uploaded
@@ -30,15 +32,15 @@ UNSAFE = {"offline": 10.0, "online": 60.0}  # seconds a row is with the client b
 
 class WandbRun:
     """Training never waits for W&B before its end, and nothing that goes wrong here reaches training: the first
-    failure is said, further ones are counted.
+    failure is logged, further ones are counted.
 
     A thread starts the client and makes its calls, in order: the start takes `tracking.wandb_timeout` where the server
     does not answer, and a call may block for ever where the client's service process stalls.
 
     A run that is resumed goes on as the same W&B run, and hands over what an earlier start, killed, did not."""
 
-    def __init__(self, config: Config, run_dir: Path, resume_step: int, say: Callable[[str], None]):
-        self._config, self._run_dir, self._resume_step, self._say = config, run_dir, resume_step, say
+    def __init__(self, config: Config, run_dir: Path, resume_step: int):
+        self._config, self._run_dir, self._resume_step, self._log_level = config, run_dir, resume_step, logging.WARNING
         self._timeout = config.tracking.wandb_timeout
         self._artifacts = Artifacts(run_dir, config.tracking.artifacts_gb)
         self._failures = self._left_out = 0
@@ -54,7 +56,7 @@ class WandbRun:
             logging.getLogger("wandb").setLevel(logging.ERROR)
             self._wandb, self.mode = wandb, _mode(config.tracking, wandb)
         except Exception as error:  # not installed, or installed beside a package it does not work with
-            say(f"W&B can't be used ({_first_line(error)}); metrics.jsonl has everything")
+            log.warning(f"W&B can't be used ({_first_line(error)}); metrics.jsonl has everything")
             return
         if self.mode != "disabled":
             self._thread = threading.Thread(target=self._work, daemon=True)
@@ -76,11 +78,11 @@ class WandbRun:
             return self._init()
         except Exception as error:  # the client raises many kinds; none may end a training run
             if self.mode == "online":
-                self._say(f"W&B can't be reached ({_first_line(error)}); logging offline instead")
+                self._tell(f"W&B can't be reached ({_first_line(error)}); logging offline instead")
                 self.mode = "offline"
                 self._bounded(self._wandb.teardown, self._timeout)  # its service still holds the failed attempt's id
                 return self._start()
-            self._say(f"W&B could not start ({_first_line(error)}); metrics.jsonl has everything")
+            self._tell(f"W&B could not start ({_first_line(error)}); metrics.jsonl has everything")
             return None
 
     def _init(self):
@@ -99,7 +101,7 @@ class WandbRun:
         self._handed = Handed(self._run_dir, run_id, UNSAFE[self.mode])
         self._part_ends = time.monotonic() + tracking.offline_part
         if self.mode == "online":
-            self._say(f"W&B: {run.url}")
+            log.info(f"W&B: {run.url}")
         return run
 
     def _catch_up(self) -> None:
@@ -162,7 +164,7 @@ class WandbRun:
             return
         self._left_out += 1
         if self._left_out == 1:
-            self._say("W&B does not keep up: what comes now is left out there; metrics.jsonl has everything")
+            self._tell("W&B does not keep up: what comes now is left out there; metrics.jsonl has everything")
 
     @property
     def _complete(self) -> bool:
@@ -185,7 +187,7 @@ class WandbRun:
         except Exception as error:
             self._failures += 1
             if self._failures == 1:
-                self._say(f"W&B: {_first_line(error)}; training goes on, metrics.jsonl has everything")
+                self._tell(f"W&B: {_first_line(error)}; training goes on, metrics.jsonl has everything")
 
     def finish(self, exit_code: int) -> None:
         """Close the W&B run, waiting `wandb_timeout` at most (and as long again for a start that is still under way):
@@ -198,13 +200,16 @@ class WandbRun:
         self._thread.join(self._timeout)
         ended = not self._thread.is_alive()
         if not ended:
-            self._say(f"W&B did not finish in {self._timeout:.0f} s")
+            self._tell(f"W&B did not finish in {self._timeout:.0f} s")
         if self._failures > 1 or self._left_out:
-            self._say(f"W&B: {self._failures} calls failed, {self._left_out} left out; metrics.jsonl has everything")
-        self._say = lambda text: None  # what the client still has to say is about its end
+            self._tell(f"W&B: {self._failures} calls failed, {self._left_out} left out; metrics.jsonl has everything")
+        self._log_level = logging.DEBUG  # what the client still has to say is about its end
         # After `finish` the service may still be writing. And where nothing ended, the client's own exit hook, which
         # this takes away, would wait for it without bound.
         self._bounded(lambda: self._wandb.teardown(exit_code), self._timeout if ended else 1.0)
+
+    def _tell(self, text: str) -> None:
+        log.log(self._log_level, text)
 
     def _finish(self, exit_code: int) -> None:
         self._part_ends = math.inf

@@ -1,5 +1,6 @@
 """The trainer: one step, and the loop."""
 
+import logging
 import time
 from contextlib import suppress
 
@@ -15,19 +16,21 @@ from ebm.training.readings import Interval, StepResult, measure, panels, read_he
 from ebm.training.state import TrainState, build_state, load, snapshot
 from ebm.training.step import train_step
 
+log = logging.getLogger(__name__)
+
 
 def train(config: Config, world: World, started: float) -> int:
     """Run, or go on with, the training of `config`. Returns the exit code: 0 done, 75 stopped and resumable."""
     run = RunDirectory(config, world)
     if run.done:
-        run.say(f"{run.path} is done already; another run.dir begins a new run")
+        log.info(f"{run.path} is done already; another run.dir begins a new run")
         return 0
     state = build_state(config, world)
     if resume(state, run):
-        run.say(f"resuming {run.path} at step {state.step}")
+        log.info(f"resuming {run.path} at step {state.step}")
     run.begin(state.step, config.health.max_restarts)
     if idle := world.idle_cores():
-        run.say(idle)
+        log.info(idle)
     tracker, code = open_tracker(state, run), 1
     try:
         with (
@@ -38,7 +41,7 @@ def train(config: Config, world: World, started: float) -> int:
                 config.tracking.stall_after,
                 None if tracker is None else tracker.stalled,
             ) as dog,
-            Saver(run.checkpoints, world, run.say) as saver,
+            Saver(run.checkpoints, world) as saver,
         ):
             code = loop(state, run, saver, tracker, stop, dog)
     except Exception as error:
@@ -88,7 +91,7 @@ def loop(
         interval.waited += time.perf_counter() - before
         if batch.errors:
             state.skipped_samples += batch.skipped
-            print(f"step {state.step + 1}: passed over {batch.skipped}: {batch.errors[0]}", flush=True)
+            log.warning(f"step {state.step + 1}: passed over {batch.skipped}: {batch.errors[0]}")
         result = train_step(state, batch)
         step, last = state.step, state.step == config.train.steps
         if result.draw is not None:
@@ -115,7 +118,7 @@ def loop(
                 finish_save(state, saver, tracker)
             saver.start(step, *snapshot(state))
         if stopping and not last:
-            run.say(f"stopping at step {step}: {stop.reason or 'another rank was asked to'}")
+            log.info(f"stopping at step {step}: {stop.reason or 'another rank was asked to'}")
             return EXIT_STOPPED
         if not last:  # answered after the next step
             agreed = world.ask(stop.asked() is not None, not saver.ended)
@@ -142,7 +145,7 @@ def heal(state: TrainState, result: StepResult, run: RunDirectory, saver: Saver,
         )
     scales = f"learning rate x {state.ladder.lr_scale:g}, step size x {state.ladder.step_scale:g}"
     if verdict.action == "cut":
-        run.say(f"diverging at {verdict.reason}: {scales} from here on")
+        log.info(f"diverging at {verdict.reason}: {scales} from here on")
         if tracker is not None:
             tracker.alert("steps were cut", f"{verdict.reason}: {scales} from here on")
         return False
@@ -154,7 +157,7 @@ def heal(state: TrainState, result: StepResult, run: RunDirectory, saver: Saver,
     if tracker is not None:
         tracker.rewind(state.step)
         tracker.alert("rolled back", f"{verdict.reason}: back to step {state.step}, {scales}")
-    run.say(f"diverged at {verdict.reason}: back to step {state.step} with new noise, {scales}")
+    log.info(f"diverged at {verdict.reason}: back to step {state.step} with new noise, {scales}")
     return True
 
 

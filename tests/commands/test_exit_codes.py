@@ -7,7 +7,7 @@ import sys
 import pytest
 from runs import ROOT, TINY, command, environment
 
-import train
+from ebm.__main__ import main
 from ebm.data.shards import ensure_shards
 
 
@@ -17,9 +17,8 @@ def digits(tmp_path):
     return tmp_path / "shards"
 
 
-def refusal(monkeypatch, capsys, *arguments: str) -> str:
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    assert train.main() == 2
+def refusal(capsys, *arguments: str) -> str:
+    assert main(["train", *arguments]) == 2
     return capsys.readouterr().err
 
 
@@ -35,8 +34,8 @@ def refusal(monkeypatch, capsys, *arguments: str) -> str:
         ("nonsense", ["nonsense", "key=value"]),
     ],
 )
-def test_configs(monkeypatch, capsys, argument, named):
-    message = refusal(monkeypatch, capsys, argument)
+def test_configs(capsys, argument, named):
+    message = refusal(capsys, argument)
     assert all(part in message for part in named), message
 
 

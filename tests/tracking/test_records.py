@@ -53,11 +53,11 @@ def append(records: Records, *steps: int) -> None:
 
 
 @pytest.mark.parametrize("torn_stays", [False, True])
-def test_a_disk_that_fills_up_at_any_byte(tmp_path, monkeypatch, torn_stays):
+def test_a_disk_that_fills_up_at_any_byte(tmp_path, monkeypatch, shown, torn_stays):
     """Whatever byte is the last that fits, the file has whole lines, and each line once when there is room again."""
     for size in range(len(lines(2)), len(lines(4))):
-        path, said = tmp_path / f"{size}.jsonl", []
-        records = Records(path, 0, said.append)
+        path = tmp_path / f"{size}.jsonl"
+        records = Records(path, 0)
         append(records, 1, 2)
         fits = 2 if size < len(lines(3)) else 3
         with files_end_at(size), monkeypatch.context() as failing:
@@ -70,24 +70,25 @@ def test_a_disk_that_fills_up_at_any_byte(tmp_path, monkeypatch, torn_stays):
         append(records, 5)
         assert path.read_bytes() == lines(5) and records.pending == 0 and records.flush()
         records.close()
+        said = shown().splitlines()
         assert len(said) == 2 and f"can be written again, with {4 - fits} kept back" in said[1]
 
 
-def test_the_end_of_a_run_says_what_is_lost(tmp_path):
-    said = []
-    records = Records(tmp_path / "metrics.jsonl", 0, said.append)
+def test_the_end_of_a_run_says_what_is_lost(tmp_path, shown):
+    records = Records(tmp_path / "metrics.jsonl", 0)
     append(records, 1)
     with files_end_at(len(lines(1)) + 3):
         append(records, 2, 3)
         records.close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == lines(1) and records.pending == 2
+    said = shown().splitlines()
     assert len(said) == 2 and said[1].startswith("2 records are lost") and "metrics.jsonl" in said[1]
 
 
 def test_what_the_system_could_not_write_behind_is_written_again(tmp_path, monkeypatch):
     """An fsync that fails reports pages that were taken and then dropped (a network disk over its quota)."""
     path = tmp_path / "metrics.jsonl"
-    records = Records(path, 0, lambda text: None)
+    records = Records(path, 0)
     append(records, 1)
     assert records.flush()
     append(records, 2, 3)
@@ -103,18 +104,17 @@ def test_what_the_system_could_not_write_behind_is_written_again(tmp_path, monke
     assert records.flush() and path.read_bytes() == lines(4)
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, shown):
     path, content = tmp_path / "a.png", bytes(range(64))
-    said = []
-    files = WholeFiles("samples", said.append)
+    files = WholeFiles("samples")
     replace(path, b"before")
     for size in range(len(content)):
         with files_end_at(size):
             files.write(path, content)
         assert path.read_bytes() == b"before" and os.listdir(tmp_path) == ["a.png"]
-    assert len(said) == 1
+    assert len(shown().splitlines()) == 1
     files.retry()
-    assert path.read_bytes() == content and len(said) == 2
+    assert path.read_bytes() == content and len(shown().splitlines()) == 1
 
 
 def tracker(run_dir, step: int = 0) -> Tracker:
@@ -122,7 +122,7 @@ def tracker(run_dir, step: int = 0) -> Tracker:
     return Tracker(load_config(None, settings), run_dir, step)
 
 
-def test_a_full_disk_loses_nothing(tmp_path, capsys):
+def test_a_full_disk_loses_nothing(tmp_path, shown):
     run_dir = tmp_path / "run"
     with small_disk(run_dir):
         tracked = tracker(run_dir)
@@ -139,7 +139,7 @@ def test_a_full_disk_loses_nothing(tmp_path, capsys):
                 tracked.panels(step, {"samples/fresh": torch.zeros(4, 1, 8, 8)})
         assert tracked.flush() and not tracked.pending
         tracked.close(0)
-        said = capsys.readouterr().out
+        said = shown()
         for name in ("metrics.jsonl", "trace.jsonl"):
             steps = [json.loads(text)["step"] for text in (run_dir / name).read_text().splitlines()]
             assert steps == list(range(1, 21))

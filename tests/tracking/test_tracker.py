@@ -41,11 +41,11 @@ def config(tmp_path, *overrides: str):
     return load_config(None, [f"run.dir={tmp_path / 'run'}", "tracking.wandb_timeout=60", *overrides])
 
 
-def said_in_time(capsys, text: str, seconds: float = 60) -> bool:
+def said_in_time(shown, text: str, seconds: float = 60) -> bool:
     """Whether W&B's thread says `text`."""
     end, said = time.monotonic() + seconds, ""
     while text not in said and time.monotonic() < end:
-        said += capsys.readouterr().out
+        said += shown()
         time.sleep(0.05)
     return text in said
 
@@ -77,11 +77,11 @@ def test_what_a_crash_leaves_is_cut_off(tmp_path, torn):
     assert path.stat().st_ino == before and [p.name for p in tmp_path.glob("metrics*")] == ["metrics.jsonl"]
 
 
-def test_progress_lines(capsys):
+def test_progress_lines(shown):
     progress = Progress(1000, 100)
     time.sleep(0.05)
     progress.update(200, {"train/loss": -0.0123, "energy/auc": 0.61, "energy/gap": 0.03, "optim/lr": 1.0})
-    line = capsys.readouterr().out
+    line = shown()
     assert line.startswith("step 200/1000  ") and "it/s  left 0:00:0" in line
     assert "loss -0.0123" in line and "auc 0.6100" in line and "lr" not in line
 
@@ -103,7 +103,7 @@ def test_colours_survive_and_small_images_are_enlarged():
     assert sheet.width > 2 * grid(red).shape[1] and sheet.height > grid(red).shape[0]
 
 
-def test_an_offline_run_and_its_resumption(tmp_path, capsys):
+def test_an_offline_run_and_its_resumption(tmp_path, shown):
     """Without a login: everything is in the .wandb file, on the axis `step`, and a resumed run keeps its id."""
     settings = config(tmp_path, "data.trace=true")
     tracker = Tracker(settings, tmp_path / "run", 0)
@@ -113,7 +113,7 @@ def test_an_offline_run_and_its_resumption(tmp_path, capsys):
     tracker.panels(30, {"samples/fresh": torch.zeros(4, 1, 8, 8), "samples/data": torch.ones(4, 1, 8, 8)})
     tracker.histograms(30, {"energy/pos": torch.randn(32), "energy/neg": torch.randn(32)})
     tracker.close(0)
-    assert "python -m ebm sync" in capsys.readouterr().out
+    assert "python -m ebm sync" in shown()
     assert Image.open(tmp_path / "run/samples/step_00000030.png").size[0] > 500
 
     (file,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
@@ -143,7 +143,7 @@ def test_disabled(tmp_path):
     assert not (tmp_path / "run/wandb").exists()
 
 
-def test_a_server_that_fails_leaves_the_run_offline(tmp_path, monkeypatch, capsys):
+def test_a_server_that_fails_leaves_the_run_offline(tmp_path, monkeypatch, shown):
     server = StandIn("fails")
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
@@ -151,7 +151,7 @@ def test_a_server_that_fails_leaves_the_run_offline(tmp_path, monkeypatch, capsy
     tracker.log(1, {"train/loss": 1.0})  # goes on at once; the thread tries to connect, and keeps the call till then
     tracker.close(0)
     server.close()
-    assert "logging offline instead" in capsys.readouterr().out
+    assert "logging offline instead" in shown()
     (file,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
     assert [r["train/loss"] for r in history(file)] == [1.0]
 
@@ -173,43 +173,43 @@ def test_auto_is_online_with_a_login(tmp_path, monkeypatch, host, env, mode):
     if host:
         (tmp_path / "home" / "netrc").write_text(f"machine {host} login user password {KEY}\n")
     monkeypatch.setattr(WandbRun, "_start", lambda self: None)  # the choice alone, no connection
-    assert WandbRun(config(tmp_path), tmp_path / "run", 0, print).mode == mode
+    assert WandbRun(config(tmp_path), tmp_path / "run", 0).mode == mode
 
 
 @pytest.mark.parametrize("absent", [True, False])
-def test_training_goes_on_without_the_client(tmp_path, monkeypatch, capsys, absent):
+def test_training_goes_on_without_the_client(tmp_path, monkeypatch, shown, absent):
     if absent:
         monkeypatch.setitem(sys.modules, "wandb", None)
     else:
         monkeypatch.setenv("WANDB_MODE", "disabled")
     tracker = Tracker(config(tmp_path), tmp_path / "run", 0)
-    assert ("W&B can't be used" in capsys.readouterr().out) == absent
+    assert ("W&B can't be used" in shown()) == absent
     tracker.log(1, {"train/loss": 0.0})
     tracker.close(0)
     assert not (tmp_path / "run/wandb").exists() and (tmp_path / "run/metrics.jsonl").read_text()
 
 
-def test_what_w_and_b_refuses_is_said_once(tmp_path, capsys):
+def test_what_w_and_b_refuses_is_said_once(tmp_path, shown):
     tracker = Tracker(config(tmp_path, "tracking.wandb=offline"), tmp_path / "run", 0)
     for step in (1, 2, 3):
         tracker.histograms(step, {"energy/pos": torch.tensor([0.0, float("nan")])})
     tracker.close(0)
-    said = capsys.readouterr().out
+    said = shown()
     assert said.count("not finite") == 1 and "3 calls failed" in said
 
 
-def test_a_server_that_dies_holds_the_end_of_a_run_no_longer_than_the_timeout(tmp_path, monkeypatch, capsys):
+def test_a_server_that_dies_holds_the_end_of_a_run_no_longer_than_the_timeout(tmp_path, monkeypatch, shown):
     server = StandIn()
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     tracker = Tracker(config(tmp_path, "tracking.wandb_timeout=10"), tmp_path / "run", 0)
-    assert said_in_time(capsys, "W&B: http")
+    assert said_in_time(shown, "W&B: http")
     tracker.log(1, {"train/loss": 1.0})
     server.close()
     tracker.log(2, {"train/loss": 2.0})
     began = time.monotonic()
     tracker.close(0)
-    said = capsys.readouterr().out
+    said = shown()
     assert time.monotonic() - began < 15
     assert "did not finish in 10 s" in said and "/wandb/run-*" in said
     (file,) = (tmp_path / "run/wandb").glob("run-*/*.wandb")
@@ -265,7 +265,7 @@ def test_what_a_killed_start_did_not_hand_over_comes_with_the_next(tmp_path):
 
 def sent_by(tracking) -> tuple[Alerts, list]:
     sent = []
-    return Alerts(tracking, lambda *alert: sent.append(alert), lambda text: None), sent
+    return Alerts(tracking, lambda *alert: sent.append(alert)), sent
 
 
 def test_alerts_on_divergence_and_slow_steps_once_in_a_while(tmp_path):
@@ -303,7 +303,7 @@ def test_a_stall_is_an_alert_before_it_is_the_end():
         assert heard.wait(20)  # and again in the next one
 
 
-def test_alerts_reach_w_and_b(tmp_path, capsys):
+def test_alerts_reach_w_and_b(tmp_path, shown):
     tracker = Tracker(config(tmp_path, "tracking.wandb=offline", "tracking.alert_every=60"), tmp_path / "run", 0)
     for step in (1, 2):
         tracker.log(step, {"train/loss": 1.0, "health/warning": 3.0})
@@ -316,7 +316,7 @@ def test_alerts_reach_w_and_b(tmp_path, capsys):
         ("training may diverge", "WARN", 60_000), ("no step", "ERROR", 60_000), ("rolled back", "ERROR", 60_000),
     ]  # fmt: skip
     assert "no step in 300 s, the last line of metrics is step 2's" in alerts[1].text
-    assert capsys.readouterr().out.count("training may diverge: step 1") == 1
+    assert shown().count("training may diverge: step 1") == 1
 
 
 def make_checkpoint(run_dir, step: int):
@@ -355,7 +355,7 @@ def test_checkpoints_and_samples_as_artifacts(tmp_path, which, steps):
             assert Path(entry.local_path).read_bytes() == f"{name} {step}".encode() * 1000
 
 
-def test_artifacts_are_bounded(tmp_path, capsys):
+def test_artifacts_are_bounded(tmp_path, shown):
     run_dir = tmp_path / "run"
     settings = config(tmp_path, "tracking.wandb=offline", "tracking.artifacts=all", "tracking.artifacts_gb=5e-5")
     tracker = Tracker(settings, run_dir, 0)
@@ -363,7 +363,7 @@ def test_artifacts_are_bounded(tmp_path, capsys):
         tracker.checkpoint(make_checkpoint(run_dir, step))
     tracker.close(0)
     assert len(list((run_dir / "wandb/artifacts").iterdir())) == 1
-    said = capsys.readouterr().out
+    said = shown()
     assert said.count("step_00000020 is left out") == 1 and "tracking.artifacts_gb" in said
 
 

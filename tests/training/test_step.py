@@ -107,7 +107,7 @@ def test_variants_train_and_resume_exactly(new_state, variant):
     begin = {k: v.clone() for k, v in first.energy.state_dict().items()}
     advance(first, 3)
     run = RunDirectory(first.config, first.world)
-    saver = Saver(run.checkpoints, first.world, run.say)
+    saver = Saver(run.checkpoints, first.world)
     saver.start(first.step, *snapshot(first))
     path = saver.finish(keep=2)
     second = new_state(*VARIANTS[variant])
