@@ -1,12 +1,112 @@
-"""The guide's code runs as it stands, and does what the text around it says."""
+"""The pages in docs/ tell the truth: their code runs and does what they say, and every link, path, key, flag and name
+in them exists; what is made by a script is as the script makes it now."""
 
+import argparse
+import importlib
+import importlib.util
+import pkgutil
 import re
+from types import ModuleType
+from typing import get_args
 
 import pytest
 import torch
 from runs import ROOT
 
+from ebm.__main__ import COMMANDS
+from ebm.config import Config, EnergyConfig, describe
+
 GUIDE = ROOT / "docs" / "custom_energies.md"
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
+PAST = {"CHANGELOG.md"}  # names what is there no more
+FOLDERS = "benchmarks|configs|docs|ebm|launch|tests"
+
+
+@pytest.fixture(params=[page for page in PAGES if page.name not in PAST], ids=lambda page: page.name)
+def page(request):
+    return request.param
+
+
+def script(name: str) -> ModuleType:
+    """docs/NAME.py as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def code(text: str) -> list[str]:
+    """What a page sets in code: the lines of its blocks other than Python's, and what stands in backticks."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    rest = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    lines = [line for language, block in blocks if language != "python" for line in block.splitlines()]
+    return lines + re.findall(r"`([^`\n]+)`", rest)
+
+
+def anchors(text: str) -> set[str]:
+    """The names that GitHub gives a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_architecture_is_that_of_the_imports():
+    drawn = (ROOT / "docs" / "architecture.svg").read_text()
+    assert drawn == script("architecture").draw(ROOT / "ebm"), "run: python docs/architecture.py"
+
+
+def test_the_api_page_is_that_of_the_docstrings():
+    assert (ROOT / "docs" / "api.md").read_text() == script("make_api").page(), "run: python docs/make_api.py"
+
+
+def test_local_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        if path.startswith(("https://", "http://", "mailto:")):
+            continue
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
+
+
+def test_files_and_names_in_code_exist(page):
+    for text in code(page.read_text()):
+        for path in re.findall(rf"(?<![\w./-])(?:{FOLDERS})/[\w./*-]*\w(?![\w/*<-])", text):
+            assert list(ROOT.glob(path)), path
+        for name in re.findall(r"(?<![\w./-])ebm(?:\.[A-Za-z_]+)+", text):
+            pkgutil.resolve_name(name)
+
+
+def known_keys() -> set[str]:
+    """Every dotted key of a config, and their sections."""
+    keys = {row[0].split(" ")[0] for row in describe()}
+    return keys | {key.rpartition(".")[0] for key in keys} | set(Config.model_fields)
+
+
+def test_config_keys_in_code_exist(page):
+    """A word such as train.steps, where it is no file, no attribute that is called, and not inside a path."""
+    sections = "|".join(Config.model_fields)
+    ours = known_keys()
+    for text in code(page.read_text()):
+        for key in re.findall(rf"(?<![\w./*-])(?:{sections})(?:\.[a-z_0-9]+)+(?![\w(/*.])", text):
+            is_file = key.endswith((".py", ".md", ".yaml", ".json", ".jsonl", ".sbatch"))
+            assert is_file or key.startswith("energy.settings.") or key in ours, key
+
+
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    """The parser of each command of `ebm`."""
+    found = {name: argparse.ArgumentParser(add_help=False) for name in COMMANDS}
+    for name, parser in found.items():
+        importlib.import_module(f"ebm.commands.{name}").add_arguments(parser)
+    return found
+
+
+def test_commands_and_flags_in_code_exist(page):
+    options = {name: set(parser._option_string_actions) | {"--help"} for name, parser in parsers().items()}
+    for text in code(page.read_text()):
+        shown = re.search(r"(?:^|\s)(?:(?:python -m )?ebm (?=[a-z])|(?=train\.py))(\w+)(.*)", text.partition("#")[0])
+        if shown and "|" not in text.partition(shown[0])[0]:
+            assert shown[1] in options, text
+            assert set(re.findall(r"(?<!\S)\[?(--[a-z-]+)", shown[2])) <= options[shown[1]], text
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +119,13 @@ def guide():
         for block in blocks:
             exec(compile(block, str(GUIDE), "exec"), names)
     return names
+
+
+def test_flags_of_scripts_exist(page):
+    for text in code(page.read_text()):
+        for path, rest in re.findall(r"python ((?:launch|benchmarks|tests|docs)/\w+\.py)(.*)", text.partition("#")[0]):
+            source = (ROOT / path).read_text()
+            assert not [flag for flag in re.findall(r"(?<!\S)(--[a-z-]+)", rest) if f'"{flag}"' not in source], text
 
 
 def kl_from_the_truth(truth, energy):
@@ -62,9 +169,5 @@ def test_shapes(guide):
 
 
 def test_the_guide_names_every_kind():
-    from typing import get_args
-
-    from ebm.config import EnergyConfig
-
     kinds = {member.model_fields["kind"].default for member in get_args(get_args(EnergyConfig)[0])}
     assert set(re.findall(r"^\| `(\w+)` \|", GUIDE.read_text(), re.MULTILINE)) == kinds
