@@ -1,54 +1,66 @@
-"""energy.*: a section a kind of energy."""
+"""energy.*: one section for each kind of energy. The constructors in ebm.energies take their defaults from it."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from ebm.config.section import Section, kind_by_default
 
+SPECTRAL_NORM = "constrain the largest singular value of every layer's weight to 1 (Miyato et al. 2018)"
+
 
 class NetworkConfig(Section):
-    spectral_norm: bool = Field(False, description="normalise every layer to spectral norm 1 (Miyato et al. 2018)")
-    num_classes: int | None = Field(None, ge=2, description="classes of a class-conditional energy E(x, y)")
+    """What all networks share."""
+
+    spectral_norm: bool = Field(False, description=SPECTRAL_NORM)
+    num_classes: int | None = Field(
+        None, ge=2, description="number of classes of a class-conditional energy E(x, y); null: no classes"
+    )
     activation: Literal["silu", "softplus", "gelu", "leaky_relu"] = Field(
-        "silu", description="nonlinearity; leaky_relu has no second derivative: not for score matching"
+        "silu", description="nonlinearity; leaky_relu has no second derivative, which score matching needs"
     )
     confine: float = Field(
-        0.0, ge=0, description="weight c of a term c/2 |x|^2, which keeps free states near the origin"
+        0.0, ge=0, description="weight c of a term c/2 |x|^2 in the energy; it keeps unbounded chains near the origin"
     )
 
 
 class MLPConfig(NetworkConfig):
     kind: Literal["mlp"] = "mlp"
-    hidden_dim: int = Field(128, ge=1, description="width of the hidden layers")
-    num_layers: int = Field(2, ge=1, description="hidden layers")
+    hidden_dim: int = Field(64, ge=1, description="width of the hidden layers")
+    num_layers: int = Field(2, ge=1, description="number of hidden layers")
 
 
 class ConvConfig(NetworkConfig):
     kind: Literal["conv"] = "conv"
     features: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (16, 32, 32, 64), min_length=1, description="channels a layer; every layer after the first halves the size"
+        (16, 32, 32, 64),
+        min_length=1,
+        description="channels of each convolution; every one but the first halves height and width",
     )
-    hidden_dim: int = Field(64, ge=1, description="width of the head's hidden layer")
+    hidden_dim: int = Field(64, ge=1, description="width of the linear layer after the convolutions")
 
 
 class ResNetConfig(NetworkConfig):
     kind: Literal["resnet"] = "resnet"
     features: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (128, 256, 256, 256), min_length=1, description="channels a stage; the resolution halves after each"
+        (48, 96, 96), min_length=1, description="channels of each stage; height and width are halved after each"
     )
-    blocks: int = Field(2, ge=1, description="residual blocks a stage")
-    spectral_norm: bool = Field(True, description="normalise every layer to spectral norm 1 (Miyato et al. 2018)")
+    blocks: int = Field(1, ge=1, description="residual blocks in each stage")
+    spectral_norm: bool = Field(True, description=SPECTRAL_NORM)
 
 
 class WideResNetConfig(NetworkConfig):
     kind: Literal["wide_resnet"] = "wide_resnet"
-    depth: int = Field(28, ge=10, description="layers, 6 n + 4 with n residual blocks a stage (JEM: 28)")
-    widen: int = Field(10, ge=1, description="the three stages are 16, 32 and 64 times as wide (JEM: 10)")
+    depth: int = Field(
+        28, ge=10, description="number of layers: 6 n + 4 with n residual blocks in each of three stages (JEM: 28)"
+    )
+    widen: int = Field(
+        10, ge=1, description="width factor: the three stages have 16, 32 and 64 times as many channels (JEM: 10)"
+    )
 
     @field_validator("depth")
     @classmethod
-    def _depth(cls, depth):
+    def _depth(cls, depth: int) -> int:
         if (depth - 4) % 6:
             raise ValueError(f"must be 6 n + 4 with n blocks a stage; use {depth - (depth - 4) % 6}")
         return depth
@@ -56,13 +68,13 @@ class WideResNetConfig(NetworkConfig):
 
 class TransformerConfig(NetworkConfig):
     kind: Literal["transformer"] = "transformer"
-    patch_size: int = Field(4, ge=1, description="side of the square patches that are the tokens")
-    dim: int = Field(128, ge=4, description="width of a token; divisible by num_heads, and by 4")
-    depth: int = Field(4, ge=1, description="blocks of attention and MLP")
-    num_heads: int = Field(4, ge=1, description="attention heads")
+    patch_size: int = Field(4, ge=1, description="side in pixels of the square patches that become tokens")
+    dim: int = Field(128, ge=4, description="width of a token; must be divisible by num_heads and by 4")
+    depth: int = Field(4, ge=1, description="number of blocks, each with attention and an MLP")
+    num_heads: int = Field(4, ge=1, description="attention heads in each block")
 
     @model_validator(mode="after")
-    def _heads(self):
+    def _heads(self) -> Self:
         if self.dim % self.num_heads or self.dim % 4:
             raise ValueError(f"dim={self.dim} must be divisible by num_heads={self.num_heads}, and by 4")
         return self
@@ -70,24 +82,31 @@ class TransformerConfig(NetworkConfig):
 
 class GraphConfig(NetworkConfig):
     kind: Literal["graph"] = "graph"
-    hidden_dim: int = Field(32, ge=1, description="width of a node's features")
-    num_layers: int = Field(3, ge=1, description="rounds of messages: between neighbouring pixels, or points")
-    point_dim: int = Field(2, ge=1, description="a vector of D elements is D / point_dim points; not for images")
+    hidden_dim: int = Field(32, ge=1, description="width of the features of a node (a pixel or a point)")
+    num_layers: int = Field(3, ge=1, description="rounds of messages between nodes")
+    point_dim: int = Field(
+        2, ge=1, description="vectors only: a vector of D values is read as D / point_dim points of this dimension"
+    )
     neighbours: int | None = Field(
-        None, ge=1, description="nearest points that a point hears; null: all; images: null, the pixels around"
+        None,
+        ge=1,
+        description="vectors only: number of nearest points that a point receives messages from; null: all points. "
+        "A pixel of an image always receives them from the eight pixels around it",
     )
 
 
 class GaussianPriorConfig(Section):
     kind: Literal["gaussian"] = "gaussian"
-    mean: float = Field(0.0, description="mean of every element")
-    std: float = Field(1.0, gt=0, description="standard deviation of every element")
+    mean: float = Field(0.0, description="mean of every value of x")
+    std: float = Field(1.0, gt=0, description="standard deviation of every value of x")
 
 
 class GaussianConfig(GaussianPriorConfig):
-    """As an energy to train, mean and covariance are learned, from the prior's values on."""
+    """A Gaussian to train: mean and covariance are learned, and start at the values of `mean` and `std`."""
 
-    covariance: Literal["diagonal", "full"] = Field("diagonal", description="what is learned besides the mean")
+    covariance: Literal["diagonal", "full"] = Field(
+        "diagonal", description="what is learned besides the mean: a variance for each value of x, or a full matrix"
+    )
 
     @property
     def num_classes(self) -> None:
@@ -96,22 +115,27 @@ class GaussianConfig(GaussianPriorConfig):
 
 class ImportConfig(Section):
     kind: Literal["import"] = "import"
-    path: str = Field(pattern=r"^[\w.]+:\w+$", description="module:Class of a BaseEnergyFunction")
-    settings: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the class")
-    num_classes: int | None = Field(None, ge=2, description="classes, where forward takes (x, y)")
+    path: str = Field(pattern=r"^[\w.]+:\w+$", description="module:Class of your own energy, a BaseEnergyFunction")
+    settings: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for the class")
+    num_classes: int | None = Field(
+        None, ge=2, description="number of classes if the class's forward takes (x, y); null: it takes x alone"
+    )
 
 
 Network = MLPConfig | ConvConfig | ResNetConfig | WideResNetConfig | TransformerConfig | GraphConfig | ImportConfig
 
 
 class HybridConfig(Section):
+    """E(x) = E_prior(x) + weight * E_network(x). The prior stays as it is, network and weight are learned. Set
+    loss.l2=0, since it would draw the energies of the prior to 0 as well."""
+
     kind: Literal["hybrid"] = "hybrid"
-    weight: float = Field(1.0, gt=0, description="of the network in E_prior + weight E_network at the start; learned")
-    prior: GaussianPriorConfig = Field(
-        GaussianPriorConfig(), description="stays as it is; loss.l2 above 0 would draw it to 0, too"
+    weight: float = Field(
+        1.0, gt=0, description="initial weight of the network in E_prior + weight * E_network; it is learned"
     )
+    prior: GaussianPriorConfig = Field(GaussianPriorConfig(), description="the energy that stays as it is")
     network: Annotated[Annotated[Network, Field(discriminator="kind")], kind_by_default("mlp")] = Field(
-        MLPConfig(), description="an energy that is learned"
+        MLPConfig(), description="the energy that is learned"
     )
 
     @property

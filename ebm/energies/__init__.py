@@ -7,7 +7,7 @@ from ebm.energies.analytic import (
     GaussianMixtureEnergy,
     RingEnergy,
 )
-from ebm.energies.base import BaseEnergyFunction, MixtureEnergy, WeightedSum, mixture
+from ebm.energies.base import BaseEnergyFunction, MixtureEnergy, WeightedSum, marginal_energy, mixture
 from ebm.energies.factory import build_energy
 from ebm.energies.folded import FoldedEnergy, chain_dtype
 from ebm.energies.graph import PixelGraphEnergyFunction, PointGraphEnergyFunction
@@ -41,5 +41,6 @@ __all__ = [
     "WideResNetEnergyFunction",
     "build_energy",
     "chain_dtype",
+    "marginal_energy",
     "mixture",
 ]

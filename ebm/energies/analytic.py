@@ -1,10 +1,11 @@
-"""Densities known in closed form: priors, and answers to test samplers and objectives against.
+"""Densities known in closed form, for use as priors and to test samplers and objectives against.
 
-Each has `log_normaliser()`, log Z with Z the integral of exp(-E), and `sample(n, generator)`: independent samples
-(n, *shape) on the energy's device, where the generator has to be too. Constants are buffers.
+Each energy has `log_normaliser()`, which returns log Z with Z the integral of exp(-E), and `sample(n, generator)`,
+which returns independent samples (n, *shape). The generator must be on the energy's device. Constants are buffers.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,36 +13,46 @@ from torch import Tensor, nn
 from ebm.energies.base import BaseEnergyFunction, require_batch
 from ebm.streams import Generators, normal_, uniform_
 
+Values = Tensor | float | Sequence["Values"]  # a tensor, a number, or nested lists of numbers
+
 
 class GaussianEnergy(BaseEnergyFunction):
-    """E(x) = 1/2 (x - mean)' P (x - mean), P the inverse covariance. `cov`: one variance, variances of the mean's
-    shape, or a covariance matrix (D, D) of a mean with D elements.
+    """E(x) = 1/2 (x - mean)' P (x - mean), where P is the inverse of the covariance.
 
-    `trainable`: mean and P are learned, through P = L L' with L lower triangular and its diagonal kept as logarithms,
-    so that P is positive definite at any value of the parameters.
+    `mean`: any shape, D elements. `cov`: one variance for all elements, a variance for each element of `mean`, or a
+    covariance matrix (D, D).
+
+    `trainable`: mean and P are learned. P = L L', where L is lower triangular and stored with the logarithms of its
+    diagonal, so that P is positive definite for any value of the parameters.
     """
 
-    def __init__(self, mean: Tensor, cov: Tensor | float, trainable: bool = False):
+    mean: Tensor
+    log_diagonal: Tensor  # (D,) of L
+    below_diagonal: Tensor  # (D, D), the rest of L; only where cov is a matrix (`full`)
+
+    def __init__(self, mean: Values, cov: Values, trainable: bool = False):
         super().__init__()
-        mean, cov = torch.as_tensor(mean).double(), torch.as_tensor(cov).double()
-        dim = mean.numel()
-        if cov.ndim and cov.shape not in (mean.shape, (dim, dim)):
+        centre, covariance = torch.as_tensor(mean).double(), torch.as_tensor(cov).double()
+        dim = centre.numel()
+        if covariance.ndim and covariance.shape not in (centre.shape, (dim, dim)):
             raise ValueError(
-                f"cov has shape {tuple(cov.shape)} and mean {tuple(mean.shape)}: cov is one variance, a variance an "
-                f"element of mean, or a matrix ({dim}, {dim})"
+                f"cov has shape {tuple(covariance.shape)} and mean {tuple(centre.shape)}: cov is one variance, a "
+                f"variance an element of mean, or a matrix ({dim}, {dim})"
             )
-        self.shape, full = tuple(mean.shape), cov.ndim and cov.shape != mean.shape
-        root = _precision_root(cov) if full else _positive("cov", cov.expand(mean.shape).flatten()).rsqrt()
-        tensors = {"mean": mean, "log_diagonal": (root.diagonal() if full else root).log()}
-        if full:
-            tensors["below_diagonal"] = root.tril(-1)
+        self.shape = tuple(centre.shape)
+        self.full = bool(covariance.ndim) and covariance.shape != centre.shape
+        if self.full:
+            root = _precision_root(covariance)
+            tensors = {"mean": centre, "log_diagonal": root.diagonal().log(), "below_diagonal": root.tril(-1)}
+        else:
+            variances = _positive("cov", covariance.expand(centre.shape).flatten())
+            tensors = {"mean": centre, "log_diagonal": variances.rsqrt().log()}
         for name, tensor in tensors.items():
             tensor = tensor.to(torch.get_default_dtype())
             if trainable:
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
                 self.register_buffer(name, tensor)
-        self.full = bool(full)
 
     def forward(self, x: Tensor) -> Tensor:
         z = (require_batch(x, self.shape) - self.mean).flatten(1)
@@ -51,13 +62,14 @@ class GaussianEnergy(BaseEnergyFunction):
             return 0.5 * (z @ self._root().to(z.dtype)).square().sum(1)
 
     def _root(self) -> Tensor:
-        """L, (D, D). What gradients bring to the upper triangle of the parameter has no effect."""
+        """L, (D, D). Values above the diagonal of the parameter are ignored, so a gradient step can't change P
+        there."""
         diagonal = self.log_diagonal.exp().diag()
         return self.below_diagonal.tril(-1) + diagonal if self.full else diagonal
 
     @property
     def precision(self) -> Tensor:
-        """The inverse covariance, (D, D)."""
+        """The inverse of the covariance, (D, D)."""
         root = self._root()
         return root @ root.T
 
@@ -73,35 +85,41 @@ class GaussianEnergy(BaseEnergyFunction):
     def sample(self, n: int, generator: Generators) -> Tensor:
         z = normal_(self.mean.new_empty(n, self.mean.numel()), generator)
         if self.full:
-            z = torch.linalg.solve_triangular(self._root(), z, upper=False, left=False)  # rows L'^-1 z
+            z = torch.linalg.solve_triangular(self._root(), z, upper=False, left=False)  # each row is L'^-1 z
         else:
             z = z * (-self.log_diagonal).exp()
-        return self.mean + z.unflatten(1, self.shape)
+        return self.mean + z.view(n, *self.shape)
 
 
 class GaussianMixtureEnergy(BaseEnergyFunction):
-    """E(x) = -log sum_k w_k N(x; mean_k, cov_k) of vectors (B, D): the normalised density, so log Z = 0.
+    """E(x) = -log sum_k w_k N(x; mean_k, cov_k) of vectors (B, D). The density is normalised: log Z = 0.
 
-    `means` (K, D); `covs` one variance, or matrices (K, D, D); `weights` (K,) above 0, equal by default, and made to
-    sum to 1: the share of each component.
+    `means` (K, D). `covs`: one variance for all, or matrices (K, D, D). `weights` (K,): the share of each component;
+    above 0, scaled to sum to 1, equal by default.
     """
 
-    def __init__(self, means: Tensor, covs: Tensor | float, weights: Tensor | None = None):
+    means: Tensor
+    roots: Tensor  # (K, D, D), lower triangular L_k; the precision of component k is L_k L_k'
+    log_weights: Tensor
+    log_norms: Tensor  # (K,), logarithm of the factor in front of each component's exponential
+
+    def __init__(self, means: Values, covs: Values, weights: Values | None = None):
         super().__init__()
-        means, covs = torch.as_tensor(means).double(), torch.as_tensor(covs).double()
-        k, dim = means.shape
-        covs = covs * torch.eye(dim, dtype=torch.float64).expand(k, -1, -1) if covs.ndim == 0 else covs
-        weights = torch.ones(k) if weights is None else torch.as_tensor(weights)
-        if covs.shape != (k, dim, dim) or weights.shape != (k,):
+        centres, matrices = torch.as_tensor(means).double(), torch.as_tensor(covs).double()
+        k, dim = centres.shape
+        if matrices.ndim == 0:
+            matrices = matrices * torch.eye(dim, dtype=torch.float64).expand(k, -1, -1)
+        shares = torch.ones(k) if weights is None else torch.as_tensor(weights)
+        if matrices.shape != (k, dim, dim) or shares.shape != (k,):
             raise ValueError(
                 f"means are ({k}, {dim}), so covs is one variance or ({k}, {dim}, {dim}), and weights ({k},)"
             )
-        weights = _positive("weights", weights.double())
-        roots = torch.stack([_precision_root(cov) for cov in covs])
+        shares = _positive("weights", shares.double())
+        roots = torch.stack([_precision_root(cov) for cov in matrices])
         log_norms = roots.diagonal(dim1=1, dim2=2).log().sum(1) - 0.5 * dim * math.log(2 * math.pi)
-        log_weights = (weights / weights.sum()).log()
-        self.register_buffer("means", means.to(torch.get_default_dtype()))
-        self.register_buffer("roots", roots.to(torch.get_default_dtype()))  # lower triangular L_k, precision L_k L_k'
+        log_weights = (shares / shares.sum()).log()
+        self.register_buffer("means", centres.to(torch.get_default_dtype()))
+        self.register_buffer("roots", roots.to(torch.get_default_dtype()))
         self.register_buffer("log_weights", log_weights.to(torch.get_default_dtype()))
         self.register_buffer("log_norms", log_norms.to(torch.get_default_dtype()))
 
@@ -120,12 +138,16 @@ class GaussianMixtureEnergy(BaseEnergyFunction):
         u = uniform_(self.means.new_empty(n), generator) * cumulative[-1]
         k = torch.searchsorted(cumulative, u, right=True).clamp_max(len(cumulative) - 1)
         z = normal_(self.means.new_empty(n, self.means.shape[1], 1), generator)
-        return self.means[k] + torch.linalg.solve_triangular(self.roots[k].mT, z, upper=True).squeeze(2)
+        offsets: Tensor = torch.linalg.solve_triangular(self.roots[k].mT, z, upper=True).squeeze(2)
+        return self.means[k] + offsets
 
 
 class DoubleWellEnergy(BaseEnergyFunction):
-    """E(x) = barrier sum_i ((x_i / well)^2 - 1)^2 of vectors (B, dim): minima at +-`well` along each axis, a barrier of
-    `barrier` between them. Coordinates are independent."""
+    """E(x) = barrier sum_i ((x_i / well)^2 - 1)^2 of vectors (B, dim), with independent coordinates. Each has its
+    minima at +`well` and -`well`, with an energy barrier of height `barrier` between them."""
+
+    barrier: Tensor
+    well: Tensor
 
     def __init__(self, dim: int = 2, barrier: float = 2.0, well: float = 1.0):
         super().__init__()
@@ -137,13 +159,14 @@ class DoubleWellEnergy(BaseEnergyFunction):
         return self.barrier * ((require_batch(x, (self.dim,)) / self.well).square() - 1).square().sum(1)
 
     def log_normaliser(self) -> Tensor:
-        """By the trapezoidal rule, which is exact to rounding for such a function."""
+        """Computed by the trapezoidal rule, whose error for a smooth density that decays at both ends is below
+        float32's."""
         x, density = self._grid()
         return self.dim * (density.sum().log() + (x[1] - x[0]).log()).to(self.well.dtype)
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """By the inverse of the distribution function, linear between 20,001 points."""
+        """Inverts the cumulative distribution function, which is interpolated linearly between 20,001 points."""
         x, density = self._grid()
         cumulative = torch.cat([density.new_zeros(1), ((density[1:] + density[:-1]) / 2).cumsum(0)])
         u = uniform_(density.new_empty(n, self.dim), generator) * cumulative[-1]
@@ -152,17 +175,25 @@ class DoubleWellEnergy(BaseEnergyFunction):
         return (x[right - 1] + share * (x[1] - x[0])).to(self.well.dtype)
 
     def _grid(self) -> tuple[Tensor, Tensor]:
-        """Points of one coordinate and the unnormalised density there, float64, out to where it is below e^-40."""
+        """Points of one coordinate and the unnormalised density at them, both float64 (20001,). The interval reaches to
+        where the density is below e^-40."""
         barrier, well = self.barrier.double(), self.well.double()
         unit = torch.linspace(-1, 1, 20_001, dtype=torch.float64, device=well.device)
-        x = unit * (1 + (40 / barrier).sqrt()).sqrt()
+        reach: Tensor = (1 + (40 / barrier).sqrt()).sqrt()
+        x = unit * reach
         return x * well, (-barrier * (x.square() - 1).square()).exp()
 
 
 class RingEnergy(BaseEnergyFunction):
-    """E(x) = (|x|^2 - radius^2)^2 / (2 (2 radius width)^2) of vectors (B, 2): a ring, across which |x| has a standard
-    deviation of about `width` (well below the radius). It is smooth at the origin, as a function of |x| would not be,
-    and |x|^2 is a Gaussian cut off at 0: normaliser and samples are exact."""
+    """E(x) = (|x|^2 - radius^2)^2 / (2 (2 radius width)^2) of vectors (B, 2): a ring. Where `width` is well below
+    `radius`, |x| has a standard deviation of about `width`.
+
+    A function of |x|^2 is smooth at the origin, which a function of |x| is not. |x|^2 follows a Gaussian cut off at 0,
+    so normaliser and samples are exact.
+    """
+
+    radius: Tensor
+    width: Tensor
 
     def __init__(self, radius: float = 2.0, width: float = 0.2):
         super().__init__()
@@ -170,36 +201,41 @@ class RingEnergy(BaseEnergyFunction):
         self.register_buffer("width", _positive("width", torch.tensor(float(width))))
 
     def forward(self, x: Tensor) -> Tensor:
-        mean, std = self._of_square()
+        mean, std = self._moments_of_square()
         return 0.5 * ((require_batch(x, (2,)).square().sum(1) - mean) / std).square()
 
     def log_normaliser(self) -> Tensor:
-        """Z = pi times the integral over u = |x|^2 > 0, since dx = du dangle / 2."""
-        mean, std = self._of_square()
-        return (math.pi * std * math.sqrt(2 * math.pi)).log() + torch.special.log_ndtr(mean / std)
+        """Z is pi times the integral over u = |x|^2 > 0, since dx = du dangle / 2."""
+        mean, std = self._moments_of_square()
+        log_share_above_0: Tensor = torch.special.log_ndtr(mean / std)
+        return (math.pi * std * math.sqrt(2 * math.pi)).log() + log_share_above_0
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        mean, std = (value.double() for value in self._of_square())
+        mean, std = (value.double() for value in self._moments_of_square())
         u = uniform_(mean.new_empty(n, 2), generator)
         above = torch.special.ndtr(mean / std) * (1 - u[:, 0])  # P(|x|^2 is larger), in (0, P(|x|^2 > 0)]
         r = (mean - std * torch.special.ndtri(above)).clamp_min(0).sqrt()
         angle = 2 * math.pi * u[:, 1]
         return torch.stack([r * angle.cos(), r * angle.sin()], 1).to(self.radius.dtype)
 
-    def _of_square(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of |x|^2, were it not cut off at 0."""
-        return self.radius.square(), 2 * self.radius * self.width
+    def _moments_of_square(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation that |x|^2 would have if it were not cut off at 0."""
+        return self.radius.square(), self.radius * 2 * self.width
 
 
 class FourPeaksEnergy(BaseEnergyFunction):
-    """Four peaks of different heights on a wide Gaussian, vectors (B, 2):
+    """Four peaks of different heights on a wide Gaussian, for vectors (B, 2):
 
-    E(x) = -sum_k h_k exp(-a_k |x - c_k|^2) + .1 |x|^2, with heights h = 2, 3, 1, 4 and a = .2, .2, .3, .2 at the
-    centres (2, 2), (-2, 2), (2, -2), (-2, -2).
+    E(x) = -sum_k h_k exp(-a_k |x - c_k|^2) + .1 |x|^2, with heights h = 2, 3, 1, 4 and rates a = .2, .2, .3, .2 at the
+    centres c = (2, 2), (-2, 2), (2, -2), (-2, -2).
     """
 
-    def __init__(self):
+    centres: Tensor
+    heights: Tensor
+    rates: Tensor
+
+    def __init__(self) -> None:
         super().__init__()
         self.register_buffer("centres", torch.tensor([[2.0, 2.0], [-2.0, 2.0], [2.0, -2.0], [-2.0, -2.0]]))
         self.register_buffer("heights", torch.tensor([2.0, 3.0, 1.0, 4.0]))
@@ -213,14 +249,15 @@ class FourPeaksEnergy(BaseEnergyFunction):
         return ((-self.rates * distances).exp() * self.heights).sum(1)
 
     def log_normaliser(self) -> Tensor:
-        """By the trapezoidal rule on [-20, 20]^2 at steps of .1, which is exact to rounding for such a function."""
+        """Computed by the trapezoidal rule on [-20, 20]^2 with spacing .1, whose error for this smooth and decaying
+        density is below float32's."""
         axis = torch.linspace(-20, 20, 401, dtype=torch.float64, device=self.centres.device)
         return (torch.logsumexp(-self(torch.cartesian_prod(axis, axis)), 0) + 2 * math.log(0.1)).to(self.centres.dtype)
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """By rejection, exact: a proposal of the wide Gaussian N(0, 5 I) is kept with exp(peaks(x) - 4.2), the peaks
-        summing to at most 4.15."""
+        """Exact rejection sampling: a proposal from the wide Gaussian N(0, 5 I) is kept with probability
+        exp(peaks(x) - 4.2). This is at most 1, since the peaks sum to at most 4.15 at any x."""
         kept, missing = [], n
         while missing > 0:
             x = normal_(self.centres.new_empty(8 * missing + 1024, 2), generator) * math.sqrt(5)
@@ -237,8 +274,9 @@ def _positive(name: str, value: Tensor) -> Tensor:
 
 
 def _precision_root(cov: Tensor) -> Tensor:
-    """Lower triangular L with L L' = cov^-1, (D, D) float64."""
-    root, wrong = torch.linalg.cholesky_ex(cov)
-    if wrong or not torch.allclose(cov, cov.T):
+    """The lower triangular L with L L' = cov^-1, (D, D) float64."""
+    root, failed = torch.linalg.cholesky_ex(cov)
+    if failed or not torch.allclose(cov, cov.T):
         raise ValueError(f"cov must be symmetric and positive definite, not {cov.tolist()}")
-    return torch.linalg.cholesky(torch.cholesky_inverse(root))
+    precision_root: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(root))
+    return precision_root

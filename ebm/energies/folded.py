@@ -1,18 +1,20 @@
-"""The chain's copy of an energy: frozen, spectral norm folded into the weights, cast and laid out for speed."""
+"""The copy of an energy that chains run on: frozen, with spectral norm folded into the weights, cast and laid out for
+speed."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ebm.energies.base import BaseEnergyFunction
 from ebm.energies.networks import EnergyHead
 
 
 def chain_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The type a chain computes in where training asks for `dtype`: float32 on a CPU that has no bfloat16 arithmetic
-    and emulates it (.7 times as fast as float32, and less exact)."""
+    """The type that chains compute in if training asks for `dtype`. It is float32 for bfloat16 on a CPU that only
+    emulates bfloat16, which has .7 times the speed of float32 and is less exact."""
     if device.type == "cpu" and dtype == torch.bfloat16:
         has = any(value is True and "bf16" in name for name, value in torch.cpu.get_capabilities().items())
         return dtype if has else torch.float32
@@ -20,30 +22,21 @@ def chain_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 class FoldedEnergy:
-    """A callable x (B, *shape) -> E (B,) float32 that follows `energy`'s weights at each `refresh`.
+    """A callable x (B, *shape) -> E (B,) float32, which takes over the weights of `energy` at each `refresh`.
 
-    A chain takes K forwards of one and the same function. On the module itself each would run a power iteration a
-    layer (in training mode: sample a moving energy), recast every weight under autocast, and record the parameters
-    for a backward nobody asks for. The copy pays for all of that once an optimizer step. Heads stay in float32.
+    A chain runs many forwards of the same function. On the module itself each forward would run a power iteration in
+    every layer (so that the energy changes while it is sampled), cast every weight again under autocast, and record the
+    parameters for a backward that never comes. The copy pays for all of this once an optimizer step. Heads stay in
+    float32.
     """
 
-    def __init__(self, energy: nn.Module, dtype: torch.dtype = torch.float32):
+    def __init__(self, energy: BaseEnergyFunction, dtype: torch.dtype = torch.float32):
         self.dtype = dtype
-        self.module = copy.deepcopy(energy).eval().requires_grad_(False)
-        for layer in list(self.module.modules()):
-            if parametrize.is_parametrized(layer):
-                _unparametrise(layer)
-        for parameter in self.module.parameters():
-            if parameter.ndim == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        self.module = _plain_copy(energy)
         if dtype != torch.float32:
-            heads = [layer for layer in self.module.modules() if isinstance(layer, EnergyHead)]
-            kept = {layer for head in heads for layer in head.modules()}
-            for layer in self.module.modules():
-                if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear) and layer not in kept:
-                    layer.to(dtype)
+            _cast_body(self.module, dtype)
         self.module.requires_grad_(False)
-        own = dict(self.module.named_parameters(remove_duplicate=False))  # tied weights have several paths
+        own: dict[str, Tensor] = dict(self.module.named_parameters(remove_duplicate=False))  # tied weights: many paths
         own |= dict(self.module.named_buffers(remove_duplicate=False))
         self._sources = [(layer, name) for layer, name, _ in _tensors(energy)]
         self._targets = [own[path] for _, _, path in _tensors(energy)]
@@ -52,7 +45,7 @@ class FoldedEnergy:
 
     @torch.no_grad()
     def refresh(self) -> "FoldedEnergy":
-        """Take over the energy's weights as they are now; its power-iteration vectors are read, not advanced."""
+        """Copies the energy's current weights. Its power-iteration vectors are read, not advanced."""
         was = [p.training for p in self._parametrisations for _ in p]
         norms = [norm for p in self._parametrisations for norm in p]
         for norm in norms:
@@ -75,21 +68,52 @@ class FoldedEnergy:
             return function(x, *labels).float()
 
 
+def _plain_copy(energy: BaseEnergyFunction) -> BaseEnergyFunction:
+    """A copy in evaluation mode, without parametrisations, and with the weights of 2D convolutions channels-last."""
+    module = copy.deepcopy(energy).eval().requires_grad_(False)
+    for layer in list(module.modules()):
+        if parametrize.is_parametrized(layer):
+            _unparametrise(layer)
+    for parameter in module.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return module
+
+
+def _cast_body(module: nn.Module, dtype: torch.dtype) -> None:
+    """Casts the linear and convolutional layers to `dtype`, except for those of heads."""
+    heads = [layer for layer in module.modules() if isinstance(layer, EnergyHead)]
+    kept = {layer for head in heads for layer in head.modules()}
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear) and layer not in kept:
+            layer.to(dtype)
+
+
 def _unparametrise(layer: nn.Module) -> None:
-    """Put the parametrised tensors themselves in place. A copy shares its class with the module it was made of, and
-    torch's `remove_parametrizations` deletes the class's property: it would take the weight away from both."""
-    shown = {name: getattr(layer, name).detach().clone() for name in layer.parametrizations}
+    """Replaces each parametrised tensor of `layer` by its current value.
+
+    A copy shares its class with the original, and torch's `remove_parametrizations` deletes the property from that
+    class, which would take the weight away from both.
+    """
+    shown = {name: getattr(layer, name).detach().clone() for name in _parametrised(layer)}
     del layer.parametrizations
     layer.__class__ = type(layer).__bases__[0]
     for name, tensor in shown.items():
         layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
 
-def _tensors(energy: nn.Module):
-    """(layer, attribute, path without parametrisations) of each parameter and buffer as the layer shows it."""
+def _parametrised(layer: nn.Module) -> list[str]:
+    """The names of the tensors of `layer` that have a parametrisation."""
+    lists = layer._modules.get("parametrizations")  # a ModuleDict, where there are any
+    return list(lists) if isinstance(lists, nn.ModuleDict) else []
+
+
+def _tensors(energy: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    """Yields (layer, attribute, path) of each parameter and buffer under the names that users see, those that they have
+    without parametrisations."""
     for path, layer in energy.named_modules():
         if path.endswith("parametrizations") or ".parametrizations." in f".{path}.":
             continue
         own = [name for name, tensor in (*layer._parameters.items(), *layer._buffers.items()) if tensor is not None]
-        for name in (*own, *getattr(layer, "parametrizations", ())):  # by name: a read would run a power iteration
+        for name in (*own, *_parametrised(layer)):  # names alone: reading the tensors would run power iterations
             yield layer, name, f"{path}.{name}".lstrip(".")

@@ -1,28 +1,34 @@
-"""Message passing (Gilmer et al. 2017) on the grid of pixels, or between the points of a set."""
+"""Message passing (Gilmer et al. 2017) between neighbouring pixels of an image, or between the points of a set. Default
+sizes are those of the config (ebm.config.energies)."""
 
+from abc import abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ebm.config.energies import GraphConfig
 from ebm.energies.base import require_batch
-from ebm.energies.networks import NetworkEnergy, make_activation, sum_over
+from ebm.energies.networks import NetworkEnergy, NetworkOptions, make_activation, sum_over
 
+GRAPH = GraphConfig()
+# (row, column) of the eight neighbours of a pixel, relative to it
 OFFSETS = [(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1) if (row, column) != (0, 0)]
 
 
 class Graph(NamedTuple):
     """N nodes with K neighbours each."""
 
-    neighbours: Callable[[Tensor], Tensor]  # node features (B, N, D) -> those of each one's neighbours (B, N, K, D)
-    edges: Tensor  # edge features (..., N, K, E): where the neighbour is, seen from the node
-    weights: Tensor  # (..., N, K, 1), share of each message
+    neighbours: Callable[[Tensor], Tensor]  # features of all nodes (B, N, D) -> of each node's neighbours (B, N, K, D)
+    edges: Tensor  # edge features (..., N, K, E): the position of the neighbour relative to the node
+    weights: Tensor  # (..., N, K, 1), the weight of each message
 
 
 class MessageLayer(nn.Module):
-    """h_i <- h_i + U [h_i, sum_j w_ij a(A h_i + B h_j + C e_ij)], `a` the activation (also on U's input)."""
+    """h_i <- h_i + U([h_i, sum_j w_ij a(A h_i + B h_j + C e_ij)]), where `a` is the activation, U a network with one
+    hidden layer, and A, B, C are linear."""
 
     def __init__(self, dim: int, edge_dim: int, activation: str):
         super().__init__()
@@ -34,21 +40,34 @@ class MessageLayer(nn.Module):
     def forward(self, h: Tensor, graph: Graph) -> Tensor:
         messages = self.own(h)[:, :, None] + graph.neighbours(self.other(h)) + self.edge(graph.edges)
         received = (graph.weights * self.activation(messages)).sum(2)
-        return h + self.update(torch.cat([h, received.to(h.dtype)], 2))
+        update: Tensor = self.update(torch.cat([h, received.to(h.dtype)], 2))
+        return h + update
 
 
 class GraphEnergy(NetworkEnergy):
-    """Layers of messages between nodes, then the sum of the nodes' features: no order of the nodes matters but through
-    the edges. A subclass has `nodes_and_graph`."""
+    """`num_layers` rounds of messages between nodes, then the sum of the nodes' features. The energy depends on the
+    order of the nodes only through the edges. A subclass defines `nodes_and_graph`. `options`: see
+    NetworkEnergy.finish."""
 
     def __init__(
-        self, node_dim: int, edge_dim: int, hidden_dim: int, num_layers: int, *, activation: str = "silu", **options
+        self,
+        node_dim: int,
+        edge_dim: int,
+        hidden_dim: int = GRAPH.hidden_dim,
+        num_layers: int = GRAPH.num_layers,
+        *,
+        activation: str = GRAPH.activation,
+        **options: Unpack[NetworkOptions],
     ):
         super().__init__()
         self.embed = nn.Linear(node_dim, hidden_dim)
         self.layers = nn.ModuleList(MessageLayer(hidden_dim, edge_dim, activation) for _ in range(num_layers))
         self.activation = make_activation(activation)
         self.finish(hidden_dim, **options)
+
+    @abstractmethod
+    def nodes_and_graph(self, x: Tensor) -> tuple[Tensor, Graph]:
+        """States (B, *shape) -> the features of the nodes (B, N, node_dim), and which nodes send messages to which."""
 
     def features(self, x: Tensor) -> Tensor:
         nodes, graph = self.nodes_and_graph(x)
@@ -59,14 +78,29 @@ class GraphEnergy(NetworkEnergy):
 
 
 class PixelGraphEnergyFunction(GraphEnergy):
-    """E(x) of images (B, channels, height, width): pixels are nodes, and hear their eight neighbours, the mean of those
-    that exist. A node knows its pixel and its place. `options`: spectral_norm, num_classes, confine."""
+    """E(x) of images (B, channels, height, width). A node is a pixel; its features are the pixel's values and its
+    place. It receives the mean of the messages of its neighbours, of which it has eight, or fewer at the edges of the
+    image. `options`: see NetworkEnergy.finish."""
 
-    def __init__(self, channels: int, height: int, width: int, hidden_dim: int = 32, num_layers: int = 3, **options):
-        super().__init__(channels + 2, 2, hidden_dim, num_layers, **options)
+    places: Tensor  # (1, N, 2), row and column of each pixel from -1 to 1
+    offsets: Tensor  # (8, 2)
+    weights: Tensor  # (1, N, 8, 1)
+
+    def __init__(
+        self,
+        channels: int,
+        height: int,
+        width: int,
+        hidden_dim: int = GRAPH.hidden_dim,
+        num_layers: int = GRAPH.num_layers,
+        *,
+        activation: str = GRAPH.activation,
+        **options: Unpack[NetworkOptions],
+    ):
+        super().__init__(channels + 2, 2, hidden_dim, num_layers, activation=activation, **options)
         self.shape = (channels, height, width)
-        at = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
-        self.register_buffer("places", torch.stack(at, 2).reshape(1, -1, 2), persistent=False)
+        places = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+        self.register_buffer("places", torch.stack(places, 2).reshape(1, -1, 2), persistent=False)
         self.register_buffer("offsets", torch.tensor(OFFSETS, dtype=torch.float32), persistent=False)
         exists = self._neighbours(torch.ones(1, height * width, 1))
         self.register_buffer("weights", exists / exists.sum(2, keepdim=True), persistent=False)
@@ -77,32 +111,38 @@ class PixelGraphEnergyFunction(GraphEnergy):
         return nodes, Graph(self._neighbours, self.offsets, self.weights)
 
     def _neighbours(self, h: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, 8, D), zeros outside; by shifts, which are faster than a gather, and deterministic."""
+        """The neighbours' features, (B, N, D) -> (B, N, 8, D), with zeros for those outside of the image. Shifting the
+        image is faster than a gather, and its backward is deterministic."""
         _, height, width = self.shape
-        padded = F.pad(h.unflatten(1, (height, width)), (0, 0, 1, 1, 1, 1))
+        padded = F.pad(h.reshape(len(h), height, width, -1), (0, 0, 1, 1, 1, 1))
         shifted = [padded[:, 1 + r : 1 + r + height, 1 + c : 1 + c + width] for r, c in OFFSETS]
         return torch.stack(shifted, 3).flatten(1, 2)
 
 
 class PointGraphEnergyFunction(GraphEnergy):
-    """E(x) of sets of `num_points` points in R^point_dim, (B, num_points, point_dim) or flattened, (B, num_points *
-    point_dim): the same for every order of the points.
+    """E(x) of sets of `num_points` points in R^point_dim, given as (B, num_points, point_dim) or flattened. The energy
+    is the same for every order of the points.
 
-    A point hears all points, the mean of their messages, or its `neighbours` nearest. Those are weighted by
-    (1 - (d / d')^2)^2, d' the distance to the next one beyond, so that E is continuous where neighbours change.
-    `options`: spectral_norm, num_classes, confine (NetworkEnergy.finish).
+    A point receives the mean of the messages of all points, or messages of its `neighbours` nearest points. A near
+    point at distance d has weight (1 - (d / d')^2)^2, where d' is the distance of the nearest point that sends no
+    message: so the energy is continuous where one neighbour takes the place of another. `options`: see
+    NetworkEnergy.finish.
+
+    Raises ValueError unless `neighbours` is null or from 1 to num_points - 2.
     """
 
     def __init__(
         self,
         num_points: int,
-        point_dim: int = 2,
-        hidden_dim: int = 32,
-        num_layers: int = 3,
-        neighbours: int | None = None,
-        **options,
+        point_dim: int = GRAPH.point_dim,
+        hidden_dim: int = GRAPH.hidden_dim,
+        num_layers: int = GRAPH.num_layers,
+        neighbours: int | None = GRAPH.neighbours,
+        *,
+        activation: str = GRAPH.activation,
+        **options: Unpack[NetworkOptions],
     ):
-        super().__init__(point_dim, point_dim + 1, hidden_dim, num_layers, **options)
+        super().__init__(point_dim, point_dim + 1, hidden_dim, num_layers, activation=activation, **options)
         if neighbours is not None and not 1 <= neighbours <= num_points - 2:
             raise ValueError(
                 f"neighbours={neighbours} must be from 1 to {num_points - 2}, two below the {num_points} points; "
@@ -112,7 +152,8 @@ class PointGraphEnergyFunction(GraphEnergy):
 
     def nodes_and_graph(self, x: Tensor) -> tuple[Tensor, Graph]:
         shape = (self.num_points, self.point_dim)
-        points = x.unflatten(1, shape) if x.ndim == 2 and x.shape[1] == shape[0] * shape[1] else require_batch(x, shape)
+        is_flat = x.ndim == 2 and x.shape[1] == self.num_points * self.point_dim
+        points = require_batch(x.reshape(len(x), *shape) if is_flat else x, shape)
         apart = points[:, None] - points[:, :, None]  # (B, N, N, D): from i to j
         squared = apart.square().sum(3, keepdim=True)
         edges = torch.cat([apart, squared], 3)
@@ -123,7 +164,8 @@ class PointGraphEnergyFunction(GraphEnergy):
 
 
 def _nearest(edges: Tensor, squared: Tensor, k: int) -> Graph:
-    """The graph of each point's k nearest others, of (B, N, N, E) edges and (B, N, N) squared distances."""
+    """The graph in which each point receives messages from its k nearest others. `edges` (B, N, N, E) are those of all
+    pairs, `squared` (B, N, N) their squared distances."""
     self_edge = torch.eye(squared.shape[1], dtype=torch.bool, device=squared.device)
     nearest, index = squared.masked_fill(self_edge, torch.inf).topk(k + 1, largest=False)
     beyond = nearest[..., k:].clamp_min(torch.finfo(squared.dtype).tiny)

@@ -1,19 +1,24 @@
-"""What the networks share, and the small ones: MLP, convolutions, a vision transformer, the hybrid with a prior."""
+"""What all networks share (head, spectral norm, activations), and the small ones: an MLP, convolutions, a vision
+transformer, and the hybrid of a network with a prior. Their default sizes are those of the config
+(ebm.config.energies).
+"""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from ebm.config.energies import ConvConfig, HybridConfig, MLPConfig, NetworkConfig, TransformerConfig
 from ebm.energies.analytic import GaussianEnergy
-from ebm.energies.base import BaseEnergyFunction, WeightedSum, device_of, require_batch
+from ebm.energies.base import BaseEnergyFunction, WeightedSum, device_of, marginal_energy, require_batch
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
     "softplus": nn.Softplus,
     "gelu": nn.GELU,
@@ -21,12 +26,29 @@ ACTIVATIONS = {
 }
 NORMALISED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 
+SHARED = NetworkConfig()
+MLP, CONV, TRANSFORMER, HYBRID = MLPConfig(), ConvConfig(), TransformerConfig(), HybridConfig()
+
+# Shared by all networks
+
+
+class HeadOptions(TypedDict, total=False):
+    """Keyword arguments of every network that NetworkEnergy.finish takes."""
+
+    num_classes: int | None
+    confine: float
+
+
+class NetworkOptions(HeadOptions, total=False):
+    spectral_norm: bool
+
 
 class NetworkEnergy(BaseEnergyFunction):
-    """E(x, y) = head(features(x), y) + confine / 2 |x|^2. A subclass builds its layers, ends its `__init__` with
-    `finish`, and has `features`; the options of `finish` are keyword arguments of every network.
+    """E(x, y) = head(features(x), y) + confine / 2 |x|^2.
 
-    Without labels a class-conditional network gives the marginal, -log sum_y exp(-E(x, y)).
+    A subclass builds its layers, calls `finish` at the end of its `__init__`, and defines `features`. Every network
+    takes the options of `finish` as keyword arguments. Without labels a class-conditional network returns the marginal
+    over the classes, -log sum_y exp(-E(x, y)).
     """
 
     @abstractmethod
@@ -34,10 +56,19 @@ class NetworkEnergy(BaseEnergyFunction):
         """States (B, *shape) -> (B, dim)."""
 
     def finish(
-        self, dim: int, *, spectral_norm: bool = False, num_classes: int | None = None, confine: float = 0.0
+        self,
+        dim: int,
+        *,
+        spectral_norm: bool = SHARED.spectral_norm,
+        num_classes: int | None = SHARED.num_classes,
+        confine: float = SHARED.confine,
     ) -> None:
-        """Add the head on features (B, dim). `spectral_norm`: of every layer, the head's too. `confine` >= 0: weight
-        of a term that makes exp(-E) integrable on all of R^n where features grow slower than |x|^2."""
+        """Adds the head, which maps features (B, dim) to energies.
+
+        `spectral_norm` normalises every layer, the head included. `num_classes` makes the energy class-conditional.
+        `confine` >= 0 weighs a term that makes exp(-E) integrable on all of R^n if the features grow more slowly than
+        |x|^2. Raises ValueError if `confine` is negative.
+        """
         if confine < 0:
             raise ValueError(f"confine={confine} must be at least 0: a negative one drives chains to infinity")
         self.num_classes, self.confine = num_classes, confine
@@ -46,11 +77,11 @@ class NetworkEnergy(BaseEnergyFunction):
             spectrally_normalise(self)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        energy = self.head(self.features(x), y)
+        energy: Tensor = self.head(self.features(x), y)
         return energy + self._confining(x) if self.confine else energy
 
     def class_energies(self, x: Tensor) -> Tensor:
-        """E(x, y) of every class y, (B, num_classes), by one pass of the body."""
+        """E(x, y) of every class y, (B, num_classes), by one pass through the body."""
         energies = self.head.class_energies(self.features(x))
         return energies + self._confining(x)[:, None] if self.confine else energies
 
@@ -59,40 +90,47 @@ class NetworkEnergy(BaseEnergyFunction):
 
 
 class EnergyHead(nn.Module):
-    """Features (B, D) -> energies (B,), in the head's own type (float32) whatever the autocast type:
-    `scale * (w h + b)`, and for a class condition the projection `+ <embedding(y), h>` (Miyato & Koyama 2018, eq. 3).
-    `scale` is learned. Without labels: the marginal over the classes."""
+    """Features h (B, dim) -> energies (B,): `scale * (w h + b)`, plus `scale * <embedding(y), h>` for a class condition
+    (the projection of Miyato & Koyama 2018, eq. 3). `scale` is learned.
 
-    def __init__(self, dim: int, num_classes: int | None = None):
+    Without labels a class-conditional head returns the marginal over the classes. It computes in the type of its own
+    weights, float32, whatever the autocast type.
+    """
+
+    def __init__(self, dim: int, num_classes: int | None = SHARED.num_classes):
         super().__init__()
         self.linear = nn.Linear(dim, 1)
         self.scale = nn.Parameter(torch.ones(()))
         self.classes = nn.Embedding(num_classes, dim) if num_classes else None
 
     def forward(self, h: Tensor, y: Tensor | None = None) -> Tensor:
+        if y is None and self.classes is not None:
+            return marginal_energy(self.class_energies(h))
         if y is not None and self.classes is None:
             raise ValueError("labels y go with num_classes: this energy has none")
-        if y is None and self.classes is not None:
-            return -torch.logsumexp(-self.class_energies(h), 1)
         with torch.autocast(h.device.type, enabled=False):
             h = h.to(self.scale.dtype)
-            energy = self.linear(h).squeeze(1)
-            if y is not None:
+            energy: Tensor = self.linear(h).squeeze(1)
+            if y is not None and self.classes is not None:
                 energy = energy + (self.classes(y) * h).sum(1)
             return self.scale * energy
 
     def class_energies(self, h: Tensor) -> Tensor:
-        """(B, num_classes): the energy of every class."""
+        """The energy of every class, (B, num_classes)."""
         if self.classes is None:
             raise ValueError("class_energies: this energy has no classes; give it num_classes")
         with torch.autocast(h.device.type, enabled=False):
             h = h.to(self.scale.dtype)
-            return self.scale * (self.linear(h) + h @ self.classes.weight.T)
+            energies: Tensor = self.linear(h) + h @ self.classes.weight.T
+            return self.scale * energies
 
 
 def spectrally_normalise(module: nn.Module) -> nn.Module:
-    """Give every linear, convolutional and embedding weight, seen as a matrix (out, rest), a largest singular value
-    of 1 by power iteration at each forward in training mode (Miyato et al. 2018, algorithm 1). In place."""
+    """Constrains the largest singular value of every linear, convolutional and embedding weight to 1, in place.
+
+    A weight is seen as a matrix (out, rest). The singular value is estimated by one step of power iteration at each
+    forward in training mode (Miyato et al. 2018, algorithm 1).
+    """
     for layer in list(module.modules()):
         if isinstance(layer, NORMALISED):
             parametrizations.spectral_norm(layer, "weight", n_power_iterations=1)
@@ -106,16 +144,25 @@ def make_activation(name: str) -> nn.Module:
 
 
 def sum_over(h: Tensor, dims: int | tuple[int, ...]) -> Tensor:
-    """The sum over `dims`, taken in float32 at least: hundreds of terms in bfloat16 keep two digits."""
+    """The sum over `dims`, in float32 or wider: a sum of hundreds of terms in bfloat16 has only two correct digits."""
     return h.sum(dims, dtype=torch.promote_types(h.dtype, torch.float32))
 
 
+# Multilayer perceptron
+
+
 class MLPEnergyFunction(NetworkEnergy):
-    """E(x) of (B, input_dim), or of any (B, *shape) with input_dim elements, by layers of `hidden_dim`. `options`:
-    spectral_norm, num_classes, confine (NetworkEnergy.finish)."""
+    """E(x) of vectors (B, input_dim), or of any (B, *shape) with input_dim elements: `num_layers` hidden layers of
+    width `hidden_dim`. `options`: see NetworkEnergy.finish."""
 
     def __init__(
-        self, input_dim: int = 2, hidden_dim: int = 64, num_layers: int = 2, *, activation: str = "silu", **options
+        self,
+        input_dim: int = 2,
+        hidden_dim: int = MLP.hidden_dim,
+        num_layers: int = MLP.num_layers,
+        *,
+        activation: str = MLP.activation,
+        **options: Unpack[NetworkOptions],
     ):
         super().__init__()
         dims = [input_dim] + [hidden_dim] * num_layers
@@ -128,14 +175,19 @@ class MLPEnergyFunction(NetworkEnergy):
         flat = x.flatten(1) if x.ndim > 1 else x
         if flat.ndim != 2 or flat.shape[1] != self.input_dim:
             raise ValueError(f"x has shape {tuple(x.shape)}; this energy takes (batch, {self.input_dim})")
-        return self.body(flat)
+        h: Tensor = self.body(flat)
+        return h
+
+
+# Convolutions
 
 
 class ConvolutionalEnergyFunction(NetworkEnergy):
-    """E(x) of images (B, channels, height, width): 3x3 convolutions, all but the first of stride 2, then two layers.
+    """E(x) of images (B, channels, height, width): 3x3 convolutions, all but the first with stride 2, then two linear
+    layers.
 
-    A stride-2 layer takes a side s to ceil(s / 2), so every size works; the head's width is computed from it.
-    `options`: spectral_norm, num_classes, confine (NetworkEnergy.finish).
+    A layer with stride 2 reduces a side of s pixels to ceil(s / 2), so images of every size work. `options`: see
+    NetworkEnergy.finish.
     """
 
     def __init__(
@@ -143,15 +195,15 @@ class ConvolutionalEnergyFunction(NetworkEnergy):
         channels: int = 1,
         width: int = 28,
         height: int = 28,
-        features: Sequence[int] = (16, 32, 32, 64),
-        hidden_dim: int = 64,
+        features: Sequence[int] = CONV.features,
+        hidden_dim: int = CONV.hidden_dim,
         *,
-        activation: str = "silu",
-        **options,
+        activation: str = CONV.activation,
+        **options: Unpack[NetworkOptions],
     ):
         super().__init__()
         self.shape = (channels, height, width)
-        layers = [nn.Conv2d(channels, features[0], 3, padding=1), make_activation(activation)]
+        layers: list[nn.Module] = [nn.Conv2d(channels, features[0], 3, padding=1), make_activation(activation)]
         h, w = height, width
         for narrow, wide in pairwise(features):
             layers += [nn.Conv2d(narrow, wide, 3, stride=2, padding=1), make_activation(activation)]
@@ -161,36 +213,45 @@ class ConvolutionalEnergyFunction(NetworkEnergy):
         self.finish(hidden_dim, **options)
 
     def features(self, x: Tensor) -> Tensor:
-        return self.body(require_batch(x, self.shape))
+        h: Tensor = self.body(require_batch(x, self.shape))
+        return h
+
+
+# Vision transformer
 
 
 class TransformerEnergyFunction(NetworkEnergy):
-    """E(x) of images (B, channels, height, width): patches of `patch_size` squared as tokens of width `dim`, `depth`
-    pre-norm blocks of `num_heads`, a last LayerNorm, tokens averaged. Any size: the last patches are filled with zeros.
+    """E(x) of images (B, channels, height, width) by a vision transformer with pre-norm blocks.
 
-    LayerNorm bounds the features and so the energy: sample it in bounds, or with `confine`. Spectral norm holds for
-    every linear layer; dot-product attention has no Lipschitz constant on all of R^n even so (Kim et al. 2021).
-    `options`: spectral_norm, num_classes, confine (NetworkEnergy.finish).
+    Patches of `patch_size` x `patch_size` pixels become tokens of width `dim`, which pass through `depth` blocks with
+    `num_heads` attention heads and a final LayerNorm, and are averaged. Images of any size work: the last patches are
+    filled with zeros.
+
+    LayerNorm bounds the features and so the energy: sample it inside bounds, or with `confine`. Spectral norm applies
+    to every linear layer; dot-product attention has no Lipschitz constant on all of R^n even so (Kim et al. 2021).
+    `options`: see NetworkEnergy.finish.
     """
+
+    positions: Tensor  # (tokens, dim)
 
     def __init__(
         self,
         channels: int,
         height: int,
         width: int,
-        patch_size: int = 4,
-        dim: int = 64,
-        depth: int = 4,
-        num_heads: int = 4,
+        patch_size: int = TRANSFORMER.patch_size,
+        dim: int = TRANSFORMER.dim,
+        depth: int = TRANSFORMER.depth,
+        num_heads: int = TRANSFORMER.num_heads,
         *,
-        activation: str = "silu",
-        **options,
+        activation: str = TRANSFORMER.activation,
+        **options: Unpack[NetworkOptions],
     ):
         super().__init__()
         if dim % num_heads or dim % 4:
             raise ValueError(f"dim={dim} must be divisible by num_heads={num_heads}, and by 4 for the positions")
         self.shape = (channels, height, width)
-        self.fill = (0, -width % patch_size, 0, -height % patch_size)
+        self.padding = (0, -width % patch_size, 0, -height % patch_size)
         self.patches = nn.Conv2d(channels, dim, patch_size, stride=patch_size)
         rows, columns = -(-height // patch_size), -(-width // patch_size)
         self.register_buffer("positions", sine_positions(rows, columns, dim), persistent=False)
@@ -199,15 +260,16 @@ class TransformerEnergyFunction(NetworkEnergy):
         self.finish(dim, **options)
 
     def features(self, x: Tensor) -> Tensor:
-        patches = self.patches(F.pad(require_batch(x, self.shape), self.fill))
-        tokens = self.norm(self.blocks(patches.flatten(2).transpose(1, 2) + self.positions))
+        patches = self.patches(F.pad(require_batch(x, self.shape), self.padding))
+        tokens: Tensor = self.norm(self.blocks(patches.flatten(2).transpose(1, 2) + self.positions))
         return sum_over(tokens, 1) / tokens.shape[1]
 
 
 class TransformerBlock(nn.Module):
-    """Tokens (B, N, dim) -> the same: t + attention(LN(t)), then t + MLP(LN(t)) of hidden width 4 dim. No dropout."""
+    """Tokens t (B, N, dim) -> the same shape: t + attention(LN(t)), then t + MLP(LN(t)) with hidden width 4 dim. There
+    is no dropout."""
 
-    def __init__(self, dim: int, num_heads: int, activation: str = "silu"):
+    def __init__(self, dim: int, num_heads: int, activation: str):
         super().__init__()
         self.num_heads = num_heads
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
@@ -216,51 +278,61 @@ class TransformerBlock(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         t = t + self.out(self._attention(self.norm1(t)))
-        return t + self.mlp(self.norm2(t))
+        t = t + self.mlp(self.norm2(t))
+        return t
 
     def _attention(self, t: Tensor) -> Tensor:
-        """Written out: the fused kernels of scaled_dot_product_attention have no second derivative."""
+        # Written out, because the fused kernels of scaled_dot_product_attention have no second derivative.
         q, k, v = self.queries_keys_values(t).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         attention = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(3)
-        return (attention @ v).transpose(1, 2).flatten(2)
+        mixed: Tensor = (attention @ v).transpose(1, 2).flatten(2)
+        return mixed
 
 
 def sine_positions(rows: int, columns: int, dim: int) -> Tensor:
-    """(rows * columns, dim): sines and cosines of row and column at dim / 4 frequencies (Vaswani et al. 2017)."""
-    frequencies = 10_000 ** (-torch.arange(dim // 4) / (dim // 4))
+    """Encodes the places of a grid, (rows * columns, dim): sines and cosines of row and column at dim / 4 frequencies
+    (Vaswani et al. 2017)."""
+    frequencies: Tensor = 10_000 ** (-torch.arange(dim // 4) / (dim // 4))
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    angles = [at.flatten()[:, None] * frequencies for at in (row, column)]
+    angles: list[Tensor] = [place.flatten()[:, None] * frequencies for place in (row, column)]
     return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], 1)
+
+
+# Hybrid
 
 
 class HybridEnergyFunction(WeightedSum):
     """E(x) = E_prior(x) + w E_network(x), with w learned: p(x) is the prior's density, tilted by the network.
 
-    The prior stands as it is. In alpha E_prior + (1 - alpha) E_network, a form one meets often, alpha is an inverse
-    temperature: learning it heats the prior to 1 / alpha, and what was put in as knowledge does not hold any more. Here
-    the network has to say what differs, and where it says nothing (w E_network = constant) the density is the prior's.
+    The prior keeps its temperature. In the other common form, alpha E_prior + (1 - alpha) E_network, alpha is an
+    inverse temperature: learning it heats the prior to 1 / alpha, so that the knowledge put into the prior no longer
+    holds. Here the network learns what differs from the prior, and where w E_network is constant the density is the
+    prior's.
 
-    `prior`: N(0, I) in `input_dim` dimensions by default. `network`: an MLP of `num_layers` of `hidden_dim` by default.
+    `prior`: by default a Gaussian in `input_dim` dimensions with the config's mean and standard deviation, N(0, I).
+    `network`: by default an MLP with `num_layers` hidden layers of width `hidden_dim`. `weight`: the initial w.
     """
 
     def __init__(
         self,
         input_dim: int = 2,
-        hidden_dim: int = 64,
-        num_layers: int = 2,
+        hidden_dim: int = MLP.hidden_dim,
+        num_layers: int = MLP.num_layers,
         *,
         prior: BaseEnergyFunction | None = None,
         network: BaseEnergyFunction | None = None,
-        weight: float = 1.0,
+        weight: float = HYBRID.weight,
     ):
-        prior = GaussianEnergy(torch.zeros(input_dim), 1.0) if prior is None else prior
-        network = MLPEnergyFunction(input_dim, hidden_dim, num_layers) if network is None else network
+        if prior is None:
+            prior = GaussianEnergy(torch.full((input_dim,), HYBRID.prior.mean), HYBRID.prior.std**2)
+        if network is None:
+            network = MLPEnergyFunction(input_dim, hidden_dim, num_layers)
         super().__init__([prior, network], [1.0, nn.Parameter(torch.tensor(float(weight), device=device_of(network)))])
 
     @property
     def prior(self) -> BaseEnergyFunction:
-        return self.energies[0]
+        return self.parts[0]
 
     @property
     def network(self) -> BaseEnergyFunction:
-        return self.energies[1]
+        return self.parts[1]

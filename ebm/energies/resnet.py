@@ -1,19 +1,26 @@
-"""The residual energy, for natural images (after Du & Mordatch 2019, appendix A)."""
+"""Residual networks for natural images: a plain one (after Du & Mordatch 2019, appendix A) and JEM's wide one. Their
+default sizes are those of the config (ebm.config.energies)."""
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Unpack
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ebm.config.energies import ResNetConfig, WideResNetConfig
 from ebm.energies.base import require_batch
-from ebm.energies.networks import NetworkEnergy, make_activation, sum_over
+from ebm.energies.networks import HeadOptions, NetworkEnergy, NetworkOptions, make_activation, sum_over
+
+RESNET, WIDE_RESNET = ResNetConfig(), WideResNetConfig()
 
 
 class ResidualBlock(nn.Module):
-    """h + conv(a(conv(a(h)))), `a` the activation. A 1x1 convolution is on the shortcut where the width changes or the
-    second convolution has a stride. No norm layer."""
+    """h -> h + conv(a(conv(a(h)))), where `a` is the activation, from `narrow` to `wide` channels. The second
+    convolution has the stride. The shortcut has a 1x1 convolution if width or resolution change. There is no norm
+    layer."""
 
-    def __init__(self, narrow: int, wide: int, activation: str = "silu", stride: int = 1):
+    def __init__(self, narrow: int, wide: int, activation: str, stride: int = 1):
         super().__init__()
         self.activation = make_activation(activation)
         self.conv1 = nn.Conv2d(narrow, wide, 3, padding=1)
@@ -22,39 +29,41 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Identity() if same else nn.Conv2d(narrow, wide, 1, stride=stride)
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.shortcut(h) + self.conv2(self.activation(self.conv1(self.activation(h))))
+        out: Tensor = self.shortcut(h) + self.conv2(self.activation(self.conv1(self.activation(h))))
+        return out
 
 
 class ResNetEnergyFunction(NetworkEnergy):
-    """E(x) of images (B, channels, height, width): a stage of `blocks` residual blocks a feature width, halving the
-    resolution after each, features summed over space, a linear head with a learned scale. Any size from 8x8 up.
-    `options`: num_classes, confine (NetworkEnergy.finish)."""
+    """E(x) of images (B, channels, height, width) of 8x8 pixels or more.
+
+    Each width of `features` is a stage of `blocks` residual blocks, after which the resolution is halved. The head
+    takes the last features summed over space. `options`: see NetworkEnergy.finish.
+    """
 
     def __init__(
         self,
         channels: int,
         height: int,
         width: int,
-        features: Sequence[int] = (48, 96, 96),
-        blocks: int = 1,
-        spectral_norm: bool = True,
+        features: Sequence[int] = RESNET.features,
+        blocks: int = RESNET.blocks,
+        spectral_norm: bool = RESNET.spectral_norm,
         *,
-        activation: str = "silu",
-        **options,
+        activation: str = RESNET.activation,
+        **options: Unpack[HeadOptions],
     ):
         super().__init__()
         self.shape = (channels, height, width)
         self.stem = nn.Conv2d(channels, features[0], 3, padding=1)
-        widths = [features[0], *features]
         self.stages = nn.ModuleList(
             nn.Sequential(*(ResidualBlock(narrow if i == 0 else wide, wide, activation) for i in range(blocks)))
-            for narrow, wide in zip(widths, features, strict=False)
+            for narrow, wide in pairwise([features[0], *features])
         )
         self.activation = make_activation(activation)
         self.finish(features[-1], spectral_norm=spectral_norm, **options)
 
     def features(self, x: Tensor) -> Tensor:
-        h = self.stem(require_batch(x, self.shape))
+        h: Tensor = self.stem(require_batch(x, self.shape))
         for stage in self.stages:
             h = stage(h)
             if min(h.shape[2:]) > 1:
@@ -63,11 +72,13 @@ class ResNetEnergyFunction(NetworkEnergy):
 
 
 class WideResNetEnergyFunction(NetworkEnergy):
-    """E(x) of images (B, channels, height, width): three stages of (depth - 4) / 6 residual blocks, 16, 32 and 64 times
-    `widen` wide, the second and third of stride 2, features averaged over space. Any size from 8x8 up.
+    """E(x) of images (B, channels, height, width) of 8x8 pixels or more.
 
-    JEM's network is WRN-28-10 with `activation="leaky_relu"`; the default, SiLU, has the second derivative that score
-    matching needs. `options`: spectral_norm, num_classes, confine (NetworkEnergy.finish).
+    There are three stages of (depth - 4) / 6 residual blocks, with 16, 32 and 64 times `widen` channels. The second and
+    the third halve the resolution. The head takes the last features averaged over space.
+
+    JEM's network is WRN-28-10 with `activation="leaky_relu"` (Grathwohl et al. 2020). The default, SiLU, has the second
+    derivative that score matching needs. `options`: see NetworkEnergy.finish.
     """
 
     def __init__(
@@ -75,11 +86,11 @@ class WideResNetEnergyFunction(NetworkEnergy):
         channels: int,
         height: int,
         width: int,
-        depth: int = 28,
-        widen: int = 10,
+        depth: int = WIDE_RESNET.depth,
+        widen: int = WIDE_RESNET.widen,
         *,
-        activation: str = "silu",
-        **options,
+        activation: str = WIDE_RESNET.activation,
+        **options: Unpack[NetworkOptions],
     ):
         super().__init__()
         if depth < 10 or (depth - 4) % 6:
@@ -96,5 +107,5 @@ class WideResNetEnergyFunction(NetworkEnergy):
         self.finish(narrow, **options)
 
     def features(self, x: Tensor) -> Tensor:
-        h = self.activation(self.blocks(self.stem(require_batch(x, self.shape))))
+        h: Tensor = self.activation(self.blocks(self.stem(require_batch(x, self.shape))))
         return sum_over(h, (2, 3)) / (h.shape[2] * h.shape[3])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ebm.config import Config, load_config
-from ebm.energies import FoldedEnergy, build_energy
+from ebm.energies import FoldedEnergy, build_energy, marginal_energy
 from ebm.errors import DataError
 from ebm.runtime import checkpoint
 
@@ -52,7 +52,7 @@ class TrainedRun(NamedTuple):
     def energies(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """E(x), (N,) float32 on the host. Without labels a conditional run gives -log sum_y exp(-E(x, y))."""
         if self.config.energy.num_classes and labels is None:
-            return -torch.logsumexp(-self.class_energies(x), 1)
+            return marginal_energy(self.class_energies(x))
         return self._in_blocks(self.energy, x, *(() if labels is None else (labels,)))
 
     def class_energies(self, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ebm.energies import marginal_energy
 from ebm.losses.output import Energy, LossOutput, energies, energy_and_gradient, energy_l2, num_parts, output
 from ebm.streams import Generators, normal_
 
@@ -152,7 +153,7 @@ def recovery_likelihood(
 
 def marginal(energy) -> Callable[[Tensor], Tensor]:
     """The energy of p(x): x -> -log sum_y exp(-E(x, y)), (B,) (Grathwohl et al. 2020, eq. 7)."""
-    return lambda x: -torch.logsumexp(-_class_energies(energy, x), dim=1)
+    return lambda x: marginal_energy(_class_energies(energy, x))
 
 
 def _class_energies(energy, x: Tensor) -> Tensor:
@@ -183,7 +184,7 @@ def joint_energy(
     logits = -values[: len(x_pos)]
     classification = cross_entropy(logits, y_pos)
     labels = torch.cat([y_pos, y_neg])[:, None] if joint else None
-    e = values.gather(1, labels).squeeze(1) if joint else -torch.logsumexp(-values, dim=1)
+    e = values.gather(1, labels).squeeze(1) if joint else marginal_energy(values)
     e_pos, e_neg = e.split([len(x_pos), len(x_neg)])
     loss = classification + contrastive_weight * (e_pos.mean() - e_neg.mean())
     if l2:

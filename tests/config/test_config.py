@@ -162,7 +162,7 @@ def test_another_kind_drops_the_other_keys_of_its_section(config_file):
     path = config_file("energy: {kind: conv, features: [4, 4], hidden_dim: 7}\n")
     assert load_config(path, ["energy.kind=mlp"]).energy.model_dump() == {
         "kind": "mlp",
-        "hidden_dim": 128,
+        "hidden_dim": 64,
         "num_layers": 2,
         "spectral_norm": False,
         "num_classes": None,
@@ -241,7 +241,7 @@ def test_same_run(config_file):
     moved = load_config(path, free)
     check_same_run(old, moved, "runs/old")
     assert fingerprint(old) == fingerprint(moved)
-    changes = {"run.seed": 1, "train.steps": 5, "train.batch_size": 64, "energy.blocks": 1, "sampler.num_steps": 9}
+    changes = {"run.seed": 1, "train.steps": 5, "train.batch_size": 64, "energy.blocks": 3, "sampler.num_steps": 9}
     for key, value in changes.items():
         new = load_config(path, [*free, f"{key}={value}"])
         with pytest.raises(ConfigError) as caught:
