@@ -17,7 +17,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 SIDES = ("engine", "bare", "torchebm", "plain")
 IMAGE = (3, 32, 32)
 

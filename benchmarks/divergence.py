@@ -18,8 +18,7 @@ from functools import cache
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.append(str(Path(__file__).parent.parent / "tests"))  # for their helpers
 
 import torch
 from runs import free_port
@@ -30,6 +29,7 @@ from ebm.data.shards import ensure_shards
 from ebm.inference.run import open_run
 
 ROOT = Path(__file__).parent.parent
+
 RESNET = ["energy.kind=resnet", "energy.features=[16,32]", "energy.blocks=1", "sampler.grad_clamp=null"]
 NAN = {"kind": "nan_weight", "rank": 1, "step": 150}
 RECIPES = {  # name: (overrides of the digits with COMMON, the healthy recipe's, what is injected)

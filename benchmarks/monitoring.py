@@ -15,12 +15,11 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+from ebm import report
+from ebm.report import figures
+from ebm.report.page import healthy_range
 
-from ebm import report  # noqa: E402
-from ebm.report import figures  # noqa: E402
-from ebm.report.page import healthy_range  # noqa: E402
+ROOT = Path(__file__).parent.parent
 
 BOTH = ("train.log_every=5", "tracking.wandb=disabled", "tracking.samples_every=100", "tracking.sample_steps=100")
 RUNS = {

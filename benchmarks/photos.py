@@ -59,7 +59,6 @@ def call(*arguments: str) -> None:
 
 
 def measure(run: Path) -> dict:
-    sys.path.insert(0, str(ROOT))
     from ebm.runtime import checkpoint
 
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -19,19 +19,18 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+from timing import machine, publish, table
+
+from ebm import evaluation
+from ebm.config import load_config
+from ebm.data.reader import read_all
+from ebm.data.shards import ensure_shards
+from ebm.energies import build_energy
+from ebm.inference.run import open_run
+from ebm.samplers import fresh_chains
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402
-from timing import machine, publish, table  # noqa: E402
-
-from ebm import evaluation  # noqa: E402
-from ebm.config import load_config  # noqa: E402
-from ebm.data.reader import read_all  # noqa: E402
-from ebm.data.shards import ensure_shards  # noqa: E402
-from ebm.energies import build_energy  # noqa: E402
-from ebm.inference.run import open_run  # noqa: E402
-from ebm.samplers import fresh_chains  # noqa: E402
 
 FRESH = 500  # chains
 RECIPES = {

@@ -20,18 +20,19 @@ import time
 from pathlib import Path
 from statistics import median
 
+sys.path.append(str(Path(__file__).parent.parent / "tests"))  # for their helpers
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from runs import Run, free_port, records
+from timing import alternate, machine, publish, ratios, spread, table
+
+from ebm.config import load_config
+from ebm.data.shards import ensure_shards
+from ebm.energies import build_energy
+
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import torch.multiprocessing as mp  # noqa: E402
-from runs import Run, free_port, records  # noqa: E402
-from timing import alternate, machine, publish, ratios, spread, table  # noqa: E402
-
-from ebm.config import load_config  # noqa: E402
-from ebm.data.shards import ensure_shards  # noqa: E402
-from ebm.energies import build_energy  # noqa: E402
 
 BUCKET_MB = 25  # DistributedDataParallel's
 WARM_UP = 20

@@ -8,16 +8,12 @@ without clocks: they make a GPU wait after each part, so that there the parts ad
 """
 
 import argparse
-import sys
 from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from ebm.runtime.process import prepare_process  # noqa: E402
+from ebm.runtime.process import prepare_process
 
 prepare_process()
 
@@ -26,8 +22,8 @@ from timing import machine, publish, seconds, spread, table  # noqa: E402
 from ebm.config import load_config  # noqa: E402
 from ebm.data.shards import ensure_shards  # noqa: E402
 from ebm.runtime.distributed import World  # noqa: E402
-from ebm.training import loop as trainer  # noqa: E402
 from ebm.training import optimizer as optimisation  # noqa: E402
+from ebm.training import step as training_step  # noqa: E402
 from ebm.training.state import build_state  # noqa: E402
 
 PARTS = ("data", "draw", "fold", "chain", "loss", "optimizer", "write", "log")
@@ -48,10 +44,10 @@ def main() -> None:
         batch = []
         waited = seconds(lambda batch=batch: batch.append(next(state.reader)))
         if number % 2:
-            whole.append(waited + seconds(lambda batch=batch: trainer.train_step(state, batch[0])))
+            whole.append(waited + seconds(lambda batch=batch: training_step.train_step(state, batch[0])))
             continue
         with clocks(state) as parts:
-            inside = seconds(lambda batch=batch: trainer.train_step(state, batch[0]))
+            inside = seconds(lambda batch=batch: training_step.train_step(state, batch[0]))
         observed.append(waited + inside)
         for part in PARTS:
             times[part].append(waited if part == "data" else parts[part])
@@ -78,7 +74,8 @@ def clocks(state):
     """A clock around each part of the step; gives the seconds each took."""
     parts = defaultdict(float)
     places = [
-        (trainer, "positives", "draw"), (trainer, "initial_states", "draw"), (state.folded, "refresh", "fold"),
+        (training_step, "positives", "draw"), (training_step, "initial_states", "draw"),
+        (state.folded, "refresh", "fold"),
         (state, "engine", "chain"), (state.model, "forward", "loss"), (state.world, "backward", "loss"),
         (optimisation, "clip_grad_norm", "optimizer"), (optimisation, "step_if", "optimizer"),
         (state.optimizer, "zero_grad", "optimizer"), (optimisation, "update_average", "optimizer"),

@@ -16,12 +16,13 @@ import sys
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.append(str(Path(__file__).parent.parent / "tests"))  # for their helpers
 
-from runs import Run, final_hashes, free_port, records  # noqa: E402
-from timing import machine, publish, ratios, spread, table  # noqa: E402
-from wandb_server import KEY, service  # noqa: E402
+from runs import Run, final_hashes, free_port, records
+from timing import machine, publish, ratios, spread, table
+from wandb_server import KEY, service
+
+ROOT = Path(__file__).parent.parent
 
 CASES = ("disabled", "offline", "closed port", "killed")
 LOG_EVERY = 5

@@ -1,6 +1,7 @@
 """The benchmarks run and print what they promise: a table, then one JSON object. Their figures are not judged here."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -25,3 +26,11 @@ def test_runs_and_prints_one_object(name, digits):
     assert done.returncode == 0, done.stdout + done.stderr
     table, brace, rest = done.stdout.partition("\n{")
     assert table.strip() and json.loads(brace + rest)
+
+
+def test_the_table_names_every_script_and_result():
+    table = (ROOT / "benchmarks" / "README.md").read_text()
+    scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py")}
+    results = {path.name for path in (ROOT / "benchmarks" / "results").glob("*.json")}
+    assert set(re.findall(r"`(\w+\.py)`", table)) == scripts
+    assert set(re.findall(r"`(\w+\.json)`", table)) == results
