@@ -11,9 +11,6 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
@@ -41,7 +38,7 @@ def before_step(action) -> None:
     real = trainer.train_step
 
     def train_step(state, batch):
-        if state.step + 1 == FAULT["step"] and state.ladder.rollbacks == 0:
+        if state.step + 1 == FAULT["step"] and state.divergence.rollbacks == 0:
             action(state)
         return real(state, batch)
 

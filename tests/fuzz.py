@@ -46,7 +46,7 @@ from ebm.data.sources import ArraySource
 from ebm.errors import UserError
 from ebm.runtime import checkpoint
 from ebm.training.buffer import ReplayBuffer
-from ebm.training.divergence import Ladder
+from ebm.training.divergence import DivergenceMonitor
 
 LIMIT = 5.0  # seconds an input
 WARM_UP = 200  # inputs before the count begins
@@ -436,8 +436,8 @@ def checkpoint_target(root: Path):
     files |= {f"stream_{v:04d}": buffer.stream_state(v) for v in buffer.streams}
     state = {"step": 3, "positions": {"0": [12, 0], "1": [12, 1]}, "skipped_samples": 0, "skipped_steps": 0}
     state |= {"skipped_in_row": 0, "world_size": 1, "scaler": {"scale": 65536.0, "_growth_tracker": 0}}
-    ladder = Ladder(HealthConfig())
-    state |= {"quarantined": 0, "good": True, "ladder": ladder.state()}
+    monitor = DivergenceMonitor(HealthConfig())
+    state |= {"reset_chains": 0, "good": True, "divergence": monitor.state()}
     saver = checkpoint.Saver(root, AloneWorld())
     saver.start(3, files, state)
     path = saver.finish(keep=1)
@@ -448,7 +448,7 @@ def checkpoint_target(root: Path):
         if found is None:
             return
         meta = checkpoint.read_state(found, streams=2)
-        ladder.load(meta["ladder"])
+        monitor.load(meta.divergence)
         model.load_state_dict(checkpoint.read_tensors(found, "model", model.state_dict()))
         ema.load_state_dict(checkpoint.read_tensors(found, "ema", ema.state_dict()))
         fresh = torch.optim.AdamW(model.parameters(), fused=True)
@@ -456,7 +456,7 @@ def checkpoint_target(root: Path):
         fresh.step()
         for i, v in enumerate(buffer.streams):
             buffer.load_stream(i, checkpoint.read_tensors(found, f"stream_{v:04d}", buffer.stream_state(i)))
-            window = order.window(v, meta["positions"][str(v)][0])
+            window = order.window(v, meta.positions[str(v)][0])
             np.arange(order.end(window) - 16, order.end(window))
             order.segments(window)
         torch.zeros((), dtype=torch.int64) + meta["skipped_steps"] + meta["skipped_in_row"] + meta["skipped_samples"]

@@ -206,9 +206,9 @@ def test_pax_headers_are_read(tmp_path):
 STATE = {
     "step": 3,
     "positions": {"0": [12, 0], "1": [12, 0]},
-    "quarantined": 0,
+    "reset_chains": 0,
     "good": True,
-    "ladder": {},
+    "divergence": {},
     "skipped_samples": 0,
     "skipped_steps": 0,
     "skipped_in_row": 0,

@@ -10,6 +10,7 @@ from ebm.config import Config, load_config
 from ebm.energies import FoldedEnergy, build_energy, marginal_energy
 from ebm.errors import DataError
 from ebm.runtime import checkpoint
+from ebm.samplers.factory import sampler_in_use
 
 
 class TrainedRun(NamedTuple):
@@ -82,10 +83,8 @@ def open_run(path: str | Path, device: str | None = None) -> TrainedRun:
         raise DataError(f"{run}/checkpoints holds no valid checkpoint yet; train on, or lower checkpoint.every")
     config = load_config(run / "config.yaml")
     state = checkpoint.read_state(chosen)
-    scale = state["ladder"]["step_scale"]
-    if state["step_size"] is not None:
-        scale = state["step_size"] / config.sampler.step_size
-    config = config.model_copy(update={"sampler": config.sampler.scaled(scale)})
+    sampler = sampler_in_use(config.sampler, state.adapted_step, state.divergence["step_scale"])
+    config = config.model_copy(update={"sampler": sampler})
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     energy = build_energy(config.energy, config.data.shape, config.run.seed)
     energy.load_state_dict(checkpoint.read_tensors(chosen, "ema", energy.state_dict()))

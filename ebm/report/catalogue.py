@@ -75,7 +75,7 @@ METRICS = (
            lambda *_: (0.0, 1.0)),
     Metric("health/rollbacks", "returns to an earlier checkpoint", "count", "0; one that helped is no harm", _zero),
     Metric("health/skipped_steps", "steps that a non-finite gradient made void", "count", "0; a few with fp16", _zero),
-    Metric("health/quarantined", "chains restarted since they were not finite", "count", "0", _zero),
+    Metric("health/reset_chains", "chains restarted since they were not finite", "count", "0", _zero),
     Metric("health/lr_scale", "what cuts left of the learning rate", "factor", "1", _one),
     Metric("health/step_scale", "what cuts left of the step size", "factor", "1", _one),
     Metric("perf/step_s", "wall time of a step", "s", "level"),

@@ -86,7 +86,7 @@ CHARTS = (
     ("Displacement", ("sampler/displacement",)),
     ("Age of the chains", ("buffer/age_mean",)),
     ("Worst sign of divergence", ("health/warning",)),
-    ("Void steps, restarted chains", ("health/skipped_steps", "health/quarantined")),
+    ("Skipped steps, reset chains", ("health/skipped_steps", "health/reset_chains")),
     ("Learning rate", ("optim/lr",)),
     ("Seconds a step", ("perf/step_s",)),
     ("Share of time waiting for data", ("perf/data_wait_frac",)),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -33,8 +33,8 @@ MAX_JSON = 1 << 24  # bytes; a hundred thousand streams need less
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 
 
-class _State(BaseModel):
-    """What resuming reads from state.json; more may stand there."""
+class SavedState(BaseModel):
+    """What resuming reads from state.json; more may stand there. Aliases are the keys of versions before 0.2."""
 
     model_config = ConfigDict(strict=True)
     step: Count
@@ -42,10 +42,13 @@ class _State(BaseModel):
     skipped_samples: Count
     skipped_steps: Count
     skipped_in_row: Count
-    quarantined: Count
+    reset_chains: Annotated[Count, Field(validation_alias=AliasChoices("reset_chains", "quarantined"))]
     good: bool
-    ladder: dict[str, Any]  # checked by `ebm.training.divergence`
-    step_size: Annotated[FiniteFloat, Field(gt=0)] | None = None  # of a sampler that adapts its own
+    # Checked by `ebm.training.divergence`.
+    divergence: Annotated[dict[str, Any], Field(validation_alias=AliasChoices("divergence", "ladder"))]
+    adapted_step: Annotated[  # of a sampler that adapts its step size
+        Annotated[FiniteFloat, Field(gt=0)] | None, Field(validation_alias=AliasChoices("adapted_step", "step_size"))
+    ] = None
     scaler: dict[str, FiniteFloat] | None
 
 
@@ -240,7 +243,7 @@ def newest_good(root: Path, before: Path | None = None) -> Path | None:
 
 def _is_good(path: Path) -> bool:
     try:
-        return read_state(path)["good"]
+        return read_state(path).good
     except DataError:
         return False
 
@@ -266,12 +269,12 @@ def _check_tensors(file: Path, found: Mapping[str, Tensor], expected: Mapping[st
             raise DataError(f"{file}: {name!r} is {is_[0]} {is_[1]}, and this run's is {should[0]} {should[1]}")
 
 
-def read_state(path: Path, streams: int | None = None) -> dict:
-    """What `save` was given as `state`, checked; with `streams`, it has a position for each. Raises DataError."""
+def read_state(path: Path, streams: int | None = None) -> SavedState:
+    """A checkpoint's state.json, checked; with `streams`, it has a position for each of them. Raises DataError."""
     file = path / "state.json"
     try:
         values = _read_json(file)
-        state = _State(**values)
+        state = SavedState(**values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -280,7 +283,7 @@ def read_state(path: Path, streams: int | None = None) -> dict:
         raise DataError(f"{file}: {error}") from error
     if streams is not None and state.positions.keys() != {str(v) for v in range(streams)}:
         raise DataError(f"{file}: 'positions' must name the streams 0 to {streams - 1}, and no others")
-    return {"step_size": None, **values}
+    return state
 
 
 def _read_json(file: Path) -> dict:

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from ebm.config import TrainConfig
-from ebm.errors import ConfigError
+from ebm.errors import ConfigError, UserError
 from ebm.runtime.watchdog import GRACE
+
+T = TypeVar("T")
 
 
 class World:
@@ -121,6 +124,17 @@ class World:
 
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """What `action` returns on rank 0, or the UserError it raises there, on every rank."""
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = action()
+            except UserError as caught:
+                error = caught
+        self.raise_together(error)
+        return self.gather(result)[0]
 
     def raise_together(self, error: Exception | None) -> None:
         """Raise on every rank what any rank ran into, so that none is left waiting for the others."""

@@ -10,9 +10,12 @@ import sys
 import threading
 from contextlib import contextmanager
 from multiprocessing import connection, forkserver, resource_tracker
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    import torch
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
@@ -134,3 +137,8 @@ def one_thread():
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def to_device(x: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
+    """`x` on `device`. To CUDA it goes through pinned memory, or the host would wait for the copy."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ebm.config import Config, check_same_run, load_config, to_yaml
-from ebm.errors import EXIT_STOPPED, ConfigError, UserError
+from ebm.errors import EXIT_STOPPED, ConfigError
 from ebm.runtime import checkpoint
 from ebm.runtime.files import replace
 
@@ -31,16 +31,14 @@ class RunDirectory:
 
     def _together(self, action):
         """What `action` returns on rank 0, or its error, on every rank."""
-        result, error = None, None
-        if self.world.is_main:
+
+        def attempt():
             try:
-                result = action()
-            except UserError as caught:
-                error = caught
-            except OSError as caught:
-                error = ConfigError(f"run.dir={self.path}: {caught}; choose a directory that can be written")
-        self.world.raise_together(error)
-        return self.world.gather(result)[0]
+                return action()
+            except OSError as error:
+                raise ConfigError(f"run.dir={self.path}: {error}; choose a directory that can be written") from error
+
+        return self.world.on_main(attempt)
 
     def _enter(self, config: Config) -> None:
         file = self.path / "config.yaml"
@@ -74,8 +72,8 @@ class RunDirectory:
         raise ConfigError(f"run.dir={self.path} is used by another process; end it, or choose another run.dir")
 
     def resume_point(self) -> tuple[Path | None, dict | None]:
-        """(the newest checkpoint that verifies, what the ladder remembers instead of it after a rollback), found by
-        rank 0 and agreed by all. Newer ones, damaged or given up by a rollback, go out of its way."""
+        """The newest checkpoint that verifies, and the state of the divergence monitor that replaces its own after a
+        rollback. Rank 0 finds them for all. Newer checkpoints, damaged or given up by a rollback, are set aside."""
         return self._together(self._resume_point)
 
     def _resume_point(self) -> tuple[Path | None, dict | None]:
@@ -85,16 +83,16 @@ class RunDirectory:
             for newer in checkpoint.checkpoints(self.checkpoints):
                 if newer > path:
                     checkpoint.set_aside(newer)
-            if checkpoint.read_state(path)["ladder"]["rollbacks"] >= last["rollbacks"]:
+            if checkpoint.read_state(path).divergence["rollbacks"] >= last["rollbacks"]:
                 return path, None
             if checkpoint.step_of(path) <= last["to"]:
-                return path, last["ladder"]
+                return path, last.get("divergence") or last["ladder"]  # the key before 0.2
             checkpoint.set_aside(path)
         for damaged in checkpoint.checkpoints(self.checkpoints):
             checkpoint.set_aside(damaged)
         return None, None
 
-    def roll_back(self, step: int, ladder: dict, reason: str) -> bool:
+    def roll_back(self, step: int, divergence: dict, reason: str) -> bool:
         """Decide where to go back to, and record it before anything changes: a job killed from here on resumes as if
         it had gone on. Further back where the last rollback went to the same. False: there is no checkpoint."""
 
@@ -106,7 +104,8 @@ class RunDirectory:
             if target is None:
                 return False
             to = checkpoint.step_of(target)
-            event = {"from": step, "to": to, "rollbacks": ladder["rollbacks"], "reason": reason, "ladder": ladder}
+            event = {"from": step, "to": to, "rollbacks": divergence["rollbacks"], "reason": reason}
+            event["divergence"] = divergence
             replace(self._rollback_file, json.dumps([*past, event], indent=1).encode())
             return True
 

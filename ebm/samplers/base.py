@@ -1,10 +1,12 @@
 """What the chains of all samplers share: their states, their energies and gradients, what is told of them."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+Info = TypeVar("Info", bound=tuple[Tensor, ...])
 
 
 class ChainInfo(NamedTuple):
@@ -48,6 +50,11 @@ def per_step(value: float | Sequence[float], num_steps: int, name: str) -> Seque
     if len(value) != num_steps:
         raise ValueError(f"{name} has {len(value)} values for num_steps={num_steps}; give one number, or one a step")
     return value
+
+
+def mean_info(infos: Sequence[Info]) -> Info:
+    """The mean of each field over named tuples of one type."""
+    return type(infos[0])(*(torch.stack(values).mean(0) for values in zip(*infos, strict=True)))
 
 
 def saturated(x: Tensor, bounds: tuple[float, float] | None) -> Tensor:

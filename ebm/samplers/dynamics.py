@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ebm.samplers.base import mean_info
 from ebm.samplers.langevin import langevin
 from ebm.samplers.metropolis import adapted, hmc, mala
 from ebm.samplers.tempering import tempering
@@ -72,7 +73,7 @@ class Dynamics(ABC):
                 done += stretch
                 infos.append(info)
                 kept.append(self._state(x))
-        self.info = _mean(infos) if infos else None
+        self.info = mean_info(infos) if infos else None
         if not return_trajectory:
             return self._state(x)
         return torch.stack(kept) if kept else x.new_empty(0, *self._state(x).shape)
@@ -101,10 +102,6 @@ class Dynamics(ABC):
         parameters = getattr(self.energy_function, "parameters", None)
         first = next(iter(parameters()), None) if parameters else None
         return torch.device("cpu") if first is None else first.device
-
-
-def _mean(infos: list[tuple]) -> tuple:
-    return type(infos[0])(*(torch.stack(values).mean() for values in zip(*infos, strict=True)))
 
 
 class LangevinDynamics(Dynamics):

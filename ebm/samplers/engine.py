@@ -8,6 +8,8 @@ from threading import Barrier
 import torch
 from torch import Tensor
 
+from ebm.samplers.base import mean_info
+
 
 class Engine:
     """Runs samplers on one energy whose tensors stay where they are (`FoldedEnergy`).
@@ -45,8 +47,7 @@ class Engine:
             return sampler(_of_states(self.energy, own[1:]), own[0], generator=generators, **settings)
 
         states, infos = zip(*_pool(threads).map(chain, range(threads)), strict=True)
-        means = (torch.stack(values).mean(0) for values in zip(*infos, strict=True))
-        return torch.cat(states), type(infos[0])(*means)
+        return torch.cat(states), mean_info(infos)
 
     def _captured(self, sampler, x, labels, generator, settings) -> "_Captured | None":
         """The graph of this call. Other settings (a step size that was cut) make a new one in place of the old; tensors

@@ -55,6 +55,12 @@ def cold_states(config: SamplerConfig, x: Tensor) -> Tensor:
     return x if config.levels == 1 else x[:, 0]
 
 
+def sampler_in_use(config: SamplerConfig, adapted_step: float | None, scale: float) -> SamplerConfig:
+    """`config` with the step size in use: `adapted_step`, where the sampler adapts it, times `scale`, what divergence
+    has left of it."""
+    return config.scaled(scale if adapted_step is None else scale * adapted_step / config.step_size)
+
+
 def schedule(kind: str, start: float, end: float | None, num_steps: int) -> list[float]:
     """`num_steps` values from `start` to `end` (None: constant): "constant", "linear", "cosine" or "geometric"."""
     if kind in ("constant", "flow") or end is None or num_steps == 1:

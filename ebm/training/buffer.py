@@ -2,28 +2,34 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ebm.runtime.process import to_device
 from ebm.streams import StreamGenerators, generator, start_
+
+NO_CLASS = -1  # of a chain that has not been drawn yet
 
 
 class Draw(NamedTuple):
-    """The chains of one step, stream-major: S streams times n chains. `slots` and `reinit` are known to the host."""
+    """The chains of one step, stream by stream: S streams times n chains. The host knows `slots` and `reinit`."""
 
     x: Tensor  # (S * n, *shape) float32, on the device
-    noise: Tensor  # (S * n, *shape): where each would start, or did
+    labels: Tensor | None  # (S * n,) int64, on the device; None for chains without a class
+    noise: Tensor  # (S * n, *shape): the state that each restarted from, or would restart from
     rows: Tensor  # (S * n,) rows of the storage, on the device
-    fresh: Tensor  # (S * n,) bool, on the device: started again from noise at this draw
+    fresh: Tensor  # (S * n,) bool, on the device: restarted from noise at this draw
     slots: Tensor  # (S, n) slot numbers inside each stream's slice, on the host
     reinit: Tensor  # (S, n) bool, on the host
 
 
+@cache
 def reinit_probabilities(mean: float, spread: float, slots: int) -> Tensor:
-    """Each slot's probability to start again when it is drawn, (slots,) float32: geometric from the first slot to the
-    last, `spread` times smaller, with the given `mean`.
+    """Each slot's probability to restart when it is drawn, (slots,) float32: it falls geometrically from the first slot
+    to the last, whose is `spread` times smaller, and has the given `mean`.
 
     One probability for all makes all chains about num_steps / mean old, and the energy is trained for no other age; a
     spread of 100 trains it for chains of 10 times fewer and 10 times more steps in the same run.
@@ -33,11 +39,11 @@ def reinit_probabilities(mean: float, spread: float, slots: int) -> Tensor:
 
 
 class ReplayBuffer:
-    """The chains of this rank's streams: `slots` a stream, states (slots, *shape) in `dtype` and their ages. Draws are
-    float32 whatever the chains are kept in.
+    """The persistent chains of this rank's streams: `slots` chains a stream, each a state (*shape) and an age in steps.
 
-    A slot belongs to its stream for the run's life, and to class `slot % num_classes` in a conditional run. New
-    chains start as `ebm.streams.start_` says of `start`.
+    A slot belongs to its stream for the whole run. States are kept in `dtype` and drawn in float32; new chains start as
+    `ebm.streams.start_` says of `start`. With `labelled`, a chain also has a class for life: a chain that starts takes
+    that of the datum it is drawn beside, so that the classes of the chains are distributed as the data's.
     """
 
     def __init__(
@@ -47,9 +53,10 @@ class ReplayBuffer:
         streams: Sequence[int],
         seed: int,
         *,
-        device="cpu",
+        device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         start: tuple[float, float] | None = (-1.0, 1.0),
+        labelled: bool = False,
     ):
         self.streams, self.slots, self.seed, self.start = list(streams), slots, seed, start
         self.device = torch.device(device)
@@ -57,42 +64,56 @@ class ReplayBuffer:
         x = torch.empty(len(self.streams) * slots, *shape, device=device)
         self.x = start_(x, self._noise("fill", 0), start).to(dtype)
         self.age = torch.zeros(len(self.x), dtype=torch.int32, device=device)
+        self.labels = torch.full((len(self.x),), NO_CLASS, device=device) if labelled else None
 
-    def draw(self, n: int, step: int, reinit_prob: float, reinit_spread: float = 1.0) -> Draw:
-        """`n` different chains of each stream, a share `reinit_prob` of them replaced by fresh noise: see
-        `reinit_probabilities`."""
+    def draw(
+        self, n: int, step: int, reinit_prob: float, reinit_spread: float = 1.0, labels: Tensor | None = None
+    ) -> Draw:
+        """`n` different chains of each stream; each restarts from noise with the probability of its slot, as
+        `reinit_probabilities` has them.
+
+        `labels` (S * n,): the classes of the data that the chains are drawn beside, for a buffer of labelled chains.
+        """
         probabilities = reinit_probabilities(reinit_prob, reinit_spread, self.slots)
         assert n <= self.slots, (n, self.slots)
-        slots, reinit = [], []
+        assert (labels is None) == (self.labels is None), "labelled chains are drawn beside labelled data"
+        chosen, restarted = [], []
         for stream in self.streams:
             rng = generator(self.seed, "draw", stream, step)
-            slots.append(torch.randperm(self.slots, generator=rng)[:n])
-            reinit.append(torch.rand(n, generator=rng) < probabilities[slots[-1]])
-        slots, reinit = torch.stack(slots), torch.stack(reinit)
-        rows = slots + self.slots * torch.arange(len(self.streams)).unsqueeze(1)
-        rows = rows.flatten().to(self.device, non_blocking=True)
-        fresh = reinit.flatten().to(self.device, non_blocking=True)
+            chosen.append(torch.randperm(self.slots, generator=rng)[:n])
+            restarted.append(torch.rand(n, generator=rng) < probabilities[chosen[-1]])
+        slots, reinit = torch.stack(chosen), torch.stack(restarted)
+        first = self.slots * torch.arange(len(self.streams)).unsqueeze(1)
+        rows, fresh = to_device((slots + first).flatten(), self.device), to_device(reinit.flatten(), self.device)
         x = self.x[rows].float()
         noise = start_(torch.empty_like(x), self._noise("reinit", step), self.start)
         x = torch.where(fresh.view(-1, *[1] * (x.ndim - 1)), noise, x)
-        return Draw(x, noise, rows, fresh, slots, reinit)
+        if labels is not None and self.labels is not None:
+            own = self.labels[rows]
+            labels = torch.where(fresh | (own == NO_CLASS), labels, own)
+        return Draw(x, labels, noise, rows, fresh, slots, reinit)
 
-    def write(self, draw: Draw, x: Tensor, num_steps: int, ok: Tensor, sick: Tensor) -> None:
-        """Put the advanced chains back where they came from, `num_steps` older, unless `ok` (bool scalar) is false.
-        Those that are `sick` (S * n,) start again from noise in any case."""
+    def write(self, draw: Draw, x: Tensor, num_steps: int, ok: Tensor, broken: Tensor) -> None:
+        """Put the chains of a draw back into their slots, `num_steps` older, unless `ok` (bool scalar) is false.
+
+        A chain that is `broken` (bool, (S * n,)) restarts from noise in either case.
+        """
         age = torch.where(draw.fresh, 0, self.age[draw.rows]) + num_steps
         x = torch.where(ok, x, self.x[draw.rows].float())
-        self.x[draw.rows] = torch.where(sick.view(-1, *[1] * (x.ndim - 1)), draw.noise, x).to(self.x.dtype)
-        self.age[draw.rows] = torch.where(sick, 0, torch.where(ok, age, self.age[draw.rows])).to(torch.int32)
+        self.x[draw.rows] = torch.where(broken.view(-1, *[1] * (x.ndim - 1)), draw.noise, x).to(self.x.dtype)
+        self.age[draw.rows] = torch.where(broken, 0, torch.where(ok, age, self.age[draw.rows])).to(torch.int32)
+        if self.labels is not None and draw.labels is not None:
+            self.labels[draw.rows] = torch.where(ok | broken, draw.labels, self.labels[draw.rows])
 
     def reseed(self, seed: int) -> None:
-        """Draw and restart by another seed from now on."""
+        """Draw and restart chains by another seed from the next step on."""
         self.seed = self._noise.seed = seed
 
     def stream_state(self, index: int) -> dict[str, Tensor]:
-        """The tensors of the `index`-th owned stream, views of the storage."""
+        """The tensors of the `index`-th owned stream, as views of the storage."""
         part = slice(index * self.slots, (index + 1) * self.slots)
-        return {"x": self.x[part], "age": self.age[part]}
+        own = {"x": self.x[part], "age": self.age[part]}
+        return own if self.labels is None else own | {"labels": self.labels[part]}
 
     def load_stream(self, index: int, tensors: dict[str, Tensor]) -> None:
         for name, own in self.stream_state(index).items():

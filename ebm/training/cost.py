@@ -1,10 +1,33 @@
-"""--dry-run: the resolved config, and what a step costs, before anything is written."""
+"""--dry-run: the resolved config, and an estimate of what a step costs, before anything is written."""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ebm.config import Config, to_yaml
-from ebm.energies import build_energy
+from ebm.config.losses import LossConfig, ScoreMatchingConfig
+from ebm.energies import FoldedEnergy, build_energy
+from ebm.losses import loss_of
+from ebm.samplers.base import evaluate
+from ebm.samplers.factory import chain_shape, sampler_of
+from ebm.streams import generator, uniform_
+from ebm.training.negatives import chain_energy
+from ebm.training.state import Objective
+
+FEW = 4  # data that a loss is measured on; those that compare chains need more than one
+
+
+class Cost(NamedTuple):
+    """The work for one datum, and for the chain beside it."""
+
+    parameters: int
+    forward: int  # FLOPs of the energy
+    chain: int  # FLOPs of a chain; 0 where the objective has none
+    loss: int  # FLOPs of the loss, forward and backward
+    saved: int  # bytes that the loss's forward keeps for its backward, float32
 
 
 def dry_run(config: Config) -> None:
@@ -14,40 +37,92 @@ def dry_run(config: Config) -> None:
 
 
 def estimate(config: Config) -> dict[str, str]:
-    """Model size, FLOPs and memory of one optimizer step, measured on one image and scaled; nothing is allocated at
-    full size. A chain step costs a forward and a backward to the input, about two forwards; the loss runs a forward
-    and a full backward, about three, of positives and negatives: 2 K + 6 forwards a pair (docs/design.md)."""
-    energy = build_energy(config.energy, config.data.shape, config.run.seed).eval()
-    x = torch.zeros(1, *config.data.shape)
-    labels = (torch.zeros(1, dtype=torch.int64),) if config.energy.num_classes else ()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        energy(x, *labels)
-    forward = counter.get_total_flops()
+    """Model size, FLOPs and memory of one optimizer step: measured on a few data, scaled to the batch."""
+    cost, batch = measure_cost(config), config.train.batch_size
+    halved = 0.5 if config.train.mixed_precision != "no" else 1.0
+    persistent, step = config.loss.negatives == "persistent", cost.chain + cost.loss
+    itemsize = getattr(torch, config.buffer.dtype).itemsize
+    state = torch.Size(chain_shape(config.sampler, config.data.shape)).numel() * itemsize + 4  # and its age
+    memory = f"{_human(config.buffer.size * state, 'B')} over all processes" if persistent else "none"
+    return {
+        "parameters": f"{cost.parameters:,}",
+        "forward": f"{_human(cost.forward, 'FLOP')} an image",
+        "step": f"{_human(step * batch, 'FLOP')} ({cost.chain / step:.0%} in the chain)",
+        "weights and optimizer": f"{_human(cost.parameters * 24, 'B')} a process (weights, gradient, Adam, EMA, chain)",
+        "activations": f"about {_human(cost.saved * halved * batch / config.train.accumulate, 'B')} over all processes",
+        "replay buffer": memory,
+    }
+
+
+def measure_cost(config: Config) -> Cost:
+    """The cost of the objective at a step that has chains, where any has."""
+    energy = build_energy(config.energy, config.data.shape, config.run.seed)
+    x = uniform_(torch.empty(FEW, *config.data.shape), generator(0, "cost"), -1, 1)
+    labels = torch.zeros(FEW, dtype=torch.int64) if config.energy.num_classes else None
+    step = config.train.steps  # the last: objectives with a warm-up have their chains there
+    chains = config.loss.negatives_at(step) is not None
+    with torch.no_grad():
+        forward = flops(lambda: energy(x, *(() if labels is None else (labels,)))) // FEW
+    loss, saved = loss_cost(config, energy, x, labels, step)
+    return Cost(
+        parameters=sum(p.numel() for p in energy.parameters()),
+        forward=forward,
+        chain=chain_flops(config, FoldedEnergy(energy).refresh(), x, labels) if chains else 0,
+        loss=loss,
+        saved=saved,
+    )
+
+
+def chain_flops(config: Config, folded: FoldedEnergy, x: Tensor, labels: Tensor | None) -> int:
+    """FLOPs of one chain: its gradients of the energy, one after the other."""
+    energy = chain_energy(config, folded)
+    extra = [x] if config.loss.negatives == "recovery" else []
+    extra += [labels] if labels is not None and config.loss.conditional_chains else []
+    return flops(lambda: evaluate(lambda z: energy(z, *extra), x)) // FEW * config.sampler.evaluations
+
+
+def loss_cost(config: Config, energy: torch.nn.Module, x: Tensor, labels: Tensor | None, step: int) -> tuple[int, int]:
+    """FLOPs and saved bytes of a loss and its gradient, a datum. The trace of exact score matching takes a backward a
+    component: those are counted from Hutchinson's estimate, which takes one a projection."""
+    section = config.loss
+    if isinstance(section, ScoreMatchingConfig) and section.method == "exact":
+        one, two = (
+            loss_cost_of(section.model_copy(update={"method": "hutchinson", "num_projections": n}), config, energy, x,
+                         labels, step)
+            for n in (1, 2)
+        )  # fmt: skip
+        more = x[0].numel() - 1
+        return one[0] + more * (two[0] - one[0]), one[1] + more * (two[1] - one[1])
+    return loss_cost_of(section, config, energy, x, labels, step)
+
+
+def loss_cost_of(
+    section: LossConfig, config: Config, energy: torch.nn.Module, x: Tensor, labels: Tensor | None, step: int
+) -> tuple[int, int]:
+    objective = Objective(energy.train(), loss_of(section), of_scores=section.of_scores)
+    x_neg = x.clone() if section.negatives_at(step) is not None else None
+    y_neg = labels if section.conditional_chains else None
+    noise, chain = [generator(0, "cost")], sampler_of(config.sampler)[1]
     saved = 0
 
-    def count(tensor):
+    def count(tensor: Tensor) -> Tensor:
         nonlocal saved
-        saved += tensor.nbytes if not isinstance(tensor, torch.nn.Parameter) else 0
+        saved += 0 if isinstance(tensor, torch.nn.Parameter) else tensor.nbytes
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        energy(x, *labels)
-    parameters = sum(p.numel() for p in energy.parameters())
-    batch, steps = config.train.batch_size, config.sampler.evaluations
-    halved = 0.5 if config.train.mixed_precision != "no" else 1.0
-    chain = x.numel() * getattr(torch, config.buffer.dtype).itemsize + 4  # and its age
-    return {
-        "parameters": f"{parameters:,}",
-        "forward": f"{_human(forward, 'FLOP')} an image",
-        "step": f"{_human(forward * batch * (2 * steps + 6), 'FLOP')} ({2 * steps / (2 * steps + 6):.0%} in the chain)",
-        "weights and optimizer": f"{_human(parameters * 4 * 6, 'B')} a process (weights, gradient, Adam, EMA, chain)",
-        "activations": f"about {_human(saved * halved * 2 * batch / config.train.accumulate, 'B')} over all processes",
-        "replay buffer": (
-            f"{_human(config.buffer.size * chain, 'B')} over all processes"
-            if config.loss.negatives == "persistent"
-            else "none"
-        ),
-    }
+    def run() -> None:
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            output = objective(x, x_neg, y_pos=labels, y_neg=y_neg, step=step, generator=noise, chain=chain)
+        output.loss.backward()
+
+    counted = flops(run)
+    return counted // FEW, saved // FEW
+
+
+def flops(action: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        action()
+    return int(counter.get_total_flops())
 
 
 def _human(value: float, unit: str) -> str:

@@ -1,46 +1,68 @@
-"""The divergence ladder: from signs of trouble to what is done about it (docs/design.md).
+"""Divergence: its signs, and what is done about it (docs/design.md).
 
-Every `health.every` steps the run is judged by numbers that are equal on all ranks, so all take the same rung, and by
-that step's numbers alone, so that a resumed run decides as an uninterrupted one. Before any of this, a step with a
-non-finite gradient is void and chains that are not finite start again.
+Every `health.every` steps the run is judged by numbers that are equal on all ranks, so all take the same action, and
+that come from this step alone, so a resumed run decides as an uninterrupted one would. Before any of this, a step
+with a non-finite gradient is skipped, and chains that are not finite restart.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from ebm.config import HealthConfig
+from ebm.config import HealthConfig, SamplerConfig
 from ebm.errors import DataError
 
-HISTORY = 50  # checks that the gap is compared with, once there are MINIMUM of them
-MINIMUM = 20
-FEW = 5  # of them, that are enough to know the scale of the energies
-ALERT = "health/warning"
+HISTORY = 50  # good checks that the energy gap is compared with
+ENOUGH_GAPS = 20  # number of good checks after which the gap's usual range is known
+ENOUGH_SPREADS = 5  # number of good checks after which the scale of the energies is known
 
 
-class Chains(NamedTuple):
-    """One step's chains beside its data. Energies are the global batch's."""
+def drift(grad_norm: float, sampler: SamplerConfig, shape: Sequence[int]) -> float | None:
+    """How far the gradient alone moves a component in a chain's last step, as a share of the bounds' width.
+
+    This is the root mean square over the components of states of `shape`, for chains whose gradient dE/dx has the mean
+    norm `grad_norm`, before any clamp. None without bounds.
+    """
+    if sampler.bounds is None:
+        return None
+    return grad_norm * _drift_per_norm(sampler.last_step_size, sampler.bounds, shape)
+
+
+def largest_grad_norm(limit: float, sampler: SamplerConfig, shape: Sequence[int]) -> float:
+    """The norm of dE/dx at which `drift` reaches `limit`; infinite without bounds."""
+    return (
+        math.inf if sampler.bounds is None else limit / _drift_per_norm(sampler.last_step_size, sampler.bounds, shape)
+    )
+
+
+def _drift_per_norm(step_size: float, bounds: tuple[float, float], shape: Sequence[int]) -> float:
+    return step_size / math.sqrt(math.prod(shape)) / (bounds[1] - bounds[0])
+
+
+class ChainReading(NamedTuple):
+    """One step's chains beside its data. Energies are those of the global batch."""
 
     gap: float  # mean E(x_neg) - mean E(x_pos)
-    spread: float  # standard deviation of both phases' energies together
-    auc: float
-    saturated: float  # share of the chains' components at the bounds, beyond that of the data
-    drift: float | None  # step_size * root mean square of dE/dx, as a share of the bounds' width; None without bounds
+    spread: float  # standard deviation of the energies of both phases together
+    auc: float  # P(E(x_neg) > E(x_pos))
+    saturated: float  # share of the chains' components at the bounds, less that of the data's
+    drift: float | None  # see `drift`
 
     def __str__(self) -> str:
-        drift = "" if self.drift is None else f", drift {self.drift:.2g}"
-        return f"gap {self.gap:.3g}, auc {self.auc:.3f}, saturated {self.saturated:+.2f}{drift}"
+        moved = "" if self.drift is None else f", drift {self.drift:.2g}"
+        return f"gap {self.gap:.3g}, auc {self.auc:.3f}, saturated {self.saturated:+.2f}{moved}"
 
 
 class Reading(NamedTuple):
     """One step of the whole run."""
 
-    void_in_row: int  # steps without a finite gradient up to now
+    skipped_in_row: int  # steps without a finite gradient up to this one
     replicas_agree: bool  # the ranks' weights are finite and equal
-    chains: Chains | None  # None where the objective has none, or in a void step, whose energies mean nothing
+    chains: ChainReading | None  # None without chains, or in a skipped step, whose energies mean nothing
 
 
 class Verdict(NamedTuple):
@@ -49,58 +71,59 @@ class Verdict(NamedTuple):
 
 
 @dataclass
-class Ladder:
-    """What the judgement remembers; `state()` goes into checkpoints."""
+class DivergenceMonitor:
+    """Judges readings and remembers what that takes; `state()` goes into checkpoints."""
 
     config: HealthConfig
-    lr_scale: float = 1.0
-    step_scale: float = 1.0
+    lr_scale: float = 1.0  # what cuts have left of the learning rate
+    step_scale: float = 1.0  # what cuts have left of the sampler's step size
     before: tuple[float, float] = (1.0, 1.0)  # both scales before the trouble that is not over yet
-    cuts: int = 0  # in that trouble
-    on_trial: bool = False  # whether the last one still has to show what it does
-    rollbacks: int = 0  # also the salt of the noise
+    cuts: int = 0  # number of cuts in that trouble
+    on_trial: bool = False  # whether the last cut still has to show its effect
+    rollbacks: int = 0  # rollbacks of the run; they also change the seed of its noise
     trouble: float = 0.0  # bad checks by their weight, less half of the good ones
     healthy: int = 0  # good checks in a row
     gaps: list[float] = field(default_factory=list)
     spreads: list[float] = field(default_factory=list)
     warning: float = 0.0  # the worst sign as a share of its limit
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, Any]:
         values = asdict(self)
         del values["config"]
         return values
 
-    def load(self, values: dict) -> None:
+    def load(self, values: dict[str, Any]) -> None:
         """Take over what `state()` gave. Raises DataError."""
         try:
-            loaded = TypeAdapter(Ladder).validate_python(values | {"config": self.config})
+            loaded = TypeAdapter(DivergenceMonitor).validate_python(values | {"config": self.config})
         except ValidationError as error:
             first = error.errors()[0]
-            raise DataError(f"the ladder's {first['loc']} is {str(first['input'])[:80]!r}: {first['msg']}") from error
+            key = ".".join(map(str, first["loc"]))
+            raise DataError(f"state.json: divergence.{key}={str(first['input'])[:80]!r}: {first['msg']}") from error
         self.__dict__.update(loaded.__dict__)
 
     @property
     def good(self) -> bool:
-        """Whether a state of now is one to roll back to."""
+        """Whether the present state is one to roll back to."""
         return self.healthy >= self.config.patience and self.trouble == 0
 
     def judge(self, step: int, reading: Reading) -> Verdict:
-        """Take in a check and say what to do. Rungs: smaller steps; roll back; stop."""
+        """Take in a reading and decide. In the order of severity: smaller steps; roll back; stop."""
         signs = self._signs(step, reading)
         worst = max(signs, key=lambda name: signs[name])
         self.warning = signs[worst]
         reason = f"step {step}: {worst}" + ("" if reading.chains is None else f" ({reading.chains})")
-        broken = reading.void_in_row >= self.config.max_skipped_steps or not reading.replicas_agree
+        broken = reading.skipped_in_row >= self.config.max_skipped_steps or not reading.replicas_agree
         if self.warning < 1:
-            self._well(reading)
+            self._take_in_good(reading)
             return Verdict("go on")
         weight = 1 + int(math.log10(min(self.warning, 100)))  # ten times the limit counts for two, a hundred for three
         self.healthy, self.trouble = 0, self.trouble + weight
         if not self.config.ladder:
             return Verdict("stop", reason) if broken or self.trouble >= self.config.patience else Verdict("go on")
-        if step <= self.config.grace and not broken:  # a wild start may calm down; what it spoilt is not worth mending
-            spoilt = self.trouble >= 2 * self.config.patience
-            return self._roll_back(reason, cut=True) if spoilt else Verdict("go on")
+        if step <= self.config.grace and not broken:  # a wild start may calm down by itself
+            too_long = self.trouble >= 2 * self.config.patience
+            return self._roll_back(reason, cut=True) if too_long else Verdict("go on")
         if broken or self.trouble >= self.config.patience:
             return self._roll_back(reason, cut=self.rollbacks > 0 if broken else not self.on_trial)
         if self.trouble > self.config.patience // 2 and not self.on_trial:
@@ -108,36 +131,36 @@ class Ladder:
             return Verdict("cut", reason)
         return Verdict("go on")
 
-    def _signs(self, step: int, r: Reading) -> dict[str, float]:
-        """Each sign as a share of its limit: 1 and above is bad."""
+    def _signs(self, step: int, reading: Reading) -> dict[str, float]:
+        """Each sign of divergence as a share of its limit: 1 and above is bad."""
         c = self.config
         signs = {
-            "the ranks' weights differ or are not finite": 0.0 if r.replicas_agree else math.inf,
-            "no finite gradient": r.void_in_row / c.max_skipped_steps,
+            "the ranks' weights differ or are not finite": 0.0 if reading.replicas_agree else math.inf,
+            "no finite gradient": reading.skipped_in_row / c.max_skipped_steps,
         }
-        if r.chains is None:
+        if reading.chains is None:
             return signs
-        gap, spread, auc, saturated, drift = r.chains
+        gap, spread, auc, saturated, moved = reading.chains
         signs["chains at the bounds"] = saturated / c.max_saturated
-        if drift is not None:
-            signs["steps as large as the domain"] = drift / c.max_drift
-            signs["the energy is flat"] = c.min_drift / max(drift, 1e-30)
-        if len(self.spreads) >= FEW:
+        if moved is not None:
+            signs["steps as large as the domain"] = moved / c.max_drift
+            signs["the energy is flat"] = c.min_drift / max(moved, 1e-30)
+        if len(self.spreads) >= ENOUGH_SPREADS:
             signs["the energies are all alike"] = c.min_spread * median(self.spreads) / max(spread, 1e-30)
-        if len(self.gaps) >= MINIMUM:
+        if len(self.gaps) >= ENOUGH_GAPS:
             centre = median(self.gaps)
             deviation = 1.4826 * median(abs(gap - centre) for gap in self.gaps)
             scale = max(deviation, median(self.spreads), 1e-6)
             signs["the energy gap left its history"] = abs(gap - centre) / (c.gap_deviations * scale)
-        # In grace an untrained energy may rate noise below all data; only beside another sign does that say something.
+        # An untrained energy may rate noise below all data: in the first steps this counts beside another sign alone.
         if step > c.grace or max(signs.values()) >= 0.5:
             signs["chains lie below all data"] = min(c.min_auc / max(auc, 1e-9), 2.0)
         if step > c.grace:  # chains begin as noise, which any energy tells from data
             signs["chains lie above all data"] = min((1 - c.max_auc) / max(1 - auc, 1e-9), 2.0)
         return {name: value if math.isfinite(value) else math.inf for name, value in signs.items()}
 
-    def _well(self, reading: Reading) -> None:
-        if reading.void_in_row:
+    def _take_in_good(self, reading: Reading) -> None:
+        if reading.skipped_in_row:
             return
         if reading.chains is not None:
             self.gaps = [*self.gaps, reading.chains.gap][-HISTORY:]
@@ -146,7 +169,7 @@ class Ladder:
         if self.trouble == 0 and self.good:
             self.on_trial = False
         if self.healthy == self.config.recover and self.cuts:
-            # It is over. The learning rate comes back to half of what it was when it began.
+            # The trouble is over: the learning rate comes back to half of what it was when it began.
             self.lr_scale, self.cuts = max(self.lr_scale, self.before[0] / 2), 0
 
     def _cut(self) -> None:

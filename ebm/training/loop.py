@@ -1,4 +1,4 @@
-"""The trainer: one step, and the loop."""
+"""The training loop: steps, health checks, records, checkpoints, and how a run ends."""
 
 import logging
 import time
@@ -12,9 +12,9 @@ from ebm.runtime.run_directory import RunDirectory
 from ebm.runtime.stopping import StopRequest
 from ebm.runtime.watchdog import Watchdog
 from ebm.tracking import Tracker
-from ebm.training.readings import Interval, StepResult, measure, panels, read_health, trace
+from ebm.training.readings import Interval, measure, panels, read_health, trace
 from ebm.training.state import TrainState, build_state, load, snapshot
-from ebm.training.step import train_step
+from ebm.training.step import StepResult, train_step
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +40,10 @@ def train(config: Config, world: World, started: float) -> int:
                 world.rank,
                 config.tracking.stall_after,
                 None if tracker is None else tracker.stalled,
-            ) as dog,
+            ) as watchdog,
             Saver(run.checkpoints, world) as saver,
         ):
-            code = loop(state, run, saver, tracker, stop, dog)
+            code = loop(state, run, saver, tracker, stop, watchdog)
     except Exception as error:
         if tracker is not None:
             tracker.alert("the run ended", f"step {state.step}: {error}", "ERROR")
@@ -78,14 +78,14 @@ def open_tracker(state: TrainState, run: RunDirectory) -> Tracker | None:
 
 
 def loop(
-    state: TrainState, run: RunDirectory, saver: Saver, tracker: Tracker | None, stop: StopRequest, dog: Watchdog
+    state: TrainState, run: RunDirectory, saver: Saver, tracker: Tracker | None, stop: StopRequest, watchdog: Watchdog
 ) -> int:
     config, world = state.config, state.world
     if state.step == 0:
         saver.start(0, *snapshot(state))  # so that there is always one to roll back to
     interval, agreed = Interval(state.step), world.ask(stop.asked() is not None, not saver.ended)
     while state.step < config.train.steps:
-        dog.beat()
+        watchdog.beat()
         before = time.perf_counter()
         batch = next(state.reader)
         interval.waited += time.perf_counter() - before
@@ -127,23 +127,23 @@ def loop(
 
 def resume(state: TrainState, run: RunDirectory) -> bool:
     """Go on from the newest checkpoint, if there is one."""
-    path, ladder = run.resume_point()
+    path, divergence = run.resume_point()
     if path is not None:
-        load(state, path, ladder)
+        load(state, path, divergence)
     return path is not None
 
 
 def heal(state: TrainState, result: StepResult, run: RunDirectory, saver: Saver, tracker: Tracker | None) -> bool:
-    """Judge the run's health and do what the ladder says. Whether the state is an earlier one now."""
+    """Judge the run's health and act on it. Returns whether the run went back to an earlier state."""
     # Rank 0's numbers for all: a last bit that differs between machines must not part the ranks.
-    verdict = state.ladder.judge(state.step, state.world.gather(read_health(state, result))[0])
+    verdict = state.divergence.judge(state.step, state.world.gather(read_health(state, result))[0])
     if verdict.action == "go on":
         return False
     if verdict.action == "stop":
         raise DivergenceError(
             f"training diverged at {verdict.reason}. In a new run, lower optim.lr or sampler.step_size or raise loss.l2"
         )
-    scales = f"learning rate x {state.ladder.lr_scale:g}, step size x {state.ladder.step_scale:g}"
+    scales = f"learning rate x {state.divergence.lr_scale:g}, step size x {state.divergence.step_scale:g}"
     if verdict.action == "cut":
         log.info(f"diverging at {verdict.reason}: {scales} from here on")
         if tracker is not None:
@@ -151,7 +151,7 @@ def heal(state: TrainState, result: StepResult, run: RunDirectory, saver: Saver,
         return False
     if saver.busy:
         finish_save(state, saver, tracker)
-    if not run.roll_back(state.step, state.ladder.state(), verdict.reason):
+    if not run.roll_back(state.step, state.divergence.state(), verdict.reason):
         raise DivergenceError(f"training diverged at {verdict.reason}, and there is no checkpoint to go back to")
     resume(state, run)
     if tracker is not None:

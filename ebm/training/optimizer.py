@@ -48,7 +48,7 @@ def clip_grad_norm(
 def step_if(optimizer: torch.optim.Optimizer, finite: Tensor, scaler: GradScaler | None = None) -> None:
     """One optimizer step, or none where `finite` (bool scalar on the device) is false; no host read."""
     if scaler is None:
-        optimizer.found_inf = (~finite).float()
+        optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # read by torch's fused kernels
         optimizer.step()
     else:  # which has seen by itself whether the gradient is finite
         scaler.step(optimizer)

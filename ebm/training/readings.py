@@ -1,6 +1,5 @@
 """What is read off a running step: its health, metrics, trace and pictures. Each waits for the device."""
 
-import math
 import time
 from dataclasses import dataclass, field
 
@@ -11,11 +10,11 @@ from ebm.data.augment import dequantize
 from ebm.energies import FoldedEnergy
 from ebm.evaluation.metrics import auc
 from ebm.samplers import fresh_chains
+from ebm.samplers.factory import cold_states
 from ebm.tracking import Tracker
-from ebm.training import optimizer as optimisation
 from ebm.training.buffer import Draw
-from ebm.training.divergence import Chains, Reading
-from ebm.training.negatives import coldest
+from ebm.training.divergence import ChainReading, Reading, drift
+from ebm.training.optimizer import learning_rate
 from ebm.training.state import TrainState
 from ebm.training.step import StepResult
 
@@ -35,50 +34,51 @@ def read_health(state: TrainState, result: StepResult) -> Reading:
     world = state.world
     weights = torch.stack([p.detach().double().sum() for p in state.energy.parameters()]).sum()
     weights = world.concatenate(weights[None])
-    void = int(state.skipped_in_row)
+    skipped = int(state.skipped_in_row)
     return Reading(
-        void_in_row=void,
+        skipped_in_row=skipped,
         replicas_agree=bool(torch.isfinite(weights).all() and (weights == weights[0]).all()),
-        chains=None if void or not result.has_chains else _read_chains(state, result),
+        chains=None if skipped or not result.has_chains else _read_chains(state, result),
     )
 
 
-def _read_chains(state: TrainState, result: StepResult) -> Chains:
-    world, sampler, step = state.world, state.sampler, result.scalars
+def _read_chains(state: TrainState, result: StepResult) -> ChainReading:
+    world, step = state.world, result.scalars
+    assert result.e_pos is not None and result.e_neg is not None
     e_pos, e_neg = world.concatenate(result.e_pos), world.concatenate(result.e_neg)
     excess = step["sampler/saturated"] - step["data/saturated"]
     excess, grad_norm = world.mean(torch.stack([excess, step["sampler/grad_norm"]])).tolist()
-    drift = sampler.last_step_size * grad_norm / math.prod(state.config.data.shape) ** 0.5
-    return Chains(
+    return ChainReading(
         gap=(e_neg.mean() - e_pos.mean()).item(),
         spread=torch.cat([e_pos, e_neg]).std().item(),
         auc=auc(e_pos, e_neg).item(),
         saturated=excess,
-        drift=None if sampler.bounds is None else drift / (sampler.bounds[1] - sampler.bounds[0]),
+        drift=drift(grad_norm, state.sampler_in_use(), state.config.data.shape),
     )
 
 
 def measure(state: TrainState, result: StepResult, interval: Interval) -> dict[str, float]:
     """The metrics of an interval's steps, equal on all ranks but for perf/. Waits for the device."""
-    config, world, ladder, steps = state.config, state.world, state.ladder, state.step - interval.step
+    config, world, monitor, steps = state.config, state.world, state.divergence, state.step - interval.step
     metrics = state.meters.read(world)
-    if result.e_neg is not None:
+    if result.e_pos is not None and result.e_neg is not None:
         metrics["energy/gap"] = metrics["energy/neg_mean"] - metrics["energy/pos_mean"]
         metrics["energy/auc"] = auc(world.concatenate(result.e_pos), world.concatenate(result.e_neg)).item()
-    metrics["sampler/temperature"] = state.sampler.implied_temperature
-    if state.step_size is not None:
-        metrics["sampler/step_size"] = state.step_size.item()
+    sampler = state.sampler_in_use()
+    metrics["sampler/temperature"] = sampler.implied_temperature
+    if state.adapted_step is not None:
+        metrics["sampler/step_size"] = sampler.step_size
     age = torch.zeros((), device=world.device) if state.buffer is None else state.buffer.age.float().mean()
     sums = torch.tensor([interval.reinit / steps, float(state.skipped_samples)], device=world.device)
-    age, reinit, skipped, sick = world.mean(torch.cat([age[None], sums, state.quarantined[None].float()])).tolist()
+    age, reinit, skipped, reset = world.mean(torch.cat([age[None], sums, state.reset_chains[None].float()])).tolist()
     metrics |= {"buffer/age_mean": age, "buffer/reinit_frac": reinit, "data/skipped": round(skipped * world.size)}
     metrics["data/epoch"] = state.reader.epoch
-    metrics["optim/lr"] = optimisation.learning_rate(config, state.step) * ladder.lr_scale
-    metrics |= {"health/skipped_steps": int(state.skipped_steps), "health/quarantined": round(sick * world.size)}
-    metrics |= {"health/warning": min(ladder.warning, 1e6), "health/rollbacks": ladder.rollbacks}
-    metrics |= {"health/lr_scale": ladder.lr_scale, "health/step_scale": ladder.step_scale}
+    metrics["optim/lr"] = learning_rate(config, state.step) * monitor.lr_scale
+    metrics |= {"health/skipped_steps": int(state.skipped_steps), "health/reset_chains": round(reset * world.size)}
+    metrics |= {"health/warning": min(monitor.warning, 1e6), "health/rollbacks": monitor.rollbacks}
+    metrics |= {"health/lr_scale": monitor.lr_scale, "health/step_scale": monitor.step_scale}
     seconds = time.perf_counter() - interval.started
-    chain_steps = config.sampler.num_steps * config.train.batch_size if result.has_chains else 0
+    chain_steps = sampler.num_steps * config.train.batch_size if result.has_chains else 0
     return metrics | {
         "perf/step_s": seconds / steps,
         "perf/data_wait_frac": interval.waited / seconds,
@@ -89,7 +89,7 @@ def measure(state: TrainState, result: StepResult, interval: Interval) -> dict[s
 def trace(state: TrainState, batch: Batch, draw: Draw | None, tracker: Tracker | None) -> None:
     """One line of trace.jsonl: the samples and chains of the global batch, by stream."""
     chains = []
-    if draw is not None:
+    if draw is not None and state.buffer is not None:
         for stream, slots, reinit in zip(state.buffer.streams, draw.slots.tolist(), draw.reinit.tolist(), strict=True):
             chains += [[stream, slot, fresh] for slot, fresh in zip(slots, reinit, strict=True)]
     per_rank = state.world.gather((batch.keys, chains))
@@ -99,14 +99,15 @@ def trace(state: TrainState, batch: Batch, draw: Draw | None, tracker: Tracker |
 
 
 def panels(state: TrainState, batch: Batch, result: StepResult, tracker: Tracker | None) -> None:
-    """Pictures of fresh chains (from noise, averaged weights), persistent chains and data; energy histograms."""
+    """Pictures of fresh chains (as `ebm sample` draws them: from noise, averaged weights, float32), of persistent
+    chains and of data; energy histograms."""
     if tracker is None:
         return
     config, n = state.config, state.config.tracking.num_samples
-    folded = FoldedEnergy(state.ema, state.folded.dtype).refresh()
+    folded = FoldedEnergy(state.ema).refresh()
     fresh, _ = fresh_chains(
         folded,
-        state.sampler,
+        state.sampler_in_use(),
         config.data.shape,
         n,
         config.tracking.sample_steps,
@@ -116,7 +117,7 @@ def panels(state: TrainState, batch: Batch, result: StepResult, tracker: Tracker
     )
     panels = {"samples/fresh": fresh}
     if state.buffer is not None:
-        panels["samples/buffer"] = coldest(state.buffer.x[:n].float(), config.sampler.levels)
+        panels["samples/buffer"] = cold_states(config.sampler, state.buffer.x[:n].float())
     data = batch.images[:n]
     panels["samples/data"] = dequantize(data, None) if data.dtype == torch.uint8 else data
     tracker.panels(state.step, panels)

@@ -5,25 +5,28 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ebm.config import Config, SamplerConfig
-from ebm.data import Access, ShardReader, load_manifest
+from ebm.config.samplers import MetropolisConfig
+from ebm.data import Access, Manifest, ShardReader, load_manifest
 from ebm.data.manifest import check_files
 from ebm.energies import FoldedEnergy, build_energy, chain_dtype
 from ebm.errors import DataError
 from ebm.losses import LossOutput, loss_of
 from ebm.runtime import checkpoint
 from ebm.runtime.distributed import World
-from ebm.samplers import Engine
+from ebm.samplers import Engine, adapted, sampler_of
+from ebm.samplers.factory import chain_shape, sampler_in_use
 from ebm.streams import StreamGenerators, derive_seed, owned_streams
-from ebm.training import optimizer as optimisation
-from ebm.training.buffer import ReplayBuffer
-from ebm.training.divergence import Ladder
+from ebm.training.buffer import Draw, ReplayBuffer
+from ebm.training.divergence import DivergenceMonitor
 from ebm.training.negatives import chain_energy
+from ebm.training.optimizer import build_optimizer
 
 
 class Objective(nn.Module):
@@ -38,23 +41,23 @@ class Objective(nn.Module):
             gradient of 0 then: the ranks wait for every weight's.
     """
 
-    def __init__(self, energy: nn.Module, loss: Callable[..., LossOutput], of_scores: bool = False):
+    def __init__(self, energy: nn.Module, loss: Callable[..., LossOutput], of_scores: bool = False) -> None:
         super().__init__()
         self.energy, self.loss, self.of_scores = energy, loss, of_scores
 
-    def forward(self, x_pos: Tensor, x_neg: Tensor | None, **settings) -> LossOutput:
+    def forward(self, x_pos: Tensor, x_neg: Tensor | None, **settings: Any) -> LossOutput:
         with parametrize.cached():
             output = self.loss(self.energy, x_pos, x_neg, **settings)
         if not self.of_scores:
             return output
-        nothing = 0.0 * sum(p.sum() for p in self.energy.parameters() if p.requires_grad)
+        nothing = 0.0 * torch.stack([p.sum() for p in self.energy.parameters() if p.requires_grad]).sum()
         return output._replace(loss=output.loss + nothing)
 
 
 class Meters:
     """Means of scalars between two reads. They add up on the device; only `read` waits for it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: Counter[str] = Counter()
 
@@ -64,7 +67,7 @@ class Meters:
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
         self._counts.update(values.keys())
 
-    def read(self, world) -> dict[str, float]:
+    def read(self, world: World) -> dict[str, float]:
         """Each mean over the steps that gave it and over all ranks; starts over."""
         sums = torch.stack([value.float() / self._counts[name] for name, value in self._sums.items()])
         means = dict(zip(self._sums, world.mean(sums).tolist(), strict=True))
@@ -74,8 +77,11 @@ class Meters:
 
 @dataclass
 class TrainState:
-    """All that a step reads and changes. `energy` is the bare module, `model` the wrapped `Objective` around it, and
-    `ema` has the averages of the energy's weights."""
+    """All that a step reads and changes.
+
+    `energy` is the bare module, `model` the wrapped `Objective` around it; `ema` holds the averages of its weights and
+    `folded` the frozen copy that chains move on.
+    """
 
     config: Config
     world: World
@@ -88,43 +94,63 @@ class TrainState:
     buffer: ReplayBuffer | None
     reader: ShardReader
     random: StreamGenerators
-    ladder: Ladder
-    step_size: Tensor | None  # float32 scalar, of a sampler that adapts its own
+    divergence: DivergenceMonitor
+    adapted_step: Tensor | None  # float32 scalar on the device, of a sampler that adapts its step size
+    skipped_steps: Tensor  # steps without a finite gradient so far; int64 scalar on the device
+    skipped_in_row: Tensor  # the same, since the last finite one
+    reset_chains: Tensor  # chains of this rank that restarted since they were not finite
     step: int = 0
-    skipped_steps: Tensor = None  # non-finite steps so far, and in a row; on the device
-    skipped_in_row: Tensor = None
-    quarantined: Tensor = None  # chains of this rank that were started again for not being finite
     skipped_samples: int = 0
     meters: Meters = field(default_factory=Meters)
 
-    @property
-    def sampler(self) -> SamplerConfig:
-        """The chain's settings, with the step size that the ladder has left."""
-        return self.config.sampler.scaled(self.ladder.step_scale)
+    def chain(self) -> tuple[Callable[..., Any], dict[str, Any]]:
+        """The sampler and its settings for the chains of a step, with the step size in use."""
+        scale = self.divergence.step_scale
+        if self.adapted_step is None:
+            sampler, settings = sampler_of(self.config.sampler.scaled(scale))
+        else:
+            sampler, settings = sampler_of(self.config.sampler, step_size=self.adapted_step * scale)
+        # Gradients of float16 would vanish without a scale. It is a power of two: exact.
+        return sampler, settings | {"grad_scale": 1024.0 if self.folded.dtype == torch.float16 else 1.0}
+
+    def sampler_in_use(self) -> SamplerConfig:
+        """The sampler's config with the step size in use. Waits for the device where the step size adapts."""
+        adapted = None if self.adapted_step is None else self.adapted_step.item()
+        return sampler_in_use(self.config.sampler, adapted, self.divergence.step_scale)
+
+    def write_chains(self, draw: Draw, x: Tensor, energies: Tensor | None, finite: Tensor) -> None:
+        """Put a step's chains (B, *chain_shape) back into the buffer. Those that are not finite restart."""
+        assert self.buffer is not None and energies is not None
+        broken = ~torch.isfinite(x).flatten(1).all(1) | ~torch.isfinite(energies)
+        self.buffer.write(draw, x, self.config.sampler.num_steps, finite, broken)
+        self.reset_chains = self.reset_chains + broken.sum()
+
+    def end_step(self, finite: Tensor, scalars: dict[str, Tensor]) -> None:
+        """Count a step, add up its scalars, and adapt the step size to its chains."""
+        self.step += 1
+        self.skipped_steps = self.skipped_steps + ~finite
+        self.skipped_in_row = torch.where(finite, 0, self.skipped_in_row + 1)
+        self.meters.add(scalars)
+        sampler, acceptance = self.config.sampler, scalars.get("sampler/acceptance")
+        if self.adapted_step is None or acceptance is None or not isinstance(sampler, MetropolisConfig):
+            return
+        new = adapted(self.adapted_step, self.world.mean(acceptance), sampler.target_acceptance, sampler.adapt_rate)
+        if self.divergence.step_scale < 1:  # a cut would be undone in some hundred steps
+            new = torch.minimum(new, self.adapted_step)
+        self.adapted_step.copy_(new)
 
 
 def build_state(config: Config, world: World) -> TrainState:
     """The state of a run at step 0: a function of the config alone."""
     streams = owned_streams(config.data.streams, world.rank, world.size)
     manifest = load_manifest(config.data.shards, Access.of(config.data))
-    check_files(manifest)
+    world.on_main(lambda: check_files(manifest))
     energy = build_energy(config.energy, config.data.shape, config.run.seed).to(world.device).train()
     # Copies before `prepare`: accelerate replaces the forward of the module it is given.
     ema = copy.deepcopy(energy).requires_grad_(False)
     folded = FoldedEnergy(energy, chain_dtype(world.autocast_dtype(), world.device))
     objective = Objective(energy, loss_of(config.loss), of_scores=config.loss.of_scores)
     model = world.prepare(objective)
-    buffer, levels = None, config.sampler.levels
-    if config.loss.negatives == "persistent":
-        buffer = ReplayBuffer(
-            (config.data.shape if levels == 1 else (levels, *config.data.shape)),
-            config.buffer.size // config.data.streams,
-            streams,
-            config.run.seed,
-            device=world.device,
-            dtype=getattr(torch, config.buffer.dtype),
-            start=config.sampler.start_range,
-        )
     zero = torch.zeros((), dtype=torch.int64, device=world.device)
     adapts = config.loss.negatives is not None and config.sampler.adapt
     return TrainState(
@@ -132,22 +158,39 @@ def build_state(config: Config, world: World) -> TrainState:
         world,
         energy,
         model,
-        optimisation.build_optimizer(config.optim, energy),
+        build_optimizer(config.optim, energy),
         ema,
         folded,
         Engine(chain_energy(config, folded)),
-        buffer,
-        reader=open_reader(config, manifest, streams, {}),
+        build_buffer(config, world, streams),
+        reader=open_reader(config, world, manifest, streams, {}),
         random=StreamGenerators(config.run.seed, streams, world.device),
-        ladder=Ladder(config.health),
-        step_size=torch.tensor(config.sampler.step_size, device=world.device) if adapts else None,
+        divergence=DivergenceMonitor(config.health),
+        adapted_step=torch.tensor(config.sampler.step_size, device=world.device) if adapts else None,
         skipped_steps=zero,
         skipped_in_row=zero,
-        quarantined=zero,
+        reset_chains=zero,
     )
 
 
-def open_reader(config: Config, manifest, streams: list[int], positions: dict[int, list[int]]) -> ShardReader:
+def build_buffer(config: Config, world: World, streams: list[int]) -> ReplayBuffer | None:
+    if config.loss.negatives != "persistent":
+        return None
+    return ReplayBuffer(
+        chain_shape(config.sampler, config.data.shape),
+        config.buffer.size // config.data.streams,
+        streams,
+        config.run.seed,
+        device=world.device,
+        dtype=getattr(torch, config.buffer.dtype),
+        start=config.sampler.start_range,
+        labelled=bool(config.energy.num_classes and config.loss.conditional_chains),
+    )
+
+
+def open_reader(
+    config: Config, world: World, manifest: Manifest, streams: list[int], positions: dict[int, list[int]]
+) -> ShardReader:
     data = config.data
     return ShardReader(
         manifest,
@@ -166,7 +209,7 @@ def open_reader(config: Config, manifest, streams: list[int], positions: dict[in
     )
 
 
-def snapshot(state: TrainState) -> tuple[dict[str, dict[str, Tensor]], dict]:
+def snapshot(state: TrainState) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """(this rank's tensors by file name, what state.json holds): the arguments of `Saver.start`. All ranks together."""
     files = {}
     if state.world.is_main:
@@ -177,28 +220,28 @@ def snapshot(state: TrainState) -> tuple[dict[str, dict[str, Tensor]], dict]:
         }
     if state.buffer is not None:
         files |= {f"stream_{v:04d}": state.buffer.stream_state(i) for i, v in enumerate(state.buffer.streams)}
-    per_rank = state.world.gather((state.reader.positions, state.skipped_samples, int(state.quarantined)))
+    per_rank = state.world.gather((state.reader.positions, state.skipped_samples, int(state.reset_chains)))
     positions = {str(v): list(p) for positions, _, _ in per_rank for v, p in sorted(positions.items())}
     scaler = state.world.scaler
     return files, {
         "step": state.step,
         "positions": positions,
         "skipped_samples": sum(n for _, n, _ in per_rank),
-        "quarantined": sum(n for _, _, n in per_rank),
+        "reset_chains": sum(n for _, _, n in per_rank),
         "skipped_steps": int(state.skipped_steps),
         "skipped_in_row": int(state.skipped_in_row),
-        "ladder": state.ladder.state(),
-        "step_size": None if state.step_size is None else state.step_size.item(),
-        "good": state.step == 0 or state.ladder.good,
+        "divergence": state.divergence.state(),
+        "adapted_step": None if state.adapted_step is None else state.adapted_step.item(),
+        "good": state.step == 0 or state.divergence.good,
         "world_size": state.world.size,
         "scaler": scaler.state_dict() if scaler is not None else None,
     }
 
 
-def load(state: TrainState, path: Path, ladder: dict | None = None) -> None:
+def load(state: TrainState, path: Path, divergence: dict[str, Any] | None = None) -> None:
     """Take over a checkpoint; every rank reads what its streams need, whatever the world size it was written by.
 
-    `ladder`: what the ladder remembers instead, of a rollback to this checkpoint.
+    `divergence`: what the monitor remembers instead, after a rollback to this checkpoint.
     """
     config = state.config
     meta = checkpoint.read_state(path, config.data.streams)
@@ -206,30 +249,33 @@ def load(state: TrainState, path: Path, ladder: dict | None = None) -> None:
         own = module.state_dict()
         module.load_state_dict(checkpoint.read_tensors(path, name, own))
     checkpoint.load_optimizer(path, state.optimizer)
-    state.step, state.meters = meta["step"], Meters()
+    state.step, state.meters = meta.step, Meters()
     if state.buffer is not None:
         for i, v in enumerate(state.buffer.streams):
             own = state.buffer.stream_state(i)
             state.buffer.load_stream(i, checkpoint.read_tensors(path, f"stream_{v:04d}", own))
-    state.skipped_steps = torch.full_like(state.skipped_steps, meta["skipped_steps"])
-    state.skipped_in_row = torch.full_like(state.skipped_in_row, meta["skipped_in_row"])
+    state.skipped_steps = torch.full_like(state.skipped_steps, meta.skipped_steps)
+    state.skipped_in_row = torch.full_like(state.skipped_in_row, meta.skipped_in_row)
     # Sums over the ranks go on from rank 0.
-    state.skipped_samples = meta["skipped_samples"] if state.world.is_main else 0
-    state.quarantined = torch.full_like(state.quarantined, meta["quarantined"] if state.world.is_main else 0)
-    if state.step_size is not None:
-        state.step_size.fill_(meta["step_size"])  # in place: a captured chain reads it where it is
-    if (meta["scaler"] is None) != (state.world.scaler is None):
+    state.skipped_samples = meta.skipped_samples if state.world.is_main else 0
+    state.reset_chains = torch.full_like(state.reset_chains, meta.reset_chains if state.world.is_main else 0)
+    if state.adapted_step is not None:
+        if meta.adapted_step is None:
+            raise DataError(f"{path}/state.json: has no 'adapted_step', which sampler.adapt=true needs")
+        state.adapted_step.fill_(meta.adapted_step)
+    scaler = state.world.scaler
+    if (meta.scaler is None) != (scaler is None):
         raise DataError(
             f"{path}/state.json: 'scaler' does not go with train.mixed_precision={config.train.mixed_precision}"
         )
-    if meta["scaler"] is not None:
-        state.world.scaler.load_state_dict(meta["scaler"])
-    state.ladder.load(ladder or meta["ladder"])
-    seed, salt = config.run.seed, state.ladder.rollbacks
+    if scaler is not None and meta.scaler is not None:
+        scaler.load_state_dict(meta.scaler)
+    state.divergence.load(divergence or meta.divergence)
+    seed, salt = config.run.seed, state.divergence.rollbacks
     noise_seed = derive_seed(seed, "rollback", step=salt) if salt else seed  # the reader's order keeps the run's
     state.random.seed = noise_seed
     if state.buffer is not None:
         state.buffer.reseed(noise_seed)
-    positions = {v: meta["positions"][str(v)] for v in state.random.streams}
+    positions = {v: meta.positions[str(v)] for v in state.random.streams}
     state.reader.close()
-    state.reader = open_reader(config, state.reader.manifest, state.random.streams, positions)
+    state.reader = open_reader(config, state.world, state.reader.manifest, state.random.streams, positions)

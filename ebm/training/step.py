@@ -1,126 +1,141 @@
-"""One training step."""
+"""One training step, top to bottom."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ebm.config import Config
 from ebm.data import Batch, augment
-from ebm.runtime.process import one_thread
-from ebm.samplers import adapted, sampler_of
-from ebm.samplers.base import saturated
+from ebm.losses import LossOutput
+from ebm.runtime.distributed import World
+from ebm.runtime.process import one_thread, to_device
+from ebm.samplers.base import mean_info, saturated
+from ebm.samplers.factory import cold_states
 from ebm.streams import StreamGenerators
-from ebm.training import optimizer as optimisation
 from ebm.training.buffer import Draw
-from ebm.training.negatives import coldest, initial_states
+from ebm.training.negatives import initial_states
+from ebm.training.optimizer import clip_grad_norm, set_learning_rate, step_if, update_average
 from ebm.training.state import TrainState
 
 
 class StepResult(NamedTuple):
-    """What one step did on this rank; tensors stay on the device."""
+    """What one step did on this rank. Tensors stay on the device."""
 
-    draw: Draw | None
+    draw: Draw | None  # None without persistent chains
     e_pos: Tensor | None  # (n,) float32; None where the objective computes none
     e_neg: Tensor | None  # (n,)
     scalars: dict[str, Tensor]  # by metric
-
-    @property
-    def has_chains(self) -> bool:
-        """Whether `e_neg` are energies of chains."""
-        return "sampler/grad_norm" in self.scalars
+    has_chains: bool  # whether `e_neg` are energies of chains
 
 
 def train_step(state: TrainState, batch: Batch) -> StepResult:
-    """One optimizer step on this rank's part of the global batch. Reads no device memory on the host."""
+    """One optimizer step on this rank's part of the global batch. The host reads no device memory."""
     config, world, random, step = state.config, state.world, state.random, state.step + 1
-    parts, streams = config.train.accumulate, len(random.streams)
 
-    # Data: to [-1, 1], dequantised, augmented, noised; and where the chains start, for objectives that need any.
+    # Data in [-1, 1], dequantised, augmented, noised; and the states that chains start from, where the loss needs any.
     with one_thread():
-        x_pos = positives(config, batch.images.to(world.device, non_blocking=True), random, step)
-        y_pos = batch.labels.to(world.device, non_blocking=True) if config.energy.num_classes else None
+        x_pos, y_pos = positives(config, world, random, batch, step)
         start = initial_states(config, random, state.buffer, x_pos, y_pos, step)
 
-    # Part by part (one, unless train.accumulate says more): chain, then loss and gradient of both phases together.
+    # Part by part (one, unless train.accumulate says more): chains on the frozen copy of the energy, then loss and
+    # gradient of both phases by one forward of the wrapped module.
     state.folded.refresh()
-    noise, random_of_loss = random("chain", step), random("loss", step)
-    chains, outputs, scalars = [], [], []
-    for part in range(parts):
-        take = partial(_part, part=part, parts=parts, streams=streams)
-        x_neg, happened, settings = None, {}, None
+    sampler, settings = state.chain()
+    chain_noise, loss_noise = random("chain", step), random("loss", step)
+    parts = Parts(config.train.accumulate, len(random.streams))
+    chains: list[Tensor] = []
+    infos, outputs = [], []
+    for part in range(parts.number):
+        take = partial(parts.take, part)
+        x_neg = y_neg = None
         if start is not None:
-            sampler, settings = sampler_of(state.sampler, step_size=state.step_size)
-            settings["grad_scale"] = 1024.0 if state.folded.dtype == torch.float16 else 1.0
-            x, info = state.engine(sampler, take(start.x), *map(take, start.given), generator=noise, **settings)
-            happened = {f"sampler/{name}": value for name, value in info._asdict().items()}
+            extra = map(take, start.extra_inputs)
+            x, info = state.engine(sampler, take(start.x), *extra, generator=chain_noise, **settings)
+            x_neg, y_neg = cold_states(config.sampler, x), optional(take, start.labels)
             chains.append(x)
-            x_neg = coldest(x, config.sampler.levels)
-        with world.accumulating(state.model, last=part == parts - 1):
-            labels = {"y_pos": take(y_pos), "y_neg": None if start is None else take(start.labels)}
-            output = state.model(take(x_pos), x_neg, **labels, generator=random_of_loss, step=step, chain=settings)
-            world.backward(output.loss / parts)
+            infos.append(info)
+        labels = {"y_pos": optional(take, y_pos), "y_neg": y_neg}
+        with world.accumulating(state.model, last=part == parts.number - 1):
+            output = state.model(take(x_pos), x_neg, **labels, generator=loss_noise, step=step, chain=settings)
+            world.backward(output.loss / parts.number)
         outputs.append(output)
-        scalars.append({"train/loss": output.loss.detach()} | happened)
+    e_pos, e_neg = parts.join_if_any([o.e_pos for o in outputs]), parts.join_if_any([o.e_neg for o in outputs])
 
-    # Update. The gradient is averaged over the ranks, so its norm tells every rank alike whether any had a NaN;
-    # torch's fused Adam leaves weights and state alone where found_inf is 1, without the host having to look.
+    # Update, or none where the gradient is not finite: averaged over the ranks, its norm tells all of them alike.
     with one_thread():
-        grad_norm = optimisation.clip_grad_norm(state.optimizer, config.optim.grad_clip, world.scaler)
+        grad_norm = clip_grad_norm(state.optimizer, config.optim.grad_clip, world.scaler)
         finite = torch.isfinite(grad_norm)
-        optimisation.set_learning_rate(state.optimizer, config, step, state.ladder.lr_scale)
-        optimisation.step_if(state.optimizer, finite, world.scaler)
+        set_learning_rate(state.optimizer, config, step, state.divergence.lr_scale)
+        step_if(state.optimizer, finite, world.scaler)
         state.optimizer.zero_grad()
-        optimisation.update_average(state.ema, state.energy, config.optim.ema_decay)
-
-        # Chains go back to their slots; those that are not finite start again.
-        e_pos, e_neg = (_join(list(es), streams) for es in zip(*((o.e_pos, o.e_neg) for o in outputs), strict=True))
+        update_average(state.ema, state.energy, config.optim.ema_decay)
         if start is not None and start.draw is not None:
-            x = _join(chains, streams)
-            sick = ~torch.isfinite(x).flatten(1).all(1) | ~torch.isfinite(e_neg)
-            state.buffer.write(start.draw, x, config.sampler.num_steps, finite, sick)
-            state.quarantined = state.quarantined + sick.sum()
+            state.write_chains(start.draw, parts.join(chains), e_neg, finite)
 
-    # Meters, on the device.
-    state.step = step
-    state.skipped_steps = state.skipped_steps + ~finite
-    state.skipped_in_row = torch.where(finite, 0, state.skipped_in_row + 1)
-    scalars = [own | {f"loss/{name}": term for name, term in output.terms.items()}
-               for own, output in zip(scalars, outputs, strict=True)]  # fmt: skip
-    values = {name: torch.stack([own[name] for own in scalars]).mean() for name in scalars[0]}
-    values |= {f"energy/{name}_mean": e.mean() for name, e in (("pos", e_pos), ("neg", e_neg)) if e is not None}
-    values |= {"optim/grad_norm": grad_norm, "data/saturated": saturated(x_pos, config.sampler.bounds)}
-    state.meters.add(values)
-    if state.step_size is not None and start is not None:
-        target, rate = config.sampler.target_acceptance, config.sampler.adapt_rate
-        state.step_size.copy_(adapted(state.step_size, world.mean(values["sampler/acceptance"]), target, rate))
-    return StepResult(None if start is None else start.draw, e_pos, e_neg, values)
+    scalars = scalars_of(outputs, infos) | energy_means(e_pos, e_neg)
+    scalars |= {"optim/grad_norm": grad_norm, "data/saturated": saturated(x_pos, config.sampler.bounds)}
+    state.end_step(finite, scalars)
+    return StepResult(None if start is None else start.draw, e_pos, e_neg, scalars, has_chains=bool(chains))
 
 
-def positives(config: Config, samples: Tensor, random: StreamGenerators, step: int) -> Tensor:
-    """uint8 images (B, C, H, W), or float32 vectors (B, D) -> the data of the loss, float32; images in [-1, 1], and all
-    in the sampler's bounds."""
-    data, x = config.data, samples
+def positives(
+    config: Config, world: World, random: StreamGenerators, batch: Batch, step: int
+) -> tuple[Tensor, Tensor | None]:
+    """The batch as the loss takes it: float32 images (B, C, H, W) in [-1, 1] or vectors (B, D), inside the sampler's
+    bounds, on the device; and the labels (B,) for a class-conditional energy."""
+    data, x = config.data, to_device(batch.images, world.device)
     if x.dtype == torch.uint8:
         x = augment.dequantize(x, random("dequantize", step) if data.dequantize else None)
     if data.augment_flip or data.augment_crop:
         x = augment.augment(x, random("augment", step), flip=data.augment_flip, crop=data.augment_crop)
     if data.noise_std:
         x = augment.add_noise(x, data.noise_std, random("data_noise", step))
-    # Chains never leave the bounds; data outside would be told apart by that alone.
-    return x if config.sampler.bounds is None else x.clamp(*config.sampler.bounds)
+    if config.sampler.bounds is not None:  # chains never leave the bounds: data outside would be told by that alone
+        x = x.clamp(*config.sampler.bounds)
+    return x, to_device(batch.labels, world.device) if config.energy.num_classes else None
 
 
-def _part(x: Tensor | None, part: int, parts: int, streams: int) -> Tensor | None:
-    """Part `part` of every stream's share of a stream-major batch."""
-    if x is None or parts == 1:
-        return x
-    return x.unflatten(0, (streams, parts, -1))[:, part].flatten(0, 1)
+@dataclass(frozen=True)
+class Parts:
+    """A batch in a `number` of parts, each with an equal share of every one of the `streams`, which lie one after the
+    other in it."""
+
+    number: int
+    streams: int
+
+    def take(self, part: int, x: Tensor) -> Tensor:
+        """Part number `part` of a batch (B, ...)."""
+        if self.number == 1:
+            return x
+        return x.view(self.streams, self.number, -1, *x.shape[1:])[:, part].flatten(0, 1)
+
+    def join(self, xs: Sequence[Tensor]) -> Tensor:
+        """The batch (B, ...) of all its parts."""
+        return torch.cat([x.reshape(self.streams, -1, *x.shape[1:]) for x in xs], dim=1).flatten(0, 1)
+
+    def join_if_any(self, xs: Sequence[Tensor | None]) -> Tensor | None:
+        found = [x for x in xs if x is not None]
+        return self.join(found) if found else None
 
 
-def _join(xs: list[Tensor | None], streams: int) -> Tensor | None:
-    """The inverse of `_part` over all parts."""
-    if xs[0] is None:
-        return None
-    return torch.cat([x.unflatten(0, (streams, -1)) for x in xs], dim=1).flatten(0, 1)
+def optional(function: Callable[[Tensor], Tensor], x: Tensor | None) -> Tensor | None:
+    return None if x is None else function(x)
+
+
+def scalars_of(outputs: Sequence[LossOutput], infos: Sequence[Any]) -> dict[str, Tensor]:
+    """The loss, its terms and what the chains report, by metric; means over the parts of the batch."""
+    values = {"train/loss": torch.stack([output.loss.detach() for output in outputs]).mean()}
+    if infos:
+        values |= {f"sampler/{name}": value for name, value in mean_info(infos)._asdict().items()}
+    for name in outputs[0].terms:
+        values[f"loss/{name}"] = torch.stack([output.terms[name] for output in outputs]).mean()
+    return values
+
+
+def energy_means(e_pos: Tensor | None, e_neg: Tensor | None) -> dict[str, Tensor]:
+    means = {"energy/pos_mean": e_pos, "energy/neg_mean": e_neg}
+    return {name: e.mean() for name, e in means.items() if e is not None}

@@ -28,7 +28,7 @@ from ebm.evaluation import (
 )
 from ebm.runtime import checkpoint
 from ebm.streams import generator
-from ebm.training.divergence import Ladder
+from ebm.training.divergence import DivergenceMonitor
 
 
 @pytest.fixture(scope="module")
@@ -222,8 +222,14 @@ def small_run(directory, shards, *overrides):
         files[f"stream_{v:04d}"] = {"x": from_levels(part), "age": torch.zeros(len(part), dtype=torch.int32)}
     alone = SimpleNamespace(is_main=True, barrier=lambda: None, raise_together=lambda _: None, gather=lambda v: [v])
     saver = checkpoint.Saver(directory / "checkpoints", alone, print)
-    counts = dict.fromkeys(("skipped_samples", "skipped_steps", "skipped_in_row", "quarantined"), 0)
-    state = {"step": 1, "positions": {}, "scaler": None, "good": True, "ladder": Ladder(config.health).state()}
+    counts = dict.fromkeys(("skipped_samples", "skipped_steps", "skipped_in_row", "reset_chains"), 0)
+    state = {
+        "step": 1,
+        "positions": {},
+        "scaler": None,
+        "good": True,
+        "divergence": DivergenceMonitor(config.health).state(),
+    }
     saver.start(1, files, state | counts)
     assert saver.finish(keep=1)
     (directory / "config.yaml").write_text(to_yaml(config))

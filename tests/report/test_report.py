@@ -138,7 +138,7 @@ def test_a_checkpoint_of_the_run_gives_its_energies(trained):
 def test_an_unfinished_run_with_a_torn_line_a_rollback_and_nothing_else(tmp_path):
     rows = [{"step": s, "train/loss": 1.0 / s, "health/rollbacks": 1, "health/lr_scale": 1 if s < 5 else 0.1,
              "own/number": s * 2, "sampler/grad_norm": "NaN" if s == 9 else 0.5} for s in range(1, 10)]  # fmt: skip
-    past = [{"from": 7, "to": 4, "rollbacks": 1, "reason": "step 7: <b>chains</b> at the bounds", "ladder": {}}]
+    past = [{"from": 7, "to": 4, "rollbacks": 1, "reason": "step 7: <b>chains</b> at the bounds", "divergence": {}}]
     run = write_run(
         tmp_path / "run", rows, rollbacks=past, attempts={"step": 4, "starts": 3, "reason": "killed & <gone>"}
     )

@@ -185,7 +185,7 @@ def test_a_nan_on_one_rank(digits, tmp_path, kind):
     ours, theirs = (records(tmp_path / name / "trace.jsonl") for name in ("run", "sound"))
     assert [r["samples"] for r in ours] == [r["samples"] for r in theirs]
     if kind == "nan_chain":
-        assert [last[f"health/{name}"] for name in ("quarantined", "skipped_steps", "rollbacks")] == [1, 1, 0]
+        assert [last[f"health/{name}"] for name in ("reset_chains", "skipped_steps", "rollbacks")] == [1, 1, 0]
         assert ours == theirs
         return
     assert "diverged at step 45: the ranks' weights differ or are not finite" in said

@@ -13,7 +13,7 @@ def make(streams=range(STREAMS), seed=3, slots=SLOTS, **settings):
     return ReplayBuffer(SHAPE, slots, streams, seed, **settings)
 
 
-def none_sick(draw):
+def none_broken(draw):
     return torch.zeros(len(draw.x), dtype=torch.bool)
 
 
@@ -36,7 +36,7 @@ def rounds(world_size, steps=6, n=4):
         for step in range(1, steps + 1):
             draw = buffer.draw(n, step, 0.3)
             draws.append((draw.slots, draw.reinit, draw.x.view(len(streams), n, *SHAPE)))
-            buffer.write(draw, advance(draw.x), 5, yes(), none_sick(draw))
+            buffer.write(draw, advance(draw.x), 5, yes(), none_broken(draw))
         for index, stream in enumerate(streams):
             state = buffer.stream_state(index)
             seen[stream] = [part[index] for draw in draws for part in draw] + [state["x"], state["age"]]
@@ -103,7 +103,7 @@ def test_chains_go_back_to_their_own_slots():
     draw = buffer.draw(4, 1, 0.5)
     written = advance(draw.x)
     assert torch.equal(buffer.x, before)  # drawing alone changes nothing
-    buffer.write(draw, written, 5, yes(), none_sick(draw))
+    buffer.write(draw, written, 5, yes(), none_broken(draw))
     assert torch.equal(buffer.x[draw.rows], written)
     others = torch.ones(len(before), dtype=torch.bool)
     others[draw.rows] = False
@@ -115,7 +115,7 @@ def test_ages_count_the_steps_since_noise():
     buffer, ages = make(), [[0] * SLOTS for _ in range(STREAMS)]
     for step in range(1, 30):
         draw = buffer.draw(4, step, 0.2)
-        buffer.write(draw, draw.x, step, yes(), none_sick(draw))
+        buffer.write(draw, draw.x, step, yes(), none_broken(draw))
         for stream, (slots, reinit) in enumerate(zip(draw.slots.tolist(), draw.reinit.tolist(), strict=True)):
             for slot, new in zip(slots, reinit, strict=True):
                 ages[stream][slot] = step if new else ages[stream][slot] + step
@@ -126,17 +126,17 @@ def test_ages_count_the_steps_since_noise():
 def test_a_bad_step_writes_nothing():
     buffer = make()
     draw = buffer.draw(4, 1, 0.5)
-    buffer.write(draw, advance(draw.x), 5, yes(), none_sick(draw))
+    buffer.write(draw, advance(draw.x), 5, yes(), none_broken(draw))
     x, age = buffer.x.clone(), buffer.age.clone()
     draw = buffer.draw(4, 2, 0.5)
-    buffer.write(draw, torch.full_like(draw.x, torch.nan), 5, torch.tensor(False), none_sick(draw))
+    buffer.write(draw, torch.full_like(draw.x, torch.nan), 5, torch.tensor(False), none_broken(draw))
     assert torch.equal(buffer.x, x) and torch.equal(buffer.age, age)
 
 
 def test_a_stream_moves_to_another_rank():
     source = make([0, 2])
     draw = source.draw(4, 1, 0.2)
-    source.write(draw, advance(draw.x), 5, yes(), none_sick(draw))
+    source.write(draw, advance(draw.x), 5, yes(), none_broken(draw))
     saved = {name: tensor.clone() for name, tensor in source.stream_state(1).items()}
     target = make([1, 2, 3])
     neighbours = [target.stream_state(index)["x"].clone() for index in (0, 2)]
@@ -167,11 +167,11 @@ def test_chains_kept_in_float16_are_drawn_in_float32_and_lose_no_more_than_its_r
     for step in range(1, 4):
         a, b = exact.draw(100, step, 0.2), kept.draw(100, step, 0.2)
         assert b.x.dtype == torch.float32 and torch.allclose(a.x, b.x, atol=2e-3) and torch.equal(a.slots, b.slots)
-        exact.write(a, a.x * 0.9, 5, yes(), none_sick(a))
-        kept.write(b, b.x * 0.9, 5, yes(), none_sick(b))
+        exact.write(a, a.x * 0.9, 5, yes(), none_broken(a))
+        kept.write(b, b.x * 0.9, 5, yes(), none_broken(b))
     before = kept.x.clone()
     draw = kept.draw(100, 9, 0.0)
-    kept.write(draw, draw.x + 1, 5, torch.tensor(False), none_sick(draw))
+    kept.write(draw, draw.x + 1, 5, torch.tensor(False), none_broken(draw))
     assert torch.equal(kept.x, before)
 
 

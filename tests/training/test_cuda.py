@@ -10,8 +10,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 def test_a_step_reads_no_device_memory(digits, tmp_path):
     from ebm.config import load_config
     from ebm.runtime.distributed import World
-    from ebm.training.loop import train_step
     from ebm.training.state import build_state
+    from ebm.training.step import train_step
 
     settings = [f"{key}={value}" for key, value in TINY.items()]
     config = load_config(None, [*settings, f"data.shards={digits}", f"run.dir={tmp_path}"])

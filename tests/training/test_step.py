@@ -12,8 +12,8 @@ from ebm.config import load_config
 from ebm.runtime.checkpoint import Saver
 from ebm.runtime.distributed import World
 from ebm.runtime.run_directory import RunDirectory
-from ebm.training.loop import train_step
 from ebm.training.state import build_state, load, snapshot
+from ebm.training.step import train_step
 
 FLOW = ["sampler.start=normal", "sampler.schedule=flow", "sampler.bounds=null", "sampler.temperature=0.01"]
 FLOW += ["sampler.num_steps=12", "sampler.step_size=0.1", "sampler.grad_clamp=null"]
@@ -89,6 +89,8 @@ def everything(state) -> dict[str, torch.Tensor]:
         tensors |= {f"optimizer.{i}.{k}": v for k, v in values.items()}
     if state.buffer is not None:
         tensors |= {"x": state.buffer.x, "age": state.buffer.age}
+        if state.buffer.labels is not None:
+            tensors["labels"] = state.buffer.labels
     return tensors
 
 
@@ -129,7 +131,7 @@ def test_parts_of_a_batch_add_up_to_the_whole(new_state):
         torch.testing.assert_close(one["exp_avg_sq"], other["exp_avg_sq"], atol=1e-9, rtol=1e-3)
 
 
-def test_a_nan_makes_the_step_void(new_state):
+def test_a_step_with_a_nan_is_skipped(new_state):
     state = advance(new_state(), 2)
     before = {k: v.clone() for k, v in everything(state).items()}
     draw = state.buffer.draw(16, state.step + 1, state.config.buffer.reinit_prob)
@@ -144,7 +146,7 @@ def test_a_nan_makes_the_step_void(new_state):
         after[name][chosen] = 0
     changed = [key for key in differing(before, after) if not key.startswith("ema.")]
     assert changed == []
-    assert (int(state.skipped_steps), int(state.skipped_in_row), int(state.quarantined)) == (1, 1, 1)
+    assert (int(state.skipped_steps), int(state.skipped_in_row), int(state.reset_chains)) == (1, 1, 1)
     advance(state, 1)
     assert (int(state.skipped_steps), int(state.skipped_in_row)) == (1, 0)
     assert differing(before, everything(state))
