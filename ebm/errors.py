@@ -1,14 +1,14 @@
-"""What a user can be told, with the exit code each kind ends in (docs in README, "Exit codes")."""
+"""Errors that a user can mend. Each kind ends a command with its own exit code (README, "Exit codes")."""
 
 
 class UserError(Exception):
-    """A problem the user can mend. The message names the key or file, the value and the remedy."""
+    """A problem that the user can mend. The message names the key or file, the value and the remedy."""
 
     exit_code = 1
 
 
 class ConfigError(UserError):
-    """Bad usage or configuration."""
+    """A command or a config is wrong."""
 
     exit_code = 2
 
@@ -20,13 +20,13 @@ class DivergenceError(UserError):
 
 
 class LostPeerError(UserError):
-    """Another rank of the job is gone."""
+    """Another rank of the job has ended."""
 
 
 class DataError(UserError):
-    """A shard, manifest, image or checkpoint that can't be used."""
+    """A shard, manifest, image or checkpoint can't be used."""
 
     exit_code = 4
 
 
-EXIT_STOPPED = 75  # stopped on request, resumable (EX_TEMPFAIL of sysexits.h)
+EXIT_STOPPED = 75  # the run stopped on request and can be resumed (EX_TEMPFAIL of sysexits.h)

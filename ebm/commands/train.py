@@ -2,6 +2,7 @@
 
 import os
 import sys
+import textwrap
 import time
 from contextlib import suppress
 
@@ -13,7 +14,7 @@ STARTED = time.monotonic()
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("--config", help=f"YAML file (default: configs/{DEFAULT_CONFIG.name})")
+    parser.add_argument("--config", help=f"YAML file, or the name of a shipped one (default: {DEFAULT_CONFIG.stem})")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config, size and cost, and exit")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, such as train.steps=500")
     parser.epilog = all_keys()
@@ -50,8 +51,11 @@ def all_keys() -> str:
         "",
         "keys:",
     ]
-    for key, kind, default, meaning in describe():
-        lines.append(f"  {key}: {kind} = {default}\n      {meaning}" if meaning else f"  {key}: {kind}")
+    for key, kinds, kind, default, meaning in describe():
+        of = f" [{', '.join(kinds)}]" if kinds else ""
+        lines.append(f"  {key}{of}: {kind} = {default}")
+        for paragraph in meaning.splitlines():
+            lines += textwrap.wrap(paragraph, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""The configuration: every key, its type, default and meaning, once. Frozen; unknown keys are errors."""
+"""The configuration: every key with its type, default and meaning, each stated once. Unknown keys are errors."""
 
 from ebm.config.energies import ConvConfig, EnergyConfig, ImportConfig, MLPConfig, ResNetConfig
 from ebm.config.loading import (

@@ -25,12 +25,16 @@ class NetworkConfig(Section):
 
 
 class MLPConfig(NetworkConfig):
+    """A multilayer perceptron, for vectors and small images."""
+
     kind: Literal["mlp"] = "mlp"
     hidden_dim: int = Field(64, ge=1, description="width of the hidden layers")
     num_layers: int = Field(2, ge=1, description="number of hidden layers")
 
 
 class ConvConfig(NetworkConfig):
+    """Strided convolutions and a linear layer on all that is left, for small images of centred objects."""
+
     kind: Literal["conv"] = "conv"
     features: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (16, 32, 32, 64),
@@ -41,6 +45,8 @@ class ConvConfig(NetworkConfig):
 
 
 class ResNetConfig(NetworkConfig):
+    """Residual blocks whose features are summed over the image, for natural images (Du & Mordatch 2019)."""
+
     kind: Literal["resnet"] = "resnet"
     features: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (48, 96, 96), min_length=1, description="channels of each stage; height and width are halved after each"
@@ -50,6 +56,8 @@ class ResNetConfig(NetworkConfig):
 
 
 class WideResNetConfig(NetworkConfig):
+    """The classifier of JEM, WRN-28-10 by default (Grathwohl et al. 2020)."""
+
     kind: Literal["wide_resnet"] = "wide_resnet"
     depth: int = Field(
         28, ge=10, description="number of layers: 6 n + 4 with n residual blocks in each of three stages (JEM: 28)"
@@ -67,6 +75,8 @@ class WideResNetConfig(NetworkConfig):
 
 
 class TransformerConfig(NetworkConfig):
+    """A small vision transformer."""
+
     kind: Literal["transformer"] = "transformer"
     patch_size: int = Field(4, ge=1, description="side in pixels of the square patches that become tokens")
     dim: int = Field(128, ge=4, description="width of a token; must be divisible by num_heads and by 4")
@@ -81,6 +91,8 @@ class TransformerConfig(NetworkConfig):
 
 
 class GraphConfig(NetworkConfig):
+    """Messages between neighbouring pixels of an image, or between the points of a set in any order."""
+
     kind: Literal["graph"] = "graph"
     hidden_dim: int = Field(32, ge=1, description="width of the features of a node (a pixel or a point)")
     num_layers: int = Field(3, ge=1, description="rounds of messages between nodes")
@@ -96,7 +108,9 @@ class GraphConfig(NetworkConfig):
 
 
 class GaussianPriorConfig(Section):
-    kind: Literal["gaussian"] = "gaussian"
+    """A Gaussian whose values are independent and have the same mean and standard deviation."""
+
+    kind: Literal["gaussian"] = Field("gaussian", description="kind of the prior; gaussian is the only one")
     mean: float = Field(0.0, description="mean of every value of x")
     std: float = Field(1.0, gt=0, description="standard deviation of every value of x")
 
@@ -114,6 +128,8 @@ class GaussianConfig(GaussianPriorConfig):
 
 
 class ImportConfig(Section):
+    """A class of your own, from a module that is installed or in the directory where the command runs."""
+
     kind: Literal["import"] = "import"
     path: str = Field(pattern=r"^[\w.]+:\w+$", description="module:Class of your own energy, a BaseEnergyFunction")
     settings: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for the class")

@@ -1,7 +1,8 @@
-"""The other sections, and the whole: every key, its type, default and meaning, once."""
+"""The config as a whole, and the sections that have one form only: run, data, buffer, optim, train, health and others.
+Each key is stated once, with its type, range, default and meaning."""
 
 import math
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -12,8 +13,8 @@ from ebm.config.section import Section
 
 
 class RunConfig(Section):
-    dir: str = Field("runs/run", description="run directory; the same command with the same directory resumes")
-    seed: int = Field(0, ge=0, lt=2**63, description="all randomness of the run follows from it")
+    dir: str = Field("runs/run", description="run directory; the same command with the same directory resumes the run")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed from which all randomness of the run follows")
 
 
 ObjectStore = Literal["s3", "gs", "az", "abfs", "oss", "hf", "hdfs", "webhdfs", "sftp", "ftp", "memory"]  # to fsspec
@@ -21,48 +22,80 @@ ObjectStore = Literal["s3", "gs", "az", "abfs", "oss", "hf", "hdfs", "webhdfs", 
 
 class DataConfig(Section):
     shards: str = Field(
-        description="directory with manifest.json, or the manifest itself: a path, or a URL of https://"
+        description="training data: directory with shards and manifest.json, or the manifest itself; a path or a URL"
     )
     source: str | None = Field(
         None,
-        description="write `shards` from this source first where they do not exist yet "
+        description="write data.shards from this source first, if they do not exist yet "
         "(digits, mnist, cifar10, svhn, celeba, four_peaks, eight_gaussians, rings, two_moons, folder:PATH, npy:PATH)",
     )
     shape: tuple[int, ...] = Field(
-        (3, 32, 32), description="channels, height, width of every image; or [D] for vectors of D values"
+        (3, 32, 32), description="[channels, height, width] of every image, in pixels; or [D] for vectors of D values"
     )
-    streams: int = Field(8, ge=1, description="streams, fixed for the run; divisible by the number of processes")
-    workers: int = Field(1, ge=0, description="decoding processes a rank; 0 decodes in the training process")
-    window: int = Field(2048, ge=1, description="samples a stream shuffles at a time; bounds the reader's memory")
-    augment_flip: bool = Field(False, description="mirror half of the images left to right")
-    augment_crop: int = Field(0, ge=0, description="shift images by up to this many pixels, edges repeated")
-    dequantize: bool = Field(True, description="spread the 256 levels uniformly over their bins")
-    noise_std: float = Field(0.03, ge=0, description="standard deviation of Gaussian noise on data, images in [-1, 1]")
-    trace: bool = Field(False, description="write trace.jsonl: every step's samples and chains, globally")
+    streams: int = Field(
+        8,
+        ge=1,
+        description="number of parts that data, chains and randomness are split into, so that results do not depend on "
+        "the number of processes; divisible by that number, and fixed for the run",
+    )
+    workers: int = Field(
+        1, ge=0, description="processes that decode images, for each rank; 0: the training process decodes"
+    )
+    window: int = Field(
+        2048,
+        ge=1,
+        description="samples that each stream shuffles at a time; a larger window mixes better and takes more memory",
+    )
+    augment_flip: bool = Field(False, description="mirror each image left to right with probability 1/2")
+    augment_crop: int = Field(
+        0, ge=0, description="shift each image by up to this many pixels at random; edges are repeated"
+    )
+    dequantize: bool = Field(
+        True, description="add uniform noise of one level to the 256 levels of a pixel, so that values are continuous"
+    )
+    noise_std: float = Field(
+        0.03, ge=0, description="standard deviation of Gaussian noise added to the data (images lie in [-1, 1])"
+    )
+    trace: bool = Field(
+        False, description="write trace.jsonl, which lists the samples and chains of every step over all ranks"
+    )
     on_error: Literal["fail", "skip"] = Field(
-        "fail", description="what an unreadable sample does; skip logs and counts it"
+        "fail",
+        description="what happens at an unreadable sample: fail ends the run (exit 4), skip logs and counts the sample",
     )
     max_skipped: float = Field(
         0.01,
         ge=0,
         lt=1,
-        description="largest share of a stream's epoch that on_error=skip passes over; above it, exit 4",
+        description="on_error=skip ends the run (exit 4) if it skips more than this share of a stream's epoch",
     )
-    max_pixels: int = Field(4096 * 4096, ge=1, description="larger images are refused before they are decoded")
+    max_pixels: int = Field(
+        4096 * 4096, ge=1, description="images with more pixels than this are refused before they are decoded"
+    )
     schemes: tuple[ObjectStore, ...] = Field(
-        (), description="URLs that shards may have beside file, http and https; read through fsspec"
+        (),
+        description="further kinds of URL that data.shards may have, beside file, http and https; read through fsspec",
     )
     cache_dir: str | None = Field(
         None,
-        description="where shards with a URL are kept, on a disk of the node; null: a directory of the user in /tmp",
+        description="directory on a local disk for copies of remote shards; null: a directory of the user in /tmp",
     )
-    cache_bytes: int = Field(32 << 30, ge=1, description="size of the cache, which all processes of a node share")
-    retries: int = Field(5, ge=0, le=100, description="further tries of a shard that stalls, breaks off or is altered")
-    timeout: float = Field(60.0, gt=0, le=3600, description="seconds in which each MiB of a shard must arrive")
+    cache_bytes: int = Field(
+        32 << 30, ge=1, description="largest size of data.cache_dir in bytes; all processes of a node share it"
+    )
+    retries: int = Field(
+        5,
+        ge=0,
+        le=100,
+        description="further attempts at a remote shard that stalls, breaks off or has a wrong checksum",
+    )
+    timeout: float = Field(
+        60.0, gt=0, le=3600, description="seconds within which each MiB of a remote shard must arrive"
+    )
 
     @field_validator("shape")
     @classmethod
-    def _shape(cls, shape):
+    def _shape(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
         if len(shape) not in (1, 3) or min(shape) < 1:
             raise ValueError(
                 "must be three positive numbers, channels, height, width, or one, the number of a vector's values"
@@ -70,54 +103,74 @@ class DataConfig(Section):
         return shape
 
     @model_validator(mode="after")
-    def _vectors_are_not_images(self):
+    def _vectors_are_not_images(self) -> Self:
         if len(self.shape) == 1 and (self.augment_flip or self.augment_crop):
             raise ValueError(
-                f"shape={list(self.shape)} is of vectors, which can't be flipped or cropped; set augment_flip=false "
+                f"shape={list(self.shape)} is for vectors, which can't be flipped or cropped; set augment_flip=false "
                 "and augment_crop=0"
             )
         return self
 
 
 class BufferConfig(Section):
-    size: int = Field(8192, ge=1, description="persistent chains, over all ranks; divisible by the streams")
+    size: int = Field(8192, ge=1, description="number of persistent chains over all ranks; divisible by data.streams")
     dtype: Literal["float32", "float16"] = Field(
-        "float32", description="type chains are kept in between draws; float16 takes half the memory (.0005 near 1)"
+        "float32",
+        description="type in which chains are stored; float16 halves the memory, with a precision of .0005 near 1",
     )
-    reinit_prob: float = Field(0.05, ge=0, le=1, description="share of drawn chains that start again from noise")
+    reinit_prob: float = Field(0.05, ge=0, le=1, description="probability that a drawn chain restarts from noise")
     reinit_spread: float = Field(
         1.0,
         ge=1,
-        description="largest over smallest probability of a slot's chain to start again; evenly spread in log over the "
-        "slots, reinit_prob on average, so that chains of every age are trained on",
+        description="ratio of the largest to the smallest restart probability of the buffer's slots. These fall "
+        "geometrically and average reinit_prob, so that chains of every age are trained on; 1: all are equal",
     )
-    augment_flip: bool = Field(False, description="mirror half of the drawn chains left to right (Du et al. 2021)")
-    augment_crop: int = Field(0, ge=0, description="shift drawn chains by up to this many pixels, edges repeated")
+    augment_flip: bool = Field(
+        False, description="mirror each drawn chain left to right with probability 1/2 (Du et al. 2021)"
+    )
+    augment_crop: int = Field(
+        0, ge=0, description="shift each drawn chain by up to this many pixels at random; edges are repeated"
+    )
 
     @model_validator(mode="after")
-    def _largest_probability(self):
+    def _largest_probability(self) -> Self:
         spread = self.reinit_spread
         largest = self.reinit_prob * (1.0 if spread == 1 else math.log(spread) / (1 - 1 / spread))
         if largest > 1:
             raise ValueError(
-                f"reinit_prob={self.reinit_prob:g} with reinit_spread={spread:g}: some chains would start again with "
+                f"reinit_prob={self.reinit_prob:g} with reinit_spread={spread:g}: some chains would restart with "
                 f"probability {largest:.3g}; use a reinit_prob of at most {self.reinit_prob / largest:.2g}"
             )
         return self
 
 
 class OptimConfig(Section):
-    lr: float = Field(1e-4, gt=0, description="Adam's learning rate after warm-up")
-    betas: tuple[float, float] = Field((0.0, 0.999), description="Adam's decay rates")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled (AdamW); on weights, not on biases and scales")
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
-    decay_start: float = Field(0.5, ge=0, le=1, description="share of the run after which lr falls as a cosine")
+    lr: float = Field(1e-4, gt=0, description="learning rate of Adam after warm-up")
+    betas: tuple[float, float] = Field(
+        (0.0, 0.999), description="decay rates of Adam's averages of the gradient and of its square"
+    )
+    weight_decay: float = Field(
+        0.0, ge=0, description="decoupled weight decay (AdamW) of weight matrices; biases and scales have none"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises linearly to lr")
+    decay_start: float = Field(
+        0.5, ge=0, le=1, description="share of train.steps after which the learning rate falls as a cosine; 1: never"
+    )
     lr_end: float = Field(0.0, ge=0, description="learning rate at the last step, as a share of lr")
-    grad_clip: float | None = Field(0.5, gt=0, description="largest norm of the gradient; null: none")
-    ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights that sample and score")
+    grad_clip: float | None = Field(
+        0.5,
+        gt=0,
+        description="largest norm of the gradient of all weights, above which it is scaled down; null: no limit",
+    )
+    ema_decay: float = Field(
+        0.999,
+        ge=0,
+        lt=1,
+        description="decay of the exponential moving average of the weights, which samples and scores; 0: no averaging",
+    )
 
     @model_validator(mode="after")
-    def _betas(self):
+    def _betas(self) -> Self:
         if not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas {self.betas} must be at least 0 and below 1")
         return self
@@ -125,85 +178,127 @@ class OptimConfig(Section):
 
 class TrainConfig(Section):
     steps: int = Field(100_000, ge=1, description="optimizer steps of the whole run")
-    batch_size: int = Field(128, ge=1, description="images a step over all ranks; divisible by the streams")
-    accumulate: int = Field(1, ge=1, description="parts a batch is computed in, one after the other, to save memory")
-    mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="compute type of the network")
-    log_every: int = Field(50, ge=1, description="steps between lines of metrics")
-    collective_timeout: float = Field(
-        600.0, gt=0, description="seconds without a step after which every rank shows its stacks and the job ends"
+    batch_size: int = Field(
+        128, ge=1, description="images in each step over all ranks; divisible by data.streams times accumulate"
     )
-    time_limit: float | None = Field(None, gt=0, description="seconds of wall time, then a clean stop (exit 75)")
+    accumulate: int = Field(
+        1, ge=1, description="number of parts that a batch is computed in, one after the other, to save memory"
+    )
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field(
+        "no", description="type that the network computes in: no is float32"
+    )
+    log_every: int = Field(50, ge=1, description="steps between two lines of metrics.jsonl")
+    collective_timeout: float = Field(
+        600.0, gt=0, description="seconds without a step after which every rank prints its stacks and the job ends"
+    )
+    time_limit: float | None = Field(
+        None, gt=0, description="seconds after which the run writes a checkpoint and stops (exit 75); null: no limit"
+    )
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
-    def _no_is_a_word(cls, value):
+    def _no_is_a_word(cls, value: object) -> object:
         return "no" if value is False else value  # YAML 1.1 reads a bare `no` as false
 
 
 class HealthConfig(Section):
-    every: int = Field(10, ge=1, description="steps between two checks of the run's health")
-    ladder: bool = Field(True, description="cut steps and roll back where training diverges; false: stop (exit 3)")
-    patience: int = Field(5, ge=1, description="bad checks, less half of the good ones, before the run goes back")
-    max_skipped_steps: int = Field(20, ge=1, description="steps in a row without a finite gradient that are too many")
-    min_auc: float = Field(0.05, ge=0, lt=0.5, description="P(E(x_neg) > E(x_pos)) below this is bad")
-    max_auc: float = Field(0.995, gt=0.5, le=1, description="P(E(x_neg) > E(x_pos)) above this is bad, after grace")
-    grace: int = Field(1000, ge=0, description="first steps, in which chains may lie above or below all data")
-    max_saturated: float = Field(0.5, gt=0, description="share of chain pixels at the bounds beyond data's that is bad")
-    max_drift: float = Field(0.5, gt=0, description="step_size * |dE/dx| as a share of the bounds' width that is bad")
-    min_drift: float = Field(1e-8, ge=0, description="step_size * |dE/dx|, as a share of it, below which is bad")
-    min_spread: float = Field(
-        1e-5, ge=0, description="standard deviation of the energies, as a share of what it was, below which is bad"
+    every: int = Field(10, ge=1, description="steps between two checks for divergence")
+    ladder: bool = Field(True, description="if training diverges, cut step sizes and roll back; false: stop (exit 3)")
+    patience: int = Field(
+        5, ge=1, description="number of bad checks, less half of the good ones since, at which the run rolls back"
     )
-    gap_deviations: float = Field(8.0, gt=0, description="robust deviations of the energy gap that are bad")
-    cut: float = Field(0.1, gt=0, lt=1, description="factor of a cut of the learning rate or the step size")
-    recover: int = Field(100, ge=1, description="good checks in a row after which half of a cut learning rate is back")
-    max_rollbacks: int = Field(6, ge=0, description="rollbacks of a run, before it gives up (exit 3)")
+    max_skipped_steps: int = Field(
+        20, ge=1, description="steps in a row without a finite gradient at which the run rolls back"
+    )
+    min_auc: float = Field(0.05, ge=0, lt=0.5, description="a check is bad if P(E(x_neg) > E(x_pos)) is below this")
+    max_auc: float = Field(
+        0.995, gt=0.5, le=1, description="a check is bad if P(E(x_neg) > E(x_pos)) is above this, after health.grace"
+    )
+    grace: int = Field(1000, ge=0, description="number of first steps in which chains may lie above or below all data")
+    max_saturated: float = Field(
+        0.5,
+        gt=0,
+        description="a check is bad if the share of chain values at the bounds exceeds that of the data by this",
+    )
+    max_drift: float = Field(
+        0.5,
+        gt=0,
+        description="a check is bad if step_size * |dE/dx| (root mean square) is above this share of the bounds' width",
+    )
+    min_drift: float = Field(
+        1e-8,
+        ge=0,
+        description="a check is bad if step_size * |dE/dx| (root mean square) is below this share of the bounds' width",
+    )
+    min_spread: float = Field(
+        1e-5,
+        ge=0,
+        description="a check is bad if the standard deviation of the energies is below this share of its median so far",
+    )
+    gap_deviations: float = Field(
+        8.0, gt=0, description="a check is bad if the energy gap is this many robust deviations away from its median"
+    )
+    cut: float = Field(
+        0.1, gt=0, lt=1, description="factor by which a cut multiplies the learning rate or the step size"
+    )
+    recover: int = Field(
+        100,
+        ge=1,
+        description="good checks in a row after which a cut learning rate returns to half of its value before the cut",
+    )
+    max_rollbacks: int = Field(6, ge=0, description="number of rollbacks after which the run gives up (exit 3)")
     max_restarts: int = Field(
-        10, ge=0, description="starts in a row that reach no newer checkpoint, before one is refused"
+        10, ge=0, description="number of starts in a row without a newer checkpoint after which a start is refused"
     )
 
 
 class CheckpointConfig(Section):
     every: int = Field(1000, ge=1, description="steps between checkpoints")
-    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    keep: int = Field(2, ge=1, description="number of newest checkpoints that are kept")
 
 
 class TrackingConfig(Section):
     wandb: Literal["auto", "online", "offline", "disabled"] = Field(
-        "auto", description="auto: online with a login, else offline"
+        "auto", description="Weights & Biases (W&B): auto is online if you are logged in and offline if not"
     )
     project: str = Field("ebm", description="W&B project")
-    entity: str | None = Field(None, description="W&B user or team")
-    name: str | None = Field(None, description="W&B run name; the run directory's by default")
-    group: str | None = Field(None, description="W&B group, such as the sweep a run belongs to; null: $WANDB_RUN_GROUP")
+    entity: str | None = Field(None, description="W&B user or team; null: your default one")
+    name: str | None = Field(None, description="W&B run name; null: the name of the run directory")
+    group: str | None = Field(
+        None, description="W&B group, such as the sweep that a run belongs to; null: $WANDB_RUN_GROUP"
+    )
     tags: tuple[str, ...] = Field((), description="W&B tags")
-    samples_every: int = Field(1000, ge=1, description="steps between sample panels")
-    num_samples: int = Field(64, ge=1, description="images a panel")
-    sample_steps: int = Field(200, ge=1, description="chain steps of fresh samples")
-    wandb_timeout: float = Field(30.0, gt=0, description="seconds W&B may take to start, and again to finish")
+    samples_every: int = Field(1000, ge=1, description="steps between two panels of samples")
+    num_samples: int = Field(64, ge=1, description="number of images in a panel")
+    sample_steps: int = Field(200, ge=1, description="steps of the chains that draw fresh samples for a panel")
+    wandb_timeout: float = Field(30.0, gt=0, description="seconds that W&B may take to start, and again to finish")
     offline_part: float = Field(
         1800.0,
         gt=0,
-        description="seconds after which an offline run begins a new file, so that the one before can be "
-        "uploaded (python -m ebm sync) while the run goes on",
+        description="seconds after which an offline run begins a new file, so that the previous one can be "
+        "uploaded by ebm sync while the run goes on",
     )
-    alerts: bool = Field(True, description="W&B alerts on divergence, stalls and failure")
-    alert_every: float = Field(3600.0, gt=0, description="seconds between two alerts of the same kind")
+    alerts: bool = Field(True, description="send W&B alerts on divergence, stalls and failure")
+    alert_every: float = Field(3600.0, gt=0, description="least number of seconds between two alerts of the same kind")
     stall_after: float = Field(
         300.0,
         gt=0,
-        description="an alert after so many seconds without a step; to be below train.collective_timeout",
+        description="seconds without a step after which an alert is sent; set it below train.collective_timeout",
     )
-    slow_factor: float = Field(3.0, gt=1, description="an alert where steps take this many times as long as they did")
+    slow_factor: float = Field(
+        3.0, gt=1, description="an alert is sent if steps take this many times as long as before"
+    )
     artifacts: Literal["none", "final", "all"] = Field(
-        "none", description="checkpoints uploaded to W&B: the last one, with the samples, or each"
+        "none", description="checkpoints that are uploaded to W&B: none, the last one together with the samples, or all"
     )
-    artifacts_gb: float = Field(10.0, gt=0, description="gigabytes of artifacts that may wait for their upload")
+    artifacts_gb: float = Field(10.0, gt=0, description="gigabytes of checkpoints that may wait for their upload")
 
 
 class EvaluateConfig(Section):
-    shards: str | None = Field(None, description="held-out shards for python -m ebm evaluate")
-    source: str | None = Field(None, description="write evaluate.shards from this source's test split first")
+    shards: str | None = Field(None, description="held-out data for ebm evaluate, given as data.shards")
+    source: str | None = Field(
+        None, description="write evaluate.shards from the test split of this source first, if they do not exist yet"
+    )
 
 
 class Config(Section):
@@ -221,7 +316,7 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
-    def _divisible(self):
+    def _divisible(self) -> Self:
         streams, batch, parts = self.data.streams, self.train.batch_size, self.train.accumulate
         if batch % (streams * parts):
             below = batch // (streams * parts) * streams * parts
@@ -242,19 +337,20 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _kinds_go_together(self):
+    def _kinds_go_together(self) -> Self:
         loss, sampler = self.loss, self.sampler
         buffer = self.buffer
         if (buffer.augment_flip or buffer.augment_crop) and (len(self.data.shape) != 3 or sampler.levels > 1):
             raise ValueError(
-                "buffer.augment_flip and buffer.augment_crop are of images, and of no ladders of replicas "
+                "buffer.augment_flip and buffer.augment_crop are for images whose chains are no ladders of replicas "
                 "(sampler.kind=tempering); set augment_flip=false and augment_crop=0"
             )
         if loss.kind == "jem" and not self.energy.num_classes:
             raise ValueError("loss.kind=jem trains a classifier: set energy.num_classes to the number of classes")
         if loss.kind in ("improved_contrastive", "energy_matching") and sampler.kind != "langevin":
             raise ValueError(f"loss.kind={loss.kind} goes with sampler.kind=langevin, not {sampler.kind}")
-        if loss.kind == "energy_matching" and (sampler.start, sampler.schedule) != ("normal", "flow"):
+        flows = isinstance(sampler, LangevinConfig) and sampler.schedule == "flow" and sampler.start == "normal"
+        if loss.kind == "energy_matching" and not flows:
             raise ValueError(
                 "loss.kind=energy_matching flows from N(0, I): set sampler.start=normal and sampler.schedule=flow"
             )

@@ -137,6 +137,20 @@ def test_missing_files(tmp_path):
     assert "no such file" in refusal(tmp_path)
 
 
+def test_shipped_configs_have_names(tmp_path, monkeypatch):
+    """Wherever the command runs; a file that is there goes first, and other missing files are errors."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("mnist", "configs/mnist.yaml"):
+        assert load_config(name).run.dir == "runs/mnist"
+    for missing in ("mnist.yaml", "other/mnist.yaml", "configs/none.yaml", str(tmp_path / "configs" / "mnist.yaml")):
+        assert "no such file" in refusal(missing)
+    assert all(path.stem in refusal("none") for path in SHIPPED)
+    for name in ("mnist", "configs/mnist.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("data: {shards: d}\nrun: {dir: mine}\n")
+        assert load_config(name).run.dir == "mine"
+
+
 def test_temperature_and_noise_scale_replace_each_other(config_file):
     given_noise, given_temperature = "sampler: {noise_scale: 0.01}\n", "sampler: {temperature: 0.2, step_size: 0.1}\n"
     sampler = load_config(config_file(given_noise), ["sampler.temperature=0.2", "sampler.step_size=0.1"]).sampler
@@ -190,17 +204,25 @@ def test_sections_in_a_section(config_file):
 
 def test_describe_covers_every_key(config_file):
     rows = describe()
-    named = [key for key, *_ in rows if not key.endswith(".kind")]  # which stands once a member of the union
+    named = [(row.key, kind) for row in rows for kind in row.kinds or [None]]
     assert len(set(named)) == len(named)
-    assert all(meaning for key, _, _, meaning in rows if ".kind" not in key)
-    keys = {key.split(" ")[0] for key, *_ in rows}
+    assert all(row.meaning for row in rows)
+    keys = {row.key for row in rows}
     for kind in ("mlp", "conv", "resnet", "wide_resnet", "transformer", "graph", "gaussian", "hybrid", "import"):
         overrides = [f"energy.kind={kind}"] + (["energy.path=a:B", "energy.settings.a=1"] if kind == "import" else [])
         resolved = set(flatten(load_config(config_file(""), overrides).model_dump())) - {"energy.settings.a"}
         assert resolved <= keys
-    assert ("train.steps", "int", "100000", "optimizer steps of the whole run") in rows
-    assert next(row for row in rows if row[0] == "data.shards")[2] == "required"
-    assert next(row for row in rows if row[0] == "train.time_limit")[1:3] == ("float|null", "null")
+    assert ("train.steps", (), "int >= 1", "100000", "optimizer steps of the whole run") in rows
+    of = {row.key: row for row in rows}
+    assert of["data.shards"].default == "required"
+    assert (of["train.time_limit"].type, of["train.time_limit"].default) == ("float|null > 0", "null")
+    assert of["optim.ema_decay"].type == "float >= 0 and < 1"
+    assert (of["energy.kind"].type[:16], of["energy.kind"].default) == ("mlp|conv|resnet|", '"resnet"')
+    assert "\nhybrid: E(x) = E_prior(x) + weight * E_network(x)." in of["energy.kind"].meaning
+    assert of["energy.network.kind"].kinds == ("hybrid",)
+    assert of["energy.confine"].kinds == ("mlp", "conv", "resnet", "wide_resnet", "transformer", "graph")
+    norms = [(row.kinds, row.default) for row in rows if row.key == "energy.spectral_norm"]
+    assert norms == [(("mlp", "conv", "wide_resnet", "transformer", "graph"), "false"), (("resnet",), "true")]
 
 
 plain = st.text(st.characters(min_codepoint=32, max_codepoint=0x2FFF, exclude_characters="$\\"), max_size=12)
