@@ -329,6 +329,13 @@ class Config(Section):
                 f"buffer.size={self.buffer.size} is not divisible by data.streams={streams}; use "
                 f"{-(-self.buffer.size // streams) * streams}"
             )
+        classes = self.energy.num_classes if self.loss.conditional_chains else None
+        if self.loss.negatives == "persistent" and classes and self.buffer.size // streams < classes:
+            raise ValueError(
+                f"buffer.size={self.buffer.size} is {self.buffer.size // streams} chains for each of "
+                f"data.streams={streams}, fewer than energy.num_classes={classes}: raise buffer.size to "
+                f"{streams * classes} or more"
+            )
         if self.loss.negatives == "persistent" and self.buffer.size < batch:
             raise ValueError(
                 f"buffer.size={self.buffer.size} is below train.batch_size={batch}: a step draws a whole "

@@ -1,11 +1,12 @@
 """--dry-run: the resolved config, and an estimate of what a step costs, before anything is written."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from ebm.config import Config, to_yaml
 from ebm.config.losses import LossConfig, ScoreMatchingConfig
@@ -119,10 +120,24 @@ def loss_cost_of(
     return counted // FEW, saved // FEW
 
 
+class FlopCounter(TorchDispatchMode):
+    """Adds up the FLOPs of all operations, backward passes included, by torch's formulas. (Its FlopCounterMode, which
+    also tells modules apart, refuses gradients of inputs.)"""
+
+    total: int = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        formula = flop_registry.get(function.overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 def flops(action: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounter() as counter:
         action()
-    return int(counter.get_total_flops())
+    return counter.total
 
 
 def _human(value: float, unit: str) -> str:

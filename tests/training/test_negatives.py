@@ -1,0 +1,76 @@
+"""Where chains start: those of a class-conditional energy follow the classes of the data."""
+
+import pytest
+import torch
+
+from ebm.config import validate
+from ebm.errors import ConfigError
+from ebm.losses import contrastive_divergence
+from ebm.streams import generator
+from ebm.training.buffer import ReplayBuffer
+
+SHARES = torch.tensor([0.1, 0.9])
+MEANS = torch.tensor([-2.0, 1.0])  # of each class: x | y is N(MEANS[y], 1)
+SLOTS, STREAMS, BATCH = 400, 2, 40
+
+
+def classes(n: int, step: int) -> torch.Tensor:
+    return torch.multinomial(SHARES, n, replacement=True, generator=generator(0, "classes", step=step))
+
+
+def test_perfect_chains_of_unequal_classes_leave_the_class_weights_alone():
+    """E(x, y) = (x - MEANS[y])^2 / 2 + b[y]: with chains that are exact samples given their class, the gradient of b is
+    the difference between the shares of the classes in data and chains."""
+    buffer = ReplayBuffer((1,), SLOTS, range(STREAMS), 0, labelled=True)
+    b = torch.zeros(2, requires_grad=True)
+
+    def energy(x, y):
+        return (x[:, 0] - MEANS[y]).square() / 2 + b[y]
+
+    for step in range(1, 401):
+        y_pos = classes(BATCH, step)
+        draw = buffer.draw(BATCH // STREAMS, step, 0.1, labels=y_pos)
+        noise = torch.randn(2, BATCH, 1, generator=generator(0, "x", step=step))
+        x_pos, x_neg = MEANS[y_pos][:, None] + noise[0], MEANS[draw.labels][:, None] + noise[1]
+        contrastive_divergence(energy, x_pos, x_neg, y_pos=y_pos, y_neg=draw.labels).loss.backward()
+        buffer.write(draw, x_neg, 10, torch.tensor(True), torch.zeros(BATCH, dtype=torch.bool))
+    # Each step's shares have a standard deviation of .3 / sqrt(40) in data and in chains.
+    assert (b.grad / 400).abs().max() < 4 * 0.3 * (2 / 40 / 400) ** 0.5 + 0.01
+    assert buffer.labels.float().mean().item() == pytest.approx(0.9, abs=4 * 0.3 / (SLOTS * STREAMS) ** 0.5)
+
+
+def test_a_chain_keeps_its_class_until_it_restarts():
+    buffer = ReplayBuffer((1,), 8, [0], 0, labelled=True)
+    fine, step = torch.zeros(8, dtype=torch.bool), 1
+    first = buffer.draw(8, step, 0.0, labels=torch.arange(8) % 3)
+    assert first.labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1], "a chain that was never drawn takes the datum's class"
+    buffer.write(first, first.x, 5, torch.tensor(True), fine)
+    kept = buffer.labels.clone()
+    for step in range(2, 20):
+        draw = buffer.draw(8, step, 0.3, labels=torch.full((8,), 7))
+        expected = torch.where(draw.fresh, 7, kept[draw.rows])
+        assert torch.equal(draw.labels, expected)
+        finite = torch.tensor(step % 5 != 0)
+        buffer.write(draw, draw.x, 5, finite, fine)
+        if finite:
+            kept[draw.rows] = expected
+        assert torch.equal(buffer.labels, kept), "a skipped step changes no class"
+
+
+def test_classes_of_chains_do_not_depend_on_the_ranks():
+    whole = ReplayBuffer((1,), 16, [0, 1], 3, labelled=True)
+    halves = [ReplayBuffer((1,), 16, [v], 3, labelled=True) for v in (0, 1)]
+    for step in range(1, 6):
+        y = classes(8, step)
+        for buffer, labels in ((whole, y), *zip(halves, y.chunk(2), strict=True)):
+            draw = buffer.draw(4, step, 0.5, labels=labels)
+            n = len(draw.x)
+            buffer.write(draw, draw.x, 1, torch.tensor(True), torch.zeros(n, dtype=torch.bool))
+    assert torch.equal(whole.labels, torch.cat([half.labels for half in halves]))
+
+
+def test_fewer_chains_a_stream_than_classes_are_refused():
+    values = {"data": {"shards": "d", "streams": 4}, "energy": {"num_classes": 10}, "train": {"batch_size": 32}}
+    with pytest.raises(ConfigError, match=r"buffer\.size=36 .*raise buffer\.size to 40 or more"):
+        validate(values | {"buffer": {"size": 36}}, "config")
+    validate(values | {"buffer": {"size": 40}}, "config")
