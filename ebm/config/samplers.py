@@ -1,11 +1,28 @@
-"""sampler.*: a section a kind of sampler."""
+"""sampler.*: one section for each kind of sampler, and what its numbers imply."""
 
+import math
 from itertools import pairwise
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from ebm.config.section import Section, kind_by_default
+
+
+def noise_scale_of(step_size: float, temperature: float) -> float:
+    """The noise with which Langevin steps of `step_size` sample exp(-E / T): sqrt(2 step_size T)."""
+    return math.sqrt(2 * step_size * temperature)
+
+
+def temperature_of(step_size: float, noise_scale: float) -> float:
+    """T of exp(-E / T), which Langevin steps with this noise sample: noise_scale**2 / (2 step_size)."""
+    return noise_scale**2 / (2 * step_size)
+
+
+def check_interval(name: str, interval: tuple[float, float]) -> None:
+    """Raises ValueError where `interval` is empty."""
+    if not interval[0] < interval[1]:
+        raise ValueError(f"{name} {interval} must be (low, high) with low < high")
 
 
 class ChainConfig(Section):
@@ -17,10 +34,10 @@ class ChainConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _intervals(self):
+    def _intervals(self) -> Self:
         for name, interval in (("bounds", self.bounds), ("start", self.start)):
-            if isinstance(interval, tuple) and not interval[0] < interval[1]:
-                raise ValueError(f"{name} {interval} must be (low, high) with low < high")
+            if isinstance(interval, tuple):
+                check_interval(name, interval)
         return self
 
     @property
@@ -32,13 +49,8 @@ class ChainConfig(Section):
 
     @property
     def levels(self) -> int:
-        """Replicas a chain."""
+        """Number of replicas of each chain."""
         return 1
-
-    @property
-    def implied_temperature(self) -> float:
-        """T of exp(-E / T), which chains of these steps and this noise sample."""
-        return self.noise**2 / (2 * self.step_size)
 
 
 class LangevinConfig(ChainConfig):
@@ -64,13 +76,13 @@ class LangevinConfig(ChainConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _temperature_replaces_noise_scale(cls, values):
+    def _temperature_replaces_noise_scale(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("temperature") is not None and "noise_scale" not in values:
             values = {**values, "noise_scale": None}
         return values
 
     @model_validator(mode="after")
-    def _one_noise(self):
+    def _one_noise(self) -> Self:
         if (self.noise_scale is None) == (self.temperature is None):
             raise ValueError("give exactly one of noise_scale and temperature, and set the other to null")
         if self.temperature_end is not None and (self.temperature is None or self.noise_scale_end is not None):
@@ -87,29 +99,52 @@ class LangevinConfig(ChainConfig):
         return self
 
     @property
+    def noise(self) -> float:
+        """The first noise scale of a chain, as given or from the temperature."""
+        if self.temperature is not None:
+            return noise_scale_of(self.step_size, self.temperature)
+        assert self.noise_scale is not None, "the validator wants one of the two"
+        return self.noise_scale
+
+    @property
+    def implied_temperature(self) -> float:
+        """T of exp(-E / T), which the first steps of a chain sample with their noise."""
+        return temperature_of(self.step_size, self.noise) if self.temperature is None else self.temperature
+
+    @property
     def last_step_size(self) -> float:
-        """What the gradient of a chain's last step is multiplied with."""
+        """The factor of dE/dx in a chain's last step."""
         return self.step_size if self.step_size_end is None else self.step_size_end
 
     @property
     def evaluations(self) -> int:
-        """Gradients of the energy a chain takes."""
+        """Gradients of the energy that a chain takes."""
         return self.num_steps
 
-    def scaled(self, factor: float) -> "LangevinConfig":
-        """With step sizes times `factor`; the noise follows where a temperature sets it."""
-        end = None if self.step_size_end is None else self.step_size_end * factor
-        return self.model_copy(update={"step_size": self.step_size * factor, "step_size_end": end})
+    def scaled(self, factor: float) -> Self:
+        """This sampler with its step sizes times `factor`, at the same temperature: noise scales change by its root.
+        A flow takes more steps in return, so that it still ends at the time num_steps * step_size or just after it."""
 
-    @property
-    def noise(self) -> float:
-        """The noise scale, given or from the temperature: sqrt(2 step_size T)."""
-        return self.noise_scale if self.noise_scale is not None else (2 * self.step_size * self.temperature) ** 0.5
+        def times(value: float | None, by: float) -> float | None:
+            return None if value is None else value * by
+
+        root = math.sqrt(factor)
+        changes: dict[str, Any] = {
+            "step_size": self.step_size * factor,
+            "step_size_end": times(self.step_size_end, factor),
+            "noise_scale": times(self.noise_scale, root),
+            "noise_scale_end": times(self.noise_scale_end, root),
+        }
+        if self.schedule == "flow":
+            # A quotient that is whole but for rounding is not rounded up.
+            changes["num_steps"] = math.ceil(round(self.num_steps / factor, 6))
+        return self.model_copy(update=changes)
 
 
 class MetropolisConfig(ChainConfig):
     """What all samplers with a Metropolis test share."""
 
+    step_size: float
     num_steps: int = Field(20, ge=1, description="steps (proposals and their tests) a training step")
     boundary: Literal["reflect", "reject"] = Field(
         "reflect", description="fold proposals beyond the bounds back, or refuse them; both are exact"
@@ -117,23 +152,18 @@ class MetropolisConfig(ChainConfig):
     adapt: bool = Field(True, description="move step_size towards target_acceptance while training")
     adapt_rate: float = Field(0.05, gt=0, description="log step_size moves by this share of acceptance off the target")
 
-    def scaled(self, factor: float):
-        """With the step size times `factor`."""
+    def scaled(self, factor: float) -> Self:
+        """This sampler with its step size times `factor`. The test keeps the density whatever the step is."""
         return self.model_copy(update={"step_size": self.step_size * factor})
 
     @property
-    def noise(self) -> float:
-        """sqrt(2 step_size T)."""
-        return (2 * self.step_size * self.temperature) ** 0.5
-
-    @property
     def last_step_size(self) -> float:
-        """What the gradient of a chain's last step is multiplied with."""
+        """The factor of dE/dx in a chain's last step."""
         return self.step_size
 
     @property
     def evaluations(self) -> int:
-        """Gradients of the energy a chain takes."""
+        """Gradients of the energy that a chain takes."""
         return self.num_steps + 1
 
 
@@ -142,6 +172,11 @@ class MALAConfig(MetropolisConfig):
     temperature: float = Field(1.0, gt=0, description="T of exp(-E / T), which is sampled exactly")
     step_size: float = Field(0.01, gt=0, description="x' = x - step_size * dE/dx + sqrt(2 step_size T) z")
     target_acceptance: float = Field(0.574, gt=0, lt=1, description="share of proposals to accept (adapt)")
+
+    @property
+    def implied_temperature(self) -> float:
+        """T of exp(-E / T), which is sampled exactly."""
+        return self.temperature
 
 
 class HMCConfig(MetropolisConfig):
@@ -152,13 +187,18 @@ class HMCConfig(MetropolisConfig):
     target_acceptance: float = Field(0.65, gt=0, lt=1, description="share of proposals to accept (adapt)")
 
     @property
+    def implied_temperature(self) -> float:
+        """T of exp(-E / T), which is sampled exactly."""
+        return self.temperature
+
+    @property
     def last_step_size(self) -> float:
-        """What the gradient of a chain's last step is multiplied with."""
+        """The factor of dE/dx in a chain's last step: a leapfrog step is a Langevin step of step_size**2 / 2."""
         return self.step_size**2 / 2
 
     @property
     def evaluations(self) -> int:
-        """Gradients of the energy a chain takes."""
+        """Gradients of the energy that a chain takes."""
         return self.num_steps * self.num_leapfrog + 1
 
 
@@ -172,7 +212,7 @@ class TemperingConfig(MetropolisConfig):
     swap_every: int = Field(1, ge=1, description="steps between swaps of neighbours; at most num_steps")
 
     @model_validator(mode="after")
-    def _ladder(self):
+    def _ladder(self) -> Self:
         if any(hot <= cold for cold, hot in pairwise(self.temperatures)):
             raise ValueError(f"temperatures {self.temperatures} must ascend")
         if self.swap_every > self.num_steps:
@@ -182,18 +222,18 @@ class TemperingConfig(MetropolisConfig):
         return self
 
     @property
-    def temperature(self) -> float:
+    def implied_temperature(self) -> float:
         """T of exp(-E / T), which the cold replicas sample."""
         return self.temperatures[0]
 
     @property
     def levels(self) -> int:
-        """Replicas a chain."""
+        """Number of replicas of each chain."""
         return len(self.temperatures)
 
     @property
     def evaluations(self) -> int:
-        """Gradients of the energy a chain takes."""
+        """Gradients of the energy that a chain takes."""
         return (self.num_steps + 1) * self.levels
 
 

@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from ebm.energies import marginal_energy
 from ebm.losses.output import Energy, LossOutput, energies, energy_and_gradient, energy_l2, num_parts, output
+from ebm.samplers.base import inside
 from ebm.streams import Generators, normal_
 
 
@@ -76,8 +77,7 @@ def improved_contrastive_divergence(
         if grad_clamp is not None:
             gradient = gradient.clamp(-grad_clamp, grad_clamp)
         x = x - step_size * gradient + noise_scale * normal_(torch.empty_like(gradient), generator)
-        if bounds is not None:
-            x = _inside(x, *bounds, boundary)
+        x = inside(x, bounds, boundary)
     low_energy, entropy = _frozen_energy(energy, x, y_neg), log_distance(x, num_parts(generator))
     loss = loss + kl_weight * low_energy - entropy_weight * entropy
     return output(loss, e_pos, e_neg, kl_energy=low_energy, entropy=entropy)
@@ -106,14 +106,6 @@ def log_distance(x: Tensor, parts: int = 1) -> Tensor:
         nearest = squared.argmin(2, keepdim=True).expand_as(x)
     distance = (x - x.gather(1, nearest)).norm(dim=2)
     return distance.clamp_min(1e-6).log().mean()  # equal states (saturated ones): nowhere to push them
-
-
-def _inside(x: Tensor, low: float, high: float, boundary: str) -> Tensor:
-    """`x` in the bounds, by clamping or reflection as in the chain."""
-    if boundary == "reflect":
-        width = high - low
-        x = high - ((x - low).remainder(2 * width) - width).abs()
-    return x.clamp(low, high)
 
 
 def noisy(x: Tensor, sigma: float, generator: Generators = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the chains of all samplers share: their states, their energies and gradients, what is told of them."""
+"""What all samplers share: evaluating an energy, keeping states inside bounds, and the account of a chain."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
@@ -6,21 +6,26 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-Info = TypeVar("Info", bound=tuple[Tensor, ...])
+from ebm.config.samplers import check_interval
+
+Energy = Callable[[Tensor], Tensor]  # states (B, *shape) -> energies (B,)
+Bounds = tuple[float, float] | None
+Info = TypeVar("Info", bound=tuple[Tensor, ...])  # a named tuple of scalars: what happened in a chain
 
 
 class ChainInfo(NamedTuple):
-    """What happened in a chain; each a float32 scalar on the chain's device, a mean over the batch."""
+    """What happened in a chain. Each value is a float32 scalar on the chain's device, a mean over the batch."""
 
     grad_norm: Tensor  # norm of dE/dx at the last step, before the clamp
     displacement: Tensor  # norm of x_K - x_0
     saturated: Tensor  # share of components that end at a bound
 
 
-def evaluate(energy: Callable[[Tensor], Tensor], x: Tensor, grad_scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """E (B,) float32 and dE/dx (B, *shape) at `x`, which is left as it is; neither has a graph behind it.
+def evaluate(energy: Energy, x: Tensor, grad_scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """E (B,) float32 and dE/dx (B, *shape) at `x`, both detached; `x` itself is left alone.
 
-    E is multiplied and dE/dx divided by `grad_scale` on the way, so that float16 gradients do not vanish.
+    E is multiplied by `grad_scale` before the gradient is taken, and dE/dx is divided by it, so that float16 gradients
+    do not underflow.
     """
     x = x.detach().requires_grad_(True)
     with torch.enable_grad():
@@ -31,20 +36,36 @@ def evaluate(energy: Callable[[Tensor], Tensor], x: Tensor, grad_scale: float = 
 
 
 def dense(x: Tensor) -> Tensor:
-    """A float32 copy of `x`; images channels last, with strides that say so even for one channel, where
-    `contiguous(memory_format=...)` leaves them ambiguous and convolutions then change layouts back and forth."""
+    """A float32 copy of `x`, channels last for images.
+
+    For a single channel `contiguous(memory_format=...)` leaves strides that are ambiguous, and convolutions then change
+    layouts back and forth. The strides of this copy are those of channels last for any number of channels.
+    """
     layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format
     return torch.empty(x.shape, dtype=torch.float32, device=x.device, memory_format=layout).copy_(x)
 
 
-def describe(start: Tensor, x: Tensor, grad: Tensor, bounds: tuple[float, float] | None) -> ChainInfo:
-    saturated = x.new_zeros(())
-    if bounds is not None:
-        saturated = ((x <= bounds[0]) | (x >= bounds[1])).float().mean()
-    return ChainInfo(grad.flatten(1).norm(dim=1).mean(), (x - start).flatten(1).norm(dim=1).mean(), saturated)
+def describe(start: Tensor, x: Tensor, grad: Tensor, bounds: Bounds) -> ChainInfo:
+    """The account of a chain from `start` to `x`, with the gradient `grad` of its last step."""
+    grad_norm, displacement = (value.flatten(1).norm(dim=1).mean() for value in (grad, x - start))
+    return ChainInfo(grad_norm, displacement, saturated(x, bounds))
+
+
+def saturated(x: Tensor, bounds: Bounds) -> Tensor:
+    """The share of components of `x` at a bound or beyond it, a scalar; 0 without bounds."""
+    if bounds is None:
+        return x.new_zeros(())
+    return ((x <= bounds[0]) | (x >= bounds[1])).float().mean()
+
+
+def mean_info(infos: Sequence[Info]) -> Info:
+    """The mean of each value over several chains."""
+    means = (torch.stack(values).mean() for values in zip(*infos, strict=True))
+    return type(infos[0])(*means)
 
 
 def per_step(value: float | Sequence[float], num_steps: int, name: str) -> Sequence[float]:
+    """`num_steps` values, from one number or from as many. Raises ValueError for another number of them."""
     if isinstance(value, int | float):
         return [value] * num_steps
     if len(value) != num_steps:
@@ -52,13 +73,28 @@ def per_step(value: float | Sequence[float], num_steps: int, name: str) -> Seque
     return value
 
 
-def mean_info(infos: Sequence[Info]) -> Info:
-    """The mean of each field over named tuples of one type."""
-    return type(infos[0])(*(torch.stack(values).mean(0) for values in zip(*infos, strict=True)))
+def check_domain(bounds: Bounds, boundary: str, boundaries: Sequence[str]) -> None:
+    """Raises ValueError for empty bounds, and for a `boundary` that is none of `boundaries`."""
+    if bounds is not None:
+        check_interval("bounds", bounds)
+    if boundary not in boundaries:
+        raise ValueError(f"boundary={boundary!r} must be {' or '.join(map(repr, boundaries))}")
 
 
-def saturated(x: Tensor, bounds: tuple[float, float] | None) -> Tensor:
-    """The share of components of `x` at a bound or beyond."""
+def inside(x: Tensor, bounds: Bounds, boundary: str) -> Tensor:
+    """`x` brought into the bounds by "clamp" or "reflect"; differentiable. NaN stays NaN."""
     if bounds is None:
-        return x.new_zeros(())
-    return ((x <= bounds[0]) | (x >= bounds[1])).float().mean()
+        return x
+    return reflected(x, bounds)[0] if boundary == "reflect" else x.clamp(*bounds)
+
+
+def reflected(x: Tensor, bounds: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """`x` folded back into the bounds once for each crossing, and a mask of the components that crossed an odd number
+    of times, whose direction of motion is reversed.
+
+    The fold is a triangle wave of period 2 (high - low), so it is exact for steps of any length; differentiable.
+    """
+    low, high = bounds
+    width = high - low
+    phase = (x - low).remainder(2 * width) - width  # below 0 on the way up from `low`, above 0 on the way back
+    return (width + low - phase.abs()).clamp(low, high), phase > 0

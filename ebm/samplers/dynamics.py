@@ -1,43 +1,37 @@
 """Samplers as objects, with the names of the guide this project grew from."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import pairwise
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from ebm.samplers.base import mean_info
+from ebm.config.samplers import noise_scale_of, temperature_of
+from ebm.samplers.base import Bounds, ChainInfo, Energy, Info, mean_info, check_domain
+from ebm.samplers.langevin import BOUNDARIES as BOUNDARIES_OF_LANGEVIN
 from ebm.samplers.langevin import langevin
-from ebm.samplers.metropolis import adapted, hmc, mala
-from ebm.samplers.tempering import tempering
+from ebm.samplers.metropolis import BOUNDARIES, MetropolisInfo, adapted, hmc, mala
+from ebm.samplers.tempering import TemperingInfo, tempering
 from ebm.streams import Generators, normal_
 
+AnyInfo = TypeVar("AnyInfo", MetropolisInfo, TemperingInfo)
 
-class Dynamics(ABC):
-    """What they share: where chains start, which states are kept. A subclass says in `_call` how chains move.
 
-    `info`, after `sample_chain`: what happened after burn-in, a named tuple of means over the stretches between two
-    kept states, each as the sampler tells it (`displacement` is the distance of kept states); None without a step.
+class Dynamics(ABC, Generic[Info]):
+    """Starts chains and keeps states; a subclass says in `_call` how chains move.
+
+    After `sample_chain`, `info` tells what happened after burn-in: a named tuple of means over the stretches between
+    two kept states (`displacement` is the distance of kept states), or None if there was no step.
     """
 
-    def __init__(
-        self,
-        energy_function: Callable[[Tensor], Tensor],
-        step_size: float,
-        bounds: tuple[float, float] | None,
-        boundary: str,
-        boundaries: tuple[str, str],
-    ):
-        if step_size <= 0:
-            raise ValueError(f"step_size={step_size} must be above 0")
-        if bounds is not None and not bounds[0] < bounds[1]:
-            raise ValueError(f"bounds={bounds} must be (low, high) with low < high")
-        if boundary not in boundaries:
-            raise ValueError(f"boundary={boundary!r} must be {' or '.join(map(repr, boundaries))}")
-        self.energy_function, self.step_size = energy_function, step_size
-        self.settings = {"bounds": bounds, "boundary": boundary}
-        self.info: tuple | None = None
+    energy_function: Energy
+    step_size: float
+    bounds: Bounds
+    boundary: str
+    info: Info | None
 
     def sample_chain(
         self,
@@ -63,8 +57,10 @@ class Dynamics(ABC):
         """
         if not 0 <= burn_in <= n_steps or thin < 1:
             raise ValueError(f"burn_in={burn_in} must be in [0, n_steps={n_steps}] and thin={thin} at least 1")
-        x = self._start(initial_points, shape if shape is not None else dim, n_samples, device, generator)
-        kept, infos = [], []
+        shape = (dim,) if shape is None and dim is not None else shape
+        x = self._start(initial_points, shape, n_samples, device, generator)
+        kept: list[Tensor] = []
+        infos: list[Info] = []
         with torch.autocast(x.device.type, dtype=dtype, enabled=dtype not in (None, torch.float32)):
             x = self._burn_in(x, burn_in, generator)
             stretch, done = (thin if return_trajectory else n_steps - burn_in), burn_in
@@ -79,201 +75,215 @@ class Dynamics(ABC):
         return torch.stack(kept) if kept else x.new_empty(0, *self._state(x).shape)
 
     @abstractmethod
-    def _call(self, x: Tensor, num_steps: int, done: int, step_size: float | Tensor, generator: Generators):
-        """(states, info) `num_steps` steps on, after `done` of them."""
+    def _call(
+        self, x: Tensor, num_steps: int, done: int, step_size: float | Tensor, generator: Generators
+    ) -> tuple[Tensor, Info]:
+        """The states and info after `num_steps` more steps; `done` steps have been taken before."""
 
     def _burn_in(self, x: Tensor, num_steps: int, generator: Generators) -> Tensor:
         return self._call(x, num_steps, 0, self.step_size, generator)[0] if num_steps else x
 
     def _state(self, x: Tensor) -> Tensor:
-        """Of what moves, what is kept."""
+        """The part of the moving state `x` that is kept."""
         return x
 
-    def _start(self, points, shape, n_samples, device, generator) -> Tensor:
-        if (points is None) == (shape is None):
-            raise ValueError("say where chains start by initial_points, or by one of shape and dim")
-        if points is not None:
+    def _start(
+        self,
+        points: Tensor | None,
+        shape: Sequence[int] | None,
+        n_samples: int,
+        device: torch.device | str | None,
+        generator: Generators,
+    ) -> Tensor:
+        if points is not None and shape is None:
             return points.detach().to(device or points.device, torch.float32)
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        if points is not None or shape is None:
+            raise ValueError("say where chains start by initial_points, or by one of shape and dim")
         x = normal_(torch.empty(n_samples, *shape, device=device or self._device()), generator)
-        return x if self.settings["bounds"] is None else x.clamp_(*self.settings["bounds"])
+        return x if self.bounds is None else x.clamp_(*self.bounds)
 
     def _device(self) -> torch.device:
-        parameters = getattr(self.energy_function, "parameters", None)
-        first = next(iter(parameters()), None) if parameters else None
-        return torch.device("cpu") if first is None else first.device
+        """The device of the energy's parameters; the CPU for an energy that has none."""
+        parameters = self.energy_function.parameters() if isinstance(self.energy_function, torch.nn.Module) else ()
+        return next((parameter.device for parameter in parameters), torch.device("cpu"))
+
+    def _settings(self, step_size: float | Tensor, generator: Generators) -> dict[str, Any]:
+        """The arguments that all samplers take."""
+        return {"step_size": step_size, "bounds": self.bounds, "boundary": self.boundary, "generator": generator}
 
 
-class LangevinDynamics(Dynamics):
+class LangevinDynamics(Dynamics[ChainInfo]):
     """Samples p(x) ~ exp(-E(x) / T) by the unadjusted Langevin algorithm (`ebm.samplers.langevin`).
 
-    `noise_scale` and `temperature` are two ways to say one thing, T = noise_scale**2 / (2 * step_size); with neither,
+    `noise_scale` and `temperature` are two ways to say the same, T = noise_scale**2 / (2 * step_size); without either,
     T = 1 (exact noise).
     """
 
     def __init__(
         self,
-        energy_function: Callable[[Tensor], Tensor],
+        energy_function: Energy,
         step_size: float = 0.01,
         *,
         noise_scale: float | None = None,
         temperature: float | None = None,
         grad_clamp: float | None = None,
-        bounds: tuple[float, float] | None = None,
+        bounds: Bounds = None,
         boundary: str = "clamp",
     ):
-        super().__init__(energy_function, step_size, bounds, boundary, ("clamp", "reflect"))
+        _check_positive(step_size=step_size)
+        check_domain(bounds, boundary, BOUNDARIES_OF_LANGEVIN)
         if noise_scale is not None and temperature is not None:
             raise ValueError("give noise_scale or temperature, not both")
         if min(noise_scale or 0, temperature or 0) < 0:
             raise ValueError(f"noise_scale={noise_scale} and temperature={temperature} must be at least 0")
         if noise_scale is None:
-            noise_scale = (2 * step_size * (1.0 if temperature is None else temperature)) ** 0.5
-        self.noise_scale = noise_scale
-        self.settings["grad_clamp"] = grad_clamp
+            noise_scale = noise_scale_of(step_size, 1.0 if temperature is None else temperature)
+        self.energy_function, self.step_size, self.noise_scale = energy_function, step_size, noise_scale
+        self.grad_clamp, self.bounds, self.boundary, self.info = grad_clamp, bounds, boundary, None
 
     @property
     def temperature(self) -> float:
-        return self.noise_scale**2 / (2 * self.step_size)
+        """T of exp(-E / T), which these steps sample with this noise."""
+        return temperature_of(self.step_size, self.noise_scale)
 
-    def _call(self, x, num_steps, done, step_size, generator):
-        settings = self.settings | {"step_size": step_size, "noise_scale": self.noise_scale}
-        return langevin(self.energy_function, x, num_steps=num_steps, generator=generator, **settings)
+    def _call(
+        self, x: Tensor, num_steps: int, done: int, step_size: float | Tensor, generator: Generators
+    ) -> tuple[Tensor, ChainInfo]:
+        settings = self._settings(step_size, generator) | {"grad_clamp": self.grad_clamp}
+        return langevin(self.energy_function, x, num_steps=num_steps, noise_scale=self.noise_scale, **settings)
 
 
-class MetropolisAdjustedLangevin(Dynamics):
-    """Samples p(x) ~ exp(-E(x) / T) exactly by the Metropolis-adjusted Langevin algorithm (`ebm.samplers.mala`).
-
-    With `adapt`, the burn-in of `sample_chain` moves `step_size` towards `target_acceptance`; what comes after it is
-    sampled with the step size that it left. A stretch between two kept states costs one gradient more than its steps.
+@dataclass(eq=False, repr=False)
+class AdaptiveDynamics(Dynamics[AnyInfo]):
+    """What the samplers with a Metropolis test share. With `adapt`, the burn-in of `sample_chain` moves `step_size`
+    towards `target_acceptance`, and the steps after it keep the step size that it left. A stretch between two kept
+    states costs one gradient more than its steps.
     """
 
-    BLOCK = 5  # steps of burn-in between two adaptations
+    energy_function: Energy
+    step_size: float = 0.01
+    _: KW_ONLY
+    bounds: Bounds = None
+    boundary: str = "reject"
+    adapt: bool = True
+    target_acceptance: float = 0.574
+    info: AnyInfo | None = field(default=None, init=False)
 
-    def __init__(
-        self,
-        energy_function: Callable[[Tensor], Tensor],
-        step_size: float = 0.01,
-        *,
-        temperature: float = 1.0,
-        bounds: tuple[float, float] | None = None,
-        boundary: str = "reject",
-        adapt: bool = True,
-        target_acceptance: float = 0.574,
-    ):
-        super().__init__(energy_function, step_size, bounds, boundary, ("reject", "reflect"))
-        if temperature <= 0:
-            raise ValueError(f"temperature={temperature} must be above 0")
-        if not 0 < target_acceptance < 1:
-            raise ValueError(f"target_acceptance={target_acceptance} must be between 0 and 1")
-        self.temperature, self.adapt, self.target_acceptance = temperature, adapt, target_acceptance
+    def __post_init__(self) -> None:
+        _check_positive(step_size=self.step_size)
+        check_domain(self.bounds, self.boundary, BOUNDARIES)
+        if not 0 < self.target_acceptance < 1:
+            raise ValueError(f"target_acceptance={self.target_acceptance} must be between 0 and 1")
 
     @property
     def acceptance(self) -> float:
-        """Share of accepted proposals after burn-in, in the last `sample_chain`."""
+        """Mean acceptance probability after burn-in, in the last `sample_chain`; NaN before."""
         return float("nan") if self.info is None else self.info.acceptance.item()
 
-    def _call(self, x, num_steps, done, step_size, generator):
-        settings = self.settings | {"step_size": step_size, "temperature": self.temperature}
-        return mala(self.energy_function, x, num_steps=num_steps, generator=generator, **settings)
-
-    def _burn_in(self, x, num_steps, generator):
+    def _burn_in(self, x: Tensor, num_steps: int, generator: Generators) -> Tensor:
         if not (self.adapt and num_steps):
             return super()._burn_in(x, num_steps, generator)
-        step_size, tried = torch.tensor(self.step_size, device=x.device), []
-        for k, done in enumerate(range(0, num_steps, self.BLOCK), start=1):
-            x, info = self._call(x, min(self.BLOCK, num_steps - done), done, step_size, generator)
+        block = 5  # steps between two adaptations
+        step_size, tried = torch.full((), self.step_size, device=x.device), []
+        for k, done in enumerate(range(0, num_steps, block), start=1):
+            x, info = self._call(x, min(block, num_steps - done), done, step_size, generator)
             step_size = adapted(step_size, info.acceptance, self.target_acceptance, 3 / k**0.6)
             tried.append(step_size.log())
-        # Long steps to come near, and the mean of the last quarter against their noise (Polyak & Juditsky 1992).
+        # Large changes find the step size; the mean of the last quarter averages their noise (Polyak & Juditsky 1992).
         self.step_size = torch.stack(tried[len(tried) * 3 // 4 :]).mean().exp().item()
         return x
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
+class MetropolisAdjustedLangevin(AdaptiveDynamics[MetropolisInfo]):
+    """Samples p(x) ~ exp(-E(x) / T) exactly by the Metropolis-adjusted Langevin algorithm (`ebm.samplers.mala`)."""
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive(temperature=self.temperature)
+
+    def _call(
+        self, x: Tensor, num_steps: int, done: int, step_size: float | Tensor, generator: Generators
+    ) -> tuple[Tensor, MetropolisInfo]:
+        settings = self._settings(step_size, generator) | {"temperature": self.temperature}
+        return mala(self.energy_function, x, num_steps=num_steps, **settings)
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
 class HamiltonianMonteCarlo(MetropolisAdjustedLangevin):
-    """Samples p(x) ~ exp(-E(x) / T) exactly by Hamiltonian Monte Carlo (`ebm.samplers.hmc`).
+    """Samples p(x) ~ exp(-E(x) / T) exactly by Hamiltonian Monte Carlo (`ebm.samplers.hmc`); `step_size` is that of the
+    leapfrog."""
 
-    `step_size` is that of the leapfrog; it adapts as in `MetropolisAdjustedLangevin`.
-    """
+    step_size: float = field(default=0.1, kw_only=False)
+    num_leapfrog: int = 5
+    boundary: str = "reflect"
+    target_acceptance: float = 0.65
 
-    def __init__(
-        self,
-        energy_function: Callable[[Tensor], Tensor],
-        step_size: float = 0.1,
-        *,
-        num_leapfrog: int = 5,
-        temperature: float = 1.0,
-        bounds: tuple[float, float] | None = None,
-        boundary: str = "reflect",
-        adapt: bool = True,
-        target_acceptance: float = 0.65,
-    ):
-        super().__init__(
-            energy_function,
-            step_size,
-            temperature=temperature,
-            bounds=bounds,
-            boundary=boundary,
-            adapt=adapt,
-            target_acceptance=target_acceptance,
-        )
-        if num_leapfrog < 1:
-            raise ValueError(f"num_leapfrog={num_leapfrog} must be at least 1")
-        self.num_leapfrog = num_leapfrog
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_leapfrog < 1:
+            raise ValueError(f"num_leapfrog={self.num_leapfrog} must be at least 1")
 
-    def _call(self, x, num_steps, done, step_size, generator):
-        settings = self.settings | {"step_size": step_size, "temperature": self.temperature}
-        settings["num_leapfrog"] = self.num_leapfrog
-        return hmc(self.energy_function, x, num_steps=num_steps, generator=generator, **settings)
+    def _call(
+        self, x: Tensor, num_steps: int, done: int, step_size: float | Tensor, generator: Generators
+    ) -> tuple[Tensor, MetropolisInfo]:
+        settings = self._settings(step_size, generator) | {"temperature": self.temperature}
+        return hmc(self.energy_function, x, num_steps=num_steps, num_leapfrog=self.num_leapfrog, **settings)
 
 
-class ParallelTempering(MetropolisAdjustedLangevin):
+@dataclass(eq=False, repr=False, kw_only=True)
+class ParallelTempering(AdaptiveDynamics[TemperingInfo]):
     """Samples p(x) ~ exp(-E(x) / temperatures[0]) exactly by parallel tempering (`ebm.samplers.tempering`), where
-    single chains do not cross between modes. All replicas of a chain start at one point; the cold ones are kept.
-
-    `step_size` adapts as in `MetropolisAdjustedLangevin`, to the mean acceptance of all levels.
+    single chains do not cross between modes. All replicas of a chain start at one point; the states of the cold ones
+    are kept. `step_size` adapts to the mean acceptance of all levels.
     """
 
-    def __init__(
-        self,
-        energy_function: Callable[[Tensor], Tensor],
-        step_size: float = 0.01,
-        *,
-        temperatures: Sequence[float] = (1.0, 2.0, 4.0, 8.0),
-        swap_every: int = 1,
-        bounds: tuple[float, float] | None = None,
-        boundary: str = "reject",
-        adapt: bool = True,
-        target_acceptance: float = 0.574,
-    ):
-        if not temperatures or any(hot <= cold for cold, hot in pairwise(temperatures)):
-            raise ValueError(f"temperatures={temperatures} must be numbers that ascend")
-        super().__init__(
-            energy_function,
-            step_size,
-            temperature=temperatures[0],
-            bounds=bounds,
-            boundary=boundary,
-            adapt=adapt,
-            target_acceptance=target_acceptance,
-        )
-        if swap_every < 1:
-            raise ValueError(f"swap_every={swap_every} must be at least 1")
-        self.temperatures, self.swap_every = tuple(temperatures), swap_every
+    temperatures: Sequence[float] = (1.0, 2.0, 4.0, 8.0)
+    swap_every: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.temperatures or any(hot <= cold for cold, hot in pairwise(self.temperatures)):
+            raise ValueError(f"temperatures={self.temperatures} must be numbers that ascend")
+        _check_positive(temperature=self.temperature)
+        if self.swap_every < 1:
+            raise ValueError(f"swap_every={self.swap_every} must be at least 1")
+
+    @property
+    def temperature(self) -> float:
+        """T of the density that the kept states sample."""
+        return self.temperatures[0]
 
     @property
     def swap_acceptance(self) -> float:
-        """Share of accepted swaps after burn-in, in the last `sample_chain`."""
+        """Mean probability of a swap after burn-in, in the last `sample_chain`; NaN before."""
         return float("nan") if self.info is None else self.info.swap_acceptance.item()
 
-    def _call(self, x, num_steps, done, step_size, generator):
-        settings = self.settings | {"step_size": step_size, "temperatures": self.temperatures}
+    def _call(
+        self, x: Tensor, num_steps: int, done: int, step_size: float | Tensor, generator: Generators
+    ) -> tuple[Tensor, TemperingInfo]:
+        settings = self._settings(step_size, generator) | {"temperatures": self.temperatures}
         settings |= {"swap_every": self.swap_every, "steps_before": done}
-        return tempering(self.energy_function, x, num_steps=num_steps, generator=generator, **settings)
+        return tempering(self.energy_function, x, num_steps=num_steps, **settings)
 
-    def _state(self, x):
+    def _state(self, x: Tensor) -> Tensor:
         return x[:, 0].contiguous()
 
-    def _start(self, *where):
-        x = super()._start(*where)
+    def _start(
+        self,
+        points: Tensor | None,
+        shape: Sequence[int] | None,
+        n_samples: int,
+        device: torch.device | str | None,
+        generator: Generators,
+    ) -> Tensor:
+        x = super()._start(points, shape, n_samples, device, generator)
         return x.unsqueeze(1).expand(-1, len(self.temperatures), *x.shape[1:])
+
+
+def _check_positive(**values: float) -> None:
+    for name, value in values.items():
+        if value <= 0:
+            raise ValueError(f"{name}={value} must be above 0")

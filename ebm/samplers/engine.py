@@ -1,14 +1,21 @@
-"""The engine: samplers at the speed of the hardware, with the chains of the plain functions."""
+"""The engine runs samplers at the speed of the hardware and gives the chains of the plain functions."""
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from threading import Barrier
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ebm.samplers.base import mean_info
+from ebm.samplers.base import Energy, Info, mean_info
+
+log = logging.getLogger(__name__)
+
+Sampler = Callable[..., tuple[Tensor, Info]]
 
 
 class Engine:
@@ -16,32 +23,42 @@ class Engine:
 
     Chains are independent, so on the CPU each thread runs its own to the end: threads that share every layer of a small
     network meet dozens of times a step, and half of the time goes by in waking them. On CUDA a whole chain, K forwards,
-    gradients and updates, is captured once a (sampler, shape, settings) as a graph over static buffers and replayed by
-    one launch: at small batches thousands of single launches take longer than the network. What can't be captured
-    (an energy that reads device memory on the host, say) runs as it is, and that is said once. Noise comes from the
-    same generators in the same order in all cases. The energy must keep no state of its own between calls.
+    gradients and updates, is captured once for each (sampler, shape, settings) as a graph over static buffers and
+    replayed by one launch: at small batches thousands of single launches take longer than the network. A chain that
+    can't be captured (its energy reads device memory on the host, say) runs as it is, and the log says so once. In all
+    cases the noise comes from the same generators in the same order. The energy must keep no state between calls.
     """
 
     def __init__(self, energy: Callable[..., Tensor], *, capture: bool = True):
         self.energy, self.capture = energy, capture
-        self._graphs: dict[tuple, _Captured] = {}
+        self._graphs: dict[tuple[Any, ...], _Captured] = {}
 
-    def __call__(self, sampler: Callable, x: Tensor, *labels: Tensor, generator: Sequence[torch.Generator], **settings):
-        """`sampler(x -> energy(x, *labels), x, generator=generator, **settings)`: (states, what happened: a named tuple
-        of means over the batch)."""
+    def __call__(
+        self, sampler: Sampler[Info], x: Tensor, *labels: Tensor, generator: Sequence[torch.Generator], **settings: Any
+    ) -> tuple[Tensor, Info]:
+        """`sampler(x -> energy(x, *labels), x, generator=generator, **settings)`: the final states, and what happened
+        as a named tuple of means over the batch."""
         if x.is_cuda and self.capture:
             captured = self._captured(sampler, x, labels, generator, settings)
             if captured is not None:
-                return captured(x, labels, settings)
+                return captured(x, labels, generator, settings)
         threads = 1 if x.is_cuda else _threads(len(generator))
         if threads > 1:
             return self._in_threads(threads, sampler, x, labels, generator, settings)
         return sampler(_of_states(self.energy, labels), x, generator=generator, **settings)
 
-    def _in_threads(self, threads: int, sampler, x, labels, generator, settings):
-        share = len(generator) // threads  # streams a thread
+    def _in_threads(
+        self,
+        threads: int,
+        sampler: Sampler[Info],
+        x: Tensor,
+        labels: Sequence[Tensor],
+        generator: Sequence[torch.Generator],
+        settings: dict[str, Any],
+    ) -> tuple[Tensor, Info]:
+        share = len(generator) // threads  # streams of each thread
 
-        def chain(part: int):
+        def chain(part: int) -> tuple[Tensor, Info]:
             own = [y.chunk(threads)[part] for y in (x, *labels)]
             generators = generator[part * share : (part + 1) * share]
             return sampler(_of_states(self.energy, own[1:]), own[0], generator=generators, **settings)
@@ -49,26 +66,33 @@ class Engine:
         states, infos = zip(*_pool(threads).map(chain, range(threads)), strict=True)
         return torch.cat(states), mean_info(infos)
 
-    def _captured(self, sampler, x, labels, generator, settings) -> "_Captured | None":
-        """The graph of this call. Other settings (a step size that was cut) make a new one in place of the old; tensors
-        among them (a step size that adapts) are inputs of the graph."""
-        key = (sampler, x.shape, len(labels), tuple(map(id, generator)))
+    def _captured(
+        self,
+        sampler: Sampler[Info],
+        x: Tensor,
+        labels: Sequence[Tensor],
+        generator: Sequence[torch.Generator],
+        settings: dict[str, Any],
+    ) -> "_Captured | None":
+        """The graph of this call, or None if it can't be captured. Other settings (a step size that was cut) make a new
+        graph in place of the old one; tensors among them (a step size that adapts) are inputs of the graph."""
+        key = (sampler, x.shape, len(labels), len(generator))
         captured = self._graphs.get(key)
         if captured is None or captured.settings != _numbers(settings):
             self._graphs.pop(key, None)
             try:
-                captured = self._graphs[key] = _Captured(self.energy, sampler, x, labels, generator, settings)
-            except RuntimeError as error:
+                captured = self._graphs[key] = _Captured(self.energy, sampler, x, labels, len(generator), settings)
+            except _CaptureError as error:
                 self.capture = False
-                torch.cuda.synchronize(x.device)
-                reason = str(error).partition("\n")[0]
-                print(f"the chain can't be captured as a CUDA graph and runs step by step: {reason}", flush=True)
+                self._graphs.clear()
+                log.warning("the chain can't be captured as a CUDA graph and runs step by step: %s", error)
                 return None
         return captured
 
 
-def _of_states(energy: Callable[..., Tensor], labels: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-    """x -> energy(x, *labels), also for several replicas of each labelled chain, one after the other (`tempering`)."""
+def _of_states(energy: Callable[..., Tensor], labels: Sequence[Tensor]) -> Energy:
+    """x -> energy(x, *labels). Where there are several states for each label, one after the other, as the replicas of
+    `tempering` are, the labels are repeated."""
 
     def closed(x: Tensor) -> Tensor:
         each = (y.unsqueeze(1).expand(-1, len(x) // len(y), *y.shape[1:]).flatten(0, 1) for y in labels)
@@ -77,57 +101,128 @@ def _of_states(energy: Callable[..., Tensor], labels: Sequence[Tensor]) -> Calla
     return closed
 
 
-def _numbers(settings: dict) -> dict:
+def _numbers(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings without the tensors among them."""
     return {name: value for name, value in settings.items() if not isinstance(value, Tensor)}
 
 
 def _threads(streams: int) -> int:
-    """The largest number of threads, of those torch may use, that divides the streams."""
+    """The largest number of threads that torch may use and that divides the number of streams."""
     return max(n for n in range(1, min(torch.get_num_threads(), streams) + 1) if streams % n == 0)
 
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """`threads` threads that compute alone."""
+    """A pool of `threads` threads in each of which torch computes on one thread."""
     before = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, "chains", initializer=torch.set_num_threads, initargs=(1,))
     together = Barrier(threads)
-    list(pool.map(lambda _: together.wait(), range(threads)))  # all of them have started
-    torch.set_num_threads(before)  # the number for threads to come is the process's, not a thread's
+    list(pool.map(lambda _: together.wait(), range(threads)))  # returns once all threads have started
+    torch.set_num_threads(before)  # each initializer has set the number for the threads to come, in the whole process
     return pool
 
 
-class _Captured:
-    """One chain as a CUDA graph: static inputs, a replay, copies of the static outputs."""
+class _CaptureError(RuntimeError):
+    """A chain that can't be captured; the message is the reason."""
 
-    def __init__(self, energy, sampler, x, labels, generator, settings):
-        self.settings, self.generator = _numbers(settings), generator
+
+class _Captured:
+    """A chain as a CUDA graph with static inputs; a call copies inputs in, replays, and copies outputs out.
+
+    A capture that fails leaves every generator registered with its graph unusable in some releases of torch (2.11:
+    "Offset increment outside graph capture encountered unexpectedly"), and torch registers the device's default
+    generator with each. Therefore the graph has generators of its own, also in the place of the default one while it is
+    captured. A replay gives them the state of the caller's and hands the advanced state back, without device memory.
+    """
+
+    def __init__(
+        self,
+        energy: Callable[..., Tensor],
+        sampler: Callable[..., tuple[Tensor, Any]],
+        x: Tensor,
+        labels: Sequence[Tensor],
+        streams: int,
+        settings: dict[str, Any],
+    ):
+        self.settings = _numbers(settings)
         self.x, self.labels = x.clone(), tuple(y.clone() for y in labels)
         self.tensors = {name: value.clone() for name, value in settings.items() if isinstance(value, Tensor)}
+        self.default = torch.cuda.default_generators[x.device.index]
+        self.own = [
+            torch.Generator(x.device).manual_seed(0) for _ in range(streams + 1)
+        ]  # the last for the default one
         self.graph = torch.cuda.CUDAGraph()
 
-        def chain(generator):
-            return sampler(_of_states(energy, self.labels), self.x, generator=generator, **settings | self.tensors)
+        def chain() -> tuple[Tensor, Any]:
+            closed = _of_states(energy, self.labels)
+            return sampler(closed, self.x, generator=self.own[:-1], **settings | self.tensors)
 
-        # Libraries choose algorithms and allocate at their first calls, which can't be captured.
-        side = torch.cuda.Stream(x.device)
-        side.wait_stream(torch.cuda.current_stream())
+        side = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]  # torch does not annotate it
+        current = torch.cuda.current_stream(x.device)
+        side.wait_stream(current)
         with torch.cuda.stream(side):
-            for _ in range(2):
-                chain([torch.Generator(x.device).manual_seed(0) for _ in generator])
-        torch.cuda.current_stream().wait_stream(side)
-        for one in generator:
+            for _ in range(2):  # libraries choose algorithms and allocate at first calls, which can't be captured
+                chain()
+        current.wait_stream(side)
+        for one in self.own[:-1]:
             self.graph.register_generator_state(one)
-        # Other threads go on meanwhile: the one that writes checkpoints may copy from the device.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.out, self.info = chain(generator)
+        with _default_generator(self.default, self.own[-1]):
+            self.out, self.info = _capture(self.graph, chain, side)
 
-    def __call__(self, x: Tensor, labels: tuple[Tensor, ...], settings: dict):
+    def __call__(
+        self, x: Tensor, labels: Sequence[Tensor], generator: Sequence[torch.Generator], settings: dict[str, Any]
+    ) -> tuple[Tensor, Any]:
         self.x.copy_(x)
-        for own, given in zip(self.labels, labels, strict=True):
-            own.copy_(given)
-        for name, own in self.tensors.items():
-            own.copy_(settings[name])
+        for static, value in zip(self.labels, labels, strict=True):
+            static.copy_(value)
+        for name, static in self.tensors.items():
+            static.copy_(settings[name])
+        callers = (*generator, self.default)
+        for own, one in zip(self.own, callers, strict=True):
+            own.set_state(one.get_state())
         self.graph.replay()
+        for own, one in zip(self.own, callers, strict=True):
+            one.set_state(own.get_state())
         return self.out.clone(), type(self.info)(*(value.clone() for value in self.info))
+
+
+@contextmanager
+def _default_generator(default: torch.Generator, stand_in: torch.Generator) -> Iterator[None]:
+    """Inside, torch's default generator of the device draws from the state of `stand_in`; its own comes back after."""
+    state = default.graphsafe_get_state()
+    default.graphsafe_set_state(stand_in.graphsafe_get_state())
+    try:
+        yield
+    finally:
+        default.graphsafe_set_state(state)
+
+
+def _capture(graph: torch.cuda.CUDAGraph, chain: Callable[[], Any], stream: torch.cuda.Stream) -> Any:
+    """Captures `chain()` on `stream` and returns its outputs. Raises _CaptureError where it can't be captured, with the
+    current stream and the memory pools as they were before."""
+    pool = torch.cuda.graph_pool_handle()
+    # torch.cuda.graph does not go back to the caller's stream after a capture that fails; the outer context does.
+    # Thread-local, as other threads go on meanwhile: the one that writes checkpoints may copy from the device.
+    try:
+        with (
+            torch.cuda.stream(stream),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
+            return chain()
+    except RuntimeError as error:
+        cause = error
+        while isinstance(cause.__context__, RuntimeError):  # what ended the capture comes before what its end raised
+            cause = cause.__context__
+        _release(graph, pool, stream.device)
+        raise _CaptureError(str(cause).partition("\n")[0]) from error
+
+
+def _release(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], device: torch.device) -> None:
+    """Gives back the memory of a failed capture, and ends the allocator's state of a capture under way."""
+    torch.cuda.synchronize(device)
+    graph.reset()
+    try:
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+    except RuntimeError:
+        return  # this release of torch has done all of it, at the capture's end and in reset()
+    torch._C._cuda_releasePool(device.index, pool)

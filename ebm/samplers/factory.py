@@ -2,30 +2,37 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ebm.config import LangevinConfig, SamplerConfig
+from ebm.config.samplers import noise_scale_of
+from ebm.samplers.base import ChainInfo
 from ebm.samplers.engine import Engine
 from ebm.samplers.langevin import langevin
-from ebm.samplers.metropolis import hmc, mala
-from ebm.samplers.tempering import tempering
+from ebm.samplers.metropolis import MetropolisInfo, hmc, mala
+from ebm.samplers.tempering import TemperingInfo, tempering
 from ebm.streams import generator, start_
+
+Sampler = Callable[..., tuple[Tensor, ChainInfo | MetropolisInfo | TemperingInfo]]
 
 
 def sampler_of(
     config: SamplerConfig, num_steps: int | None = None, step_size: float | Tensor | None = None
-) -> tuple[Callable, dict]:
-    """The sampler that a config asks for and its keyword arguments, with another number of steps or step size where
-    given (a tensor on the device for those that adapt it).
+) -> tuple[Sampler, dict[str, Any]]:
+    """The sampler that a config asks for and its keyword arguments; its states have `chain_shape`.
 
-    Its states are (B, *shape), those of `tempering` (B, config.levels, *shape).
+    `num_steps` and `step_size` replace those of the config, at the same temperature: with `langevin` the noise and the
+    end of a schedule follow the step size (`LangevinConfig.scaled`). The samplers with a Metropolis test also take a
+    scalar tensor on the device, as adapted step sizes are.
     """
     if config.kind == "langevin":
+        assert not isinstance(step_size, Tensor), "Langevin's noise follows its step size, which must be a number"
         config = config if step_size is None else config.scaled(step_size / config.step_size)
         return langevin, settings_of(config, num_steps)
-    settings = {
+    settings: dict[str, Any] = {
         "num_steps": config.num_steps if num_steps is None else num_steps,
         "step_size": config.step_size if step_size is None else step_size,
         "bounds": config.bounds,
@@ -62,7 +69,8 @@ def sampler_in_use(config: SamplerConfig, adapted_step: float | None, scale: flo
 
 
 def schedule(kind: str, start: float, end: float | None, num_steps: int) -> list[float]:
-    """`num_steps` values from `start` to `end` (None: constant): "constant", "linear", "cosine" or "geometric"."""
+    """`num_steps` values from `start` to `end` by a "linear", "cosine" or "geometric" schedule; all of them `start` for
+    "constant" and "flow", and where `end` is None."""
     if kind in ("constant", "flow") or end is None or num_steps == 1:
         return [start] * num_steps
     fractions = [k / (num_steps - 1) for k in range(num_steps)]
@@ -74,24 +82,22 @@ def schedule(kind: str, start: float, end: float | None, num_steps: int) -> list
 
 
 def flow_temperature(time: float, start: float, maximum: float) -> float:
-    """Of a flow's chain: 0 before `start`, rising linearly to `maximum` at time 1, constant from there on (Balcerak et
-    al. 2025, eq. 10)."""
+    """The temperature of a flow's chain at `time`: 0 before `start`, then rising linearly to `maximum` at time 1, and
+    constant from there on (Balcerak et al. 2025, eq. 10)."""
     return maximum * min(max(0.0, time - start) / (1 - start), 1.0)
 
 
-def settings_of(config: LangevinConfig, num_steps: int | None = None) -> dict:
-    """The keyword arguments of `langevin` that a config asks for, with another number of steps where given."""
+def settings_of(config: LangevinConfig, num_steps: int | None = None) -> dict[str, Any]:
+    """The keyword arguments of `langevin` that a config asks for; `num_steps` replaces the config's."""
     num_steps = config.num_steps if num_steps is None else num_steps
     steps = schedule(config.schedule, config.step_size, config.step_size_end, num_steps)
     noises = schedule(config.schedule, config.noise, config.noise_scale_end, num_steps)
-    if config.schedule == "flow":
-        times = (k * config.step_size for k in range(num_steps))
-        noises = [
-            math.sqrt(2 * config.step_size * flow_temperature(t, config.flow_end, config.temperature)) for t in times
-        ]
-    elif config.temperature is not None and config.noise_scale_end is None:
+    if config.temperature is not None and config.noise_scale_end is None:
         temperatures = schedule(config.schedule, config.temperature, config.temperature_end, num_steps)
-        noises = [math.sqrt(2 * step * t) for step, t in zip(steps, temperatures, strict=True)]
+        if config.schedule == "flow":
+            times = (k * config.step_size for k in range(num_steps))
+            temperatures = [flow_temperature(t, config.flow_end, config.temperature) for t in times]
+        noises = [noise_scale_of(step, t) for step, t in zip(steps, temperatures, strict=True)]
     return {
         "num_steps": num_steps,
         "step_size": steps,
@@ -110,8 +116,8 @@ def advance(
     num_steps: int,
     generator: Sequence[torch.Generator],
 ) -> Tensor:
-    """States (B, *shape) after `num_steps` steps from `x` (B, *shape). In tempering all replicas of a chain start
-    there, and the cold ones come back."""
+    """States (B, *shape) after `num_steps` steps from `x` (B, *shape). With `tempering` all replicas of a chain start
+    at `x`, and the states of the cold ones are returned."""
     sampler, settings = sampler_of(config, num_steps)
     states, _ = engine(sampler, with_replicas(config, x), *labels, generator=generator, **settings)
     return cold_states(config, states)
@@ -130,11 +136,12 @@ def fresh_chains(
     labels: Tensor | None = None,
     block: int = 512,
 ) -> tuple[Tensor, Tensor | None]:
-    """`num` chains of `num_steps` steps from where `config.start` says: states (num, *shape) and labels (num,) or None.
+    """Runs `num` chains of `num_steps` steps from states drawn as `config.start` says. Returns the final states
+    (num, *shape), and their labels (num,) or None.
 
     Every 32 chains have generators of their own, so the first chains depend neither on `num` nor on `block`, the
-    number computed at a time. A conditional energy's chains have the given `labels` (num,), or run through the classes
-    in turn.
+    number of chains computed at a time. The chains of a conditional energy have the given `labels` (num,), or run
+    through the classes in turn.
     """
     states, labels = chains_of_lengths(
         energy, config, shape, num, (num_steps,), seed=seed, device=device, num_classes=num_classes, labels=labels,
@@ -162,7 +169,7 @@ def chains_of_lengths(
     Where a chain of many steps goes through the states of one of few (see `can_be_continued`), one chain gives all
     lengths, at the cost of the longest. `moved` hears the number of chain steps that were done since its last call.
     """
-    group, engine = 32, Engine(energy, capture=False)  # a graph pays off over many chains
+    group, engine = 32, Engine(energy, capture=False)  # capturing pays off over many calls
     groups, at_once, lengths = range(-(-num // group)), max(1, block // group), sorted(set(lengths))
     if num_classes:
         padding = torch.arange(len(groups) * group, device=device) % num_classes

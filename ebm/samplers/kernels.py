@@ -5,11 +5,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ebm.samplers.base import Bounds
+
 BLOCK = 1024
 
 
-@triton.jit
-def _kernel(
+@triton.jit  # type: ignore[untyped-decorator]  # triton does not annotate it
+def _kernel(  # type: ignore[no-untyped-def]  # triton takes annotations for types of its own language
     x_ptr,
     grad_ptr,
     z_ptr,
@@ -32,12 +34,12 @@ def _kernel(
     x = tl.load(x_ptr + at, inside) - step * grad
     if NOISE:
         x += noise * tl.load(z_ptr + at, inside)
-    if BOUNDARY == "reflect":
+    if BOUNDARY == "reflect":  # `ebm.samplers.base.reflected` again, which a kernel can't call
         width = high - low
         x -= low
         x -= 2 * width * tl.floor(x / (2 * width))
         x = width + low - tl.abs(x - width)
-    if BOUNDARY != "":  # a NaN stays one: the trainer quarantines the chain
+    if BOUNDARY != "":  # NaN stays NaN, so that the trainer notices the chain and resets it
         x = tl.clamp(x, low, high, propagate_nan=tl.PropagateNan.ALL)
     tl.store(x_ptr + at, x, inside)
 
@@ -49,10 +51,10 @@ def move_(
     step: float,
     noise: float,
     grad_clamp: float | None,
-    bounds: tuple[float, float] | None,
+    bounds: Bounds,
     boundary: str,
 ) -> None:
-    """`ebm.samplers.langevin.move_` in one pass over memory; `x` is dense, and `z` lies as it does."""
+    """`ebm.samplers.langevin.move_` in one pass over memory; `x` is dense, and `z` has its strides."""
     if grad.stride() != x.stride():
         grad = torch.empty_like(x).copy_(grad)
     low, high = bounds or (0.0, 0.0)

@@ -87,7 +87,7 @@ def test_tempering_finds_the_other_mode():
         (MetropolisAdjustedLangevin, {"step_size": 0}, "step_size=0 must be above 0"),
         (MetropolisAdjustedLangevin, {"temperature": 0}, "temperature=0 must be above 0"),
         (MetropolisAdjustedLangevin, {"boundary": "clamp"}, "boundary='clamp' must be 'reject' or 'reflect'"),
-        (MetropolisAdjustedLangevin, {"bounds": (1, -1)}, r"bounds=\(1, -1\) must be \(low, high\)"),
+        (MetropolisAdjustedLangevin, {"bounds": (1, -1)}, r"bounds \(1, -1\) must be \(low, high\)"),
         (HamiltonianMonteCarlo, {"num_leapfrog": 0}, "num_leapfrog=0 must be at least 1"),
         (HamiltonianMonteCarlo, {"target_acceptance": 1}, "target_acceptance=1 must be between 0 and 1"),
         (ParallelTempering, {"temperatures": (2.0, 1.0)}, r"temperatures=\(2.0, 1.0\) must be numbers that ascend"),

@@ -1,5 +1,6 @@
 """The engine gives the chains of the plain loop, whatever it does for speed."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -10,8 +11,10 @@ import torch
 from ebm.energies import ConvolutionalEnergyFunction, FoldedEnergy, ResNetEnergyFunction, chain_dtype
 from ebm.runtime.process import prepare_process
 from ebm.samplers import Engine, langevin
+from ebm.samplers.langevin import move_
 from ebm.streams import normal_
 
+langevin_module = importlib.import_module("ebm.samplers.langevin")  # the package's `langevin` is the function
 SETTINGS = {"num_steps": 20, "step_size": 2.0, "noise_scale": 0.01, "grad_clamp": 0.05, "bounds": (-1.0, 1.0)}
 
 
@@ -91,6 +94,25 @@ def test_fused_update_is_the_update():
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     result = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
     assert result.stdout == "equal\n", result.stderr
+
+
+def test_an_update_that_triton_cannot_build_is_done_without_it(caplog, monkeypatch):
+    """As without a C compiler, or here: triton finds no GPU to build for."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        monkeypatch.setenv("CC", "/nowhere/cc")
+        monkeypatch.setenv("TRITON_CACHE_DIR", "/nowhere/cache")
+    langevin_module._mover.cache_clear()
+    fused_or_not = langevin_module._mover("cuda")
+    grad, z = (torch.randn(4, 9, generator=generator) for generator in generators()[:2])
+    x = torch.zeros(4, 9)
+    for _ in range(3):
+        expected = x.clone()
+        move_(expected, grad, z, 0.7, 0.4, 0.3, (-1.0, 1.0), "clamp")
+        fused_or_not(x, grad, z, 0.7, 0.4, 0.3, (-1.0, 1.0), "clamp")
+        assert torch.equal(x, expected) and x.abs().max() > 0
+    langevin_module._mover.cache_clear()
+    assert len(caplog.records) == 1 and "the fused Langevin update can't be built" in caplog.text
 
 
 def test_bf16_chains_are_fp32_ones_where_a_cpu_only_emulates_it(monkeypatch):

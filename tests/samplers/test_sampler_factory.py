@@ -71,8 +71,7 @@ def test_the_kind_that_is_the_default_keeps_the_file_s_keys(tmp_path):
 def test_what_every_kind_tells(config):
     halved = config.scaled(0.5)
     assert halved.step_size == config.step_size / 2 and halved.kind == config.kind
-    temperature = config.noise**2 / (2 * config.step_size)
-    assert temperature == pytest.approx(0.05 if config.kind == "langevin" else config.temperature)
+    assert config.implied_temperature == pytest.approx({"langevin": 0.05, "hmc": 1.0}.get(config.kind, 0.5))
     assert config.levels == (3 if config.kind == "tempering" else 1)
     calls = []
 
@@ -113,6 +112,76 @@ def test_the_sampler_of_a_config():
     assert sampler_of(CONFIGS[3], 9) == (tempering, {"num_steps": 9, "step_size": 0.1} | more)
     annealed = LangevinConfig(step_size=1.0, schedule="linear", step_size_end=0.5)
     assert sampler_of(annealed, 3, step_size=2.0)[1]["step_size"] == [2.0, 1.5, 1.0]
+
+
+SCALED = {
+    "constant": LangevinConfig(step_size=0.4, noise_scale=0.3),
+    "temperature": LangevinConfig(step_size=0.4, temperature=0.7),
+    "linear": LangevinConfig(step_size=0.4, noise_scale=0.3, schedule="linear", step_size_end=0.1, noise_scale_end=0.2),
+    "cosine": LangevinConfig(step_size=0.4, noise_scale=0.3, schedule="cosine", step_size_end=0.1),
+    "geometric": LangevinConfig(step_size=0.4, noise_scale=0.3, schedule="geometric", noise_scale_end=0.01),
+    "cooled": LangevinConfig(step_size=0.4, temperature=2.0, temperature_end=0.5, schedule="linear"),
+    "cooled by noise": LangevinConfig(step_size=0.4, temperature=2.0, noise_scale_end=0.1, schedule="linear"),
+    "mala": MALAConfig(step_size=0.4, temperature=0.7),
+    "hmc": HMCConfig(step_size=0.4, temperature=0.7),
+    "tempering": TemperingConfig(step_size=0.4, temperatures=(0.7, 1.4)),
+}
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.3, 2.0])
+@pytest.mark.parametrize("name", SCALED)
+def test_scaled_steps_sample_at_the_same_temperatures(name, factor):
+    config, scaled = SCALED[name], SCALED[name].scaled(factor)
+    assert scaled.implied_temperature == pytest.approx(config.implied_temperature, rel=1e-12)
+    (_, before), (_, after) = sampler_of(config), sampler_of(scaled)
+    if config.kind != "langevin":
+        assert after == before | {"step_size": 0.4 * factor}
+        return
+    temperatures = [
+        [noise**2 / (2 * step) for step, noise in zip(each["step_size"], each["noise_scale"], strict=True)]
+        for each in (before, after)
+    ]
+    assert temperatures[1] == pytest.approx(temperatures[0], rel=1e-12)
+    assert after["step_size"] == pytest.approx([step * factor for step in before["step_size"]], rel=1e-12)
+    assert config.scaled(1.0) == config
+    _, given = sampler_of(config, step_size=0.4 * factor)  # goes the same way
+    for name in ("step_size", "noise_scale"):
+        assert given[name] == pytest.approx(after[name], rel=1e-12)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.1])
+def test_a_gaussian_s_chain_has_its_variance_at_scaled_steps(factor):
+    """Noise .3 at steps of .4 is T = .1125: the chain of E = x^2 / 2 has the variance T / (1 - step / 2)."""
+    config = LangevinConfig(step_size=0.4, noise_scale=0.3, grad_clamp=None, bounds=None).scaled(factor)
+    sampler, settings = sampler_of(config, num_steps=round(20 / factor))
+    x, _ = sampler(lambda x: x.square().sum(1) / 2, torch.zeros(20_000, 1), generator=seeded(), **settings)
+    expected = 0.1125 / (1 - 0.2 * factor)
+    assert x.var().item() == pytest.approx(expected, rel=4 * (2 / 20_000) ** 0.5)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5, 0.3, 0.1, 0.01, 1 / 3, 2.0])
+def test_a_scaled_flow_ends_at_the_same_time(factor):
+    config = LangevinConfig(num_steps=24, step_size=0.05, temperature=0.3, schedule="flow", flow_end=0.8)
+    scaled = config.scaled(factor)
+    end = scaled.num_steps * scaled.step_size
+    assert 1.2 - 1e-9 <= end < 1.2 + scaled.step_size - 1e-9
+    if factor in (0.5, 0.1, 0.01, 1 / 3, 2.0):
+        assert end == pytest.approx(1.2)
+    _, settings = sampler_of(scaled)
+    assert settings["num_steps"] == len(settings["noise_scale"]) == scaled.num_steps == scaled.evaluations
+    for k, noise in enumerate(settings["noise_scale"]):
+        temperature = 0.3 * min(max(0, k * scaled.step_size - 0.8) / 0.2, 1)
+        assert noise == pytest.approx((2 * scaled.step_size * temperature) ** 0.5, abs=1e-9)
+
+
+def test_an_adapted_step_size_replaces_the_config_s():
+    step = torch.tensor(0.025)
+    for config in CONFIGS[1:]:
+        _, settings = sampler_of(config.scaled(0.1), step_size=step)
+        assert settings["step_size"] is step
+        assert settings == sampler_of(config)[1] | {"step_size": step}
+    with pytest.raises(AssertionError, match="must be a number"):
+        sampler_of(CONFIGS[0], step_size=step)
 
 
 def test_langevin_annealed_in_temperature():

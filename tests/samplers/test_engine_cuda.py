@@ -1,0 +1,133 @@
+"""The engine on a GPU: a capture that fails leaves the process as it was; so does a missing C compiler."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_engine import SETTINGS, generators
+
+from ebm.samplers import Engine, langevin, mala
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def reads_the_device(x):
+    """E = |x|^2, times 1 or 2 by a value that is read on the host."""
+    return x.square().flatten(1).sum(1) * (2.0 if x.sum().item() > 0 else 1.0)
+
+
+def copies_from_the_host(x):
+    return x.square().flatten(1).sum(1) * torch.tensor([2.0], device=x.device)
+
+
+def plain(x):
+    return x.square().flatten(1).sum(1)
+
+
+def start(seed=0):
+    return torch.rand(32, 3, 8, 8, device="cuda", generator=torch.Generator("cuda").manual_seed(seed))
+
+
+@pytest.mark.parametrize("energy", [reads_the_device, copies_from_the_host])
+def test_a_capture_that_fails_leaves_all_as_it_was(energy, caplog):
+    torch.cuda.manual_seed(7)
+    expected_draws = torch.randn(5, device="cuda")
+    x, noise = start(), generators("cuda")
+    expected, _ = langevin(energy, x, generator=generators("cuda"), **SETTINGS)
+    following = [torch.randn(5, device="cuda", generator=advanced(one)) for one in generators("cuda")]
+
+    torch.cuda.manual_seed(7)
+    stream, engine = torch.cuda.current_stream(), Engine(energy)
+    out, _ = engine(langevin, x, generator=noise, **SETTINGS)
+    assert torch.allclose(out, expected, atol=1e-5)
+    assert len(caplog.records) == 1 and "can't be captured" in caplog.text and not engine.capture
+    assert torch.cuda.current_stream() == stream
+    assert torch.equal(torch.randn(5, device="cuda"), expected_draws)  # the default generator
+    for one, draws in zip(noise, following, strict=True):
+        assert torch.equal(torch.randn(5, device="cuda", generator=one), draws)
+    torch.cuda.synchronize()
+
+    # Memory: a failed capture keeps no pool. And another chain is captured after it.
+    del out, expected
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    assert not any(s["segment_pool_id"] != (0, 0) for s in torch.cuda.memory_snapshot()), before
+    other = Engine(plain)
+    for seed in range(2):
+        x = start(seed)
+        captured, _ = other(langevin, x, generator=generators("cuda"), **SETTINGS)
+        expected, _ = langevin(plain, x, generator=generators("cuda"), **SETTINGS)
+        assert torch.allclose(captured, expected, atol=1e-6)
+    assert other.capture and len(other._graphs) == 1
+
+
+def advanced(one):
+    """`one` after the draws of a chain of SETTINGS on a quarter of `start()`."""
+    for _ in range(SETTINGS["num_steps"]):
+        torch.empty(8 * 3 * 8 * 8, device="cuda").normal_(generator=one)
+    return one
+
+
+def test_replays_advance_the_callers_generators_and_take_any():
+    engine, x = Engine(plain), start()
+    noise = generators("cuda")
+    for one in noise:
+        one.manual_seed(5)
+    for call in range(3):  # the same generators go on; new ones begin anew; the graph is one
+        out, _ = engine(langevin, x, generator=noise, **SETTINGS)
+        again = [torch.Generator("cuda").manual_seed(5) for _ in noise]
+        for _ in range(call):
+            langevin(plain, x, generator=again, **SETTINGS)
+        expected, _ = langevin(plain, x, generator=again, **SETTINGS)
+        assert torch.allclose(out, expected, atol=1e-6)
+        fresh, _ = engine(langevin, x, generator=generators("cuda"), **SETTINGS)
+        plain_fresh, _ = langevin(plain, x, generator=generators("cuda"), **SETTINGS)
+        assert torch.allclose(fresh, plain_fresh, atol=1e-6)
+    assert len(engine._graphs) == 1
+
+
+def test_an_energy_that_draws_from_the_default_generator_draws_anew_at_each_replay():
+    def noisy(x):
+        return (x + 0.1 * torch.randn_like(x)).square().flatten(1).sum(1)
+
+    engine, x = Engine(noisy), start()
+    settings = {"num_steps": 2, "step_size": 0.01, "boundary": "reflect"}
+    outs = []
+    engine(mala, x, generator=generators("cuda"), **settings)
+    for _ in range(2):
+        torch.cuda.manual_seed(3)
+        outs += [engine(mala, x, generator=generators("cuda"), **settings)[0] for _ in range(2)]
+    assert engine.capture and not torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2]) and torch.equal(outs[1], outs[3])
+
+
+WITHOUT_A_COMPILER = """
+import logging
+import torch
+from ebm.samplers import Engine, langevin
+logging.basicConfig(format="%(message)s")
+x = torch.rand(8, 3, 8, 8, device="cuda")
+energy = lambda x: x.square().flatten(1).sum(1)
+engine = Engine(energy)
+for _ in range(2):
+    out, _ = engine(langevin, x, num_steps=5, step_size=0.1, noise_scale=0.0, grad_clamp=0.5, bounds=(-1.0, 1.0),
+                    generator=[torch.Generator("cuda")])
+expected = x.clone()
+for _ in range(5):
+    expected = (expected - 0.1 * (2 * expected).clamp(-0.5, 0.5)).clamp(-1, 1)
+assert torch.allclose(out, expected, atol=1e-6) and engine.capture
+torch.randn(3, device="cuda")
+print("done")
+"""
+
+
+def test_without_a_c_compiler_the_plain_update_stands_in(tmp_path):
+    pytest.importorskip("triton")
+    environment = os.environ | {"CC": "/nowhere/cc", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.getcwd()}
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_A_COMPILER], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.stdout == "done\n", result.stderr
+    assert result.stderr.count("the fused Langevin update can't be built") == 1
