@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ebm.config.samplers import noise_scale_of, temperature_of
-from ebm.samplers.base import Bounds, ChainInfo, Energy, Info, mean_info, check_domain
+from ebm.samplers.base import Bounds, ChainInfo, Energy, Info, check_domain, mean_info
 from ebm.samplers.langevin import BOUNDARIES as BOUNDARIES_OF_LANGEVIN
 from ebm.samplers.langevin import langevin
 from ebm.samplers.metropolis import BOUNDARIES, MetropolisInfo, adapted, hmc, mala
