@@ -1,14 +1,20 @@
 """The configuration: what is accepted, what is refused and in which words, what comes back from disk."""
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from runs import ROOT
 
 from ebm.config import Config, check_same_run, describe, fingerprint, flatten, load_config, to_yaml, validate
+from ebm.config.energies import NetworkConfig
 from ebm.errors import ConfigError
 
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -38,6 +44,14 @@ def test_shipped_configs_load(path):
     config = load_config(path)
     assert Path(config.run.dir).name == path.stem
     assert Config(**OmegaConf.to_container(OmegaConf.create(to_yaml(config)))) == config
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_configs_state_the_size_of_their_network(path):
+    """So that another default does not change what they compute."""
+    stated = yaml.safe_load(path.read_text())["energy"]
+    sizes = set(type(load_config(path).energy).model_fields) - set(NetworkConfig.model_fields)
+    assert sizes <= set(stated)
 
 
 def test_defaults_resolve(config_file):
@@ -149,6 +163,25 @@ def test_shipped_configs_have_names(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("data: {shards: d}\nrun: {dir: mine}\n")
         assert load_config(name).run.dir == "mine"
+
+
+def test_an_installed_package_has_the_shipped_configs(tmp_path):
+    """Laid out as in a wheel, with the configs inside of the package; from another folder."""
+    package = tmp_path / "installed" / "ebm"
+    for part in ("__init__.py", "errors.py", "config"):
+        (shutil.copytree if part == "config" else shutil.copy)(ROOT / "ebm" / part, _made(package) / part)
+    shutil.copytree(ROOT / "configs", package / "configs")
+    program = (
+        "from ebm.config import load_config; print(load_config('configs/mnist.yaml').run.dir, load_config().run.dir)"
+    )
+    shown = subprocess.run([sys.executable, "-c", program], cwd=_made(tmp_path / "elsewhere"), text=True,
+                           env=os.environ | {"PYTHONPATH": str(package.parent)}, capture_output=True)  # fmt: skip
+    assert shown.stdout.split() == ["runs/mnist", "runs/digits"], shown.stderr
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def test_temperature_and_noise_scale_replace_each_other(config_file):

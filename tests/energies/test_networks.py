@@ -1,55 +1,26 @@
-"""Energies: the contract, spectral norm against the singular values, the chain's folded copy against the module."""
+"""Networks: any size and number of channels, derivatives, classes, spectral norm against the singular values."""
 
-import sys
 from itertools import product
 
 import pytest
 import torch
-from torch import nn
-from torch.nn.utils import parametrizations, parametrize
+from small_networks import SMALL, images, reach_fixed_point, small
 
-from ebm.config import ConvConfig, ImportConfig, MLPConfig, ResNetConfig
-from ebm.config.energies import GaussianConfig, GraphConfig, HybridConfig, TransformerConfig, WideResNetConfig
+from ebm.config import ConvConfig, MLPConfig
+from ebm.config.energies import GaussianConfig, GraphConfig, HybridConfig
 from ebm.energies import (
     BaseEnergyFunction,
     ConvolutionalEnergyFunction,
-    FoldedEnergy,
     MLPEnergyFunction,
     PointGraphEnergyFunction,
     ResNetEnergyFunction,
     WideResNetEnergyFunction,
     build_energy,
-    mixture,
 )
 from ebm.energies.networks import NORMALISED
 from ebm.errors import ConfigError
 
-SMALL = {
-    "mlp": MLPConfig(hidden_dim=16),
-    "conv": ConvConfig(features=(4, 8, 8), hidden_dim=8),
-    "resnet": ResNetConfig(features=(4, 8, 8), blocks=1),
-    "wide_resnet": WideResNetConfig(depth=10, widen=1),
-    "transformer": TransformerConfig(dim=8, depth=2, num_heads=2),
-    "graph": GraphConfig(hidden_dim=8, num_layers=2),
-}
 IMAGES_ONLY = ("conv", "resnet", "wide_resnet", "transformer", "graph")
-
-
-def images(n, shape, seed=0):
-    return torch.rand(n, *shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-def small(kind, shape=(3, 8, 8), **changes):
-    return build_energy(SMALL[kind].model_copy(update=changes), shape, seed=0)
-
-
-def reach_fixed_point(energy, *inputs):
-    """Run the power iterations of a module in training mode until they stand still."""
-    energy.train()
-    with torch.no_grad():
-        for _ in range(200):
-            energy(*inputs)
-    return energy
 
 
 @pytest.mark.parametrize("kind", SMALL)
@@ -293,203 +264,3 @@ def test_kinds_that_do_not_go_with_the_shape(config, shape, words):
 def test_vectors(config):
     energy, x = build_energy(config, (6,), seed=0), images(3, (6,))
     assert energy(x).shape == (3,) and energy.gradient(x).shape == (3, 6)
-
-
-class AwkwardEnergy(BaseEnergyFunction):
-    """What users write: loose parameters and buffers, norms, tied weights, a shared layer, no EnergyHead."""
-
-    def __init__(self, width: int = 8, spectral: bool = True):
-        super().__init__()
-        self.register_buffer("centre", torch.linspace(-0.5, 0.5, 3).view(3, 1, 1))
-        self.register_buffer("nothing", None)
-        self.register_buffer("passing", torch.full((), 1.5), persistent=False)
-        self.weights = nn.Parameter(torch.linspace(0.5, 1.5, width))
-        self.first = nn.Conv2d(3, width, 3, padding=1)
-        self.group = nn.GroupNorm(2, width)
-        self.shared = nn.Linear(width, width, bias=False)
-        self.alias = self.shared
-        self.tied = nn.Linear(width, width)
-        self.tied.weight = self.shared.weight
-        self.layer = nn.LayerNorm(width)
-        self.last = nn.Linear(width, width)
-        if spectral:
-            parametrizations.spectral_norm(self.first)
-            parametrizations.weight_norm(self.last)
-
-    def forward(self, x):
-        h = self.group(self.first(x - self.centre)).mean((2, 3))
-        h = self.layer(self.alias(torch.tanh(self.shared(h))) + self.tied(h))
-        return self.passing * (self.last(h) * self.weights).square().sum(1)
-
-
-class BatchNormEnergy(BaseEnergyFunction):
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-
-    def forward(self, x):
-        return self.body(x).sum((1, 2, 3))
-
-
-class DropoutEnergy(BaseEnergyFunction):
-    def __init__(self, p: float = 0.1):
-        super().__init__()
-        self.drop = nn.Dropout2d(p)
-
-    def forward(self, x):
-        return self.drop(x).sum((1, 2, 3))
-
-
-@pytest.fixture
-def importable(monkeypatch):
-    """This file as a module that `energy.path` can name."""
-    monkeypatch.setitem(sys.modules, "user_energies", sys.modules[__name__])
-
-    def build(name, **settings):
-        return build_energy(ImportConfig(path=f"user_energies:{name}", settings=settings), (3, 8, 8), seed=1)
-
-    return build
-
-
-def test_a_users_energy(importable):
-    energy = importable("AwkwardEnergy", width=4, spectral=False)
-    assert isinstance(energy, AwkwardEnergy) and len(energy.weights) == 4
-    again = importable("AwkwardEnergy", width=4, spectral=False)
-    assert torch.equal(energy.first.weight, again.first.weight)
-    assert isinstance(importable("DropoutEnergy", p=0), DropoutEnergy)
-
-
-class ClassesEnergy(BaseEnergyFunction):
-    def forward(self, x, y):
-        return x.flatten(1).square().sum(1) * (1 + y)
-
-
-def test_a_users_classes(importable):
-    """`class_energies` and the folded copy's marginal, of a class that has `forward` alone."""
-    config = ImportConfig(path="user_energies:ClassesEnergy", num_classes=3)
-    energy, x = build_energy(config, (3, 8, 8), seed=0), images(4, (3, 8, 8)) / 10
-    squared = x.square().sum((1, 2, 3))
-    torch.testing.assert_close(energy.class_energies(x), squared[:, None] * torch.tensor([1, 2, 3]))
-    torch.testing.assert_close(
-        -torch.logsumexp(-FoldedEnergy(energy).refresh().class_energies(x), 1),
-        -(torch.arange(1, 4) * -squared[:, None]).exp().sum(1).log(),
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [("BatchNormEnergy", r"body\.1 is a BatchNorm2d.*GroupNorm"), ("DropoutEnergy", "drop is a Dropout2d.*random")],
-)
-def test_layers_that_mix_samples_or_roll_dice_are_refused(importable, name, words):
-    with pytest.raises(ConfigError, match=words):
-        importable(name)
-
-
-@pytest.mark.parametrize(
-    ("path", "settings", "words"),
-    [
-        ("no_such_module:Energy", {}, "No module named 'no_such_module'.*must be importable"),
-        ("user_energies:NoSuchEnergy", {}, "no attribute 'NoSuchEnergy'"),
-        ("user_energies:AwkwardEnergy", {"hidden": 4}, "unexpected keyword argument 'hidden'"),
-    ],
-)
-def test_import_errors_name_the_key(importable, path, settings, words):
-    with pytest.raises(ConfigError, match=rf"energy\.path='{path}'.*{words}"):
-        build_energy(ImportConfig(path=path, settings=settings), (3, 8, 8), seed=0)
-
-
-def folded_cases():
-    for kind, spectral in product(SMALL, (False, True)):
-        yield pytest.param(
-            lambda kind=kind, spectral=spectral: small(kind, spectral_norm=spectral), id=f"{kind}-{spectral}"
-        )
-    for spectral in (False, True):
-        yield pytest.param(lambda spectral=spectral: AwkwardEnergy(spectral=spectral), id=f"awkward-{spectral}")
-        network = SMALL["conv"].model_copy(update={"spectral_norm": spectral})
-        hybrid = HybridConfig(network=network, weight=0.7)
-        yield pytest.param(lambda hybrid=hybrid: build_energy(hybrid, (3, 8, 8), seed=0), id=f"hybrid-{spectral}")
-    yield pytest.param(lambda: build_energy(GaussianConfig(covariance="full"), (3, 8, 8), seed=0), id="gaussian")
-    yield pytest.param(lambda: 0.5 * small("conv") - small("mlp", confine=0.1), id="sum")
-    yield pytest.param(lambda: mixture([small("conv"), small("transformer")], [0.3, 0.7]), id="mixture")
-
-
-def values_and_gradient(energy, x):
-    x = x.clone().requires_grad_(True)
-    values = energy(x)
-    return values.detach(), torch.autograd.grad(values.sum(), x)[0]
-
-
-def assert_same_function(folded, energy, x, **tolerance):
-    """The module in evaluation mode, and its copy."""
-    training = energy.training
-    torch.testing.assert_close(
-        values_and_gradient(folded, x),
-        values_and_gradient(energy.eval(), x),
-        **(tolerance or {"rtol": 1e-5, "atol": 1e-6}),
-    )
-    energy.train(training)
-
-
-@pytest.mark.parametrize("make", list(folded_cases()))
-def test_folded_is_the_module_and_follows_it(make):
-    energy, x = make().train(), images(4, (3, 8, 8))
-    folded = FoldedEnergy(energy).refresh()
-    assert_same_function(folded, energy, x)
-    before = folded(x)
-    optimizer = torch.optim.SGD(energy.parameters(), lr=0.03)
-    energy(x).mean().backward()
-    optimizer.step()
-    for buffer in energy.buffers(recurse=False):
-        buffer.mul_(1.25)
-    assert torch.equal(folded(x), before)  # until it is told
-    assert_same_function(folded.refresh(), energy, x)
-    assert not torch.allclose(folded(x), before, rtol=1e-4)
-    assert energy.training and all(module.training for module in energy.modules())
-
-
-@pytest.mark.parametrize("make", list(folded_cases()))
-def test_folded_is_frozen_plain_and_separate(make):
-    energy, x = make().train(), images(4, (3, 8, 8))
-    state = {name: tensor.clone() for name, tensor in energy.state_dict().items()}
-    folded = FoldedEnergy(energy).refresh()
-    values_and_gradient(folded, x)
-    assert all(torch.equal(tensor, state[name]) for name, tensor in energy.state_dict().items())  # _u and _v as well
-    assert not any(parametrize.is_parametrized(module) for module in folded.module.modules())
-    assert not any(tensor.requires_grad for tensor in folded.module.parameters())
-    assert not any(module.training for module in folded.module.modules())
-    own, theirs = ({t.data_ptr() for t in m.state_dict().values()} for m in (folded.module, energy))
-    assert not own & theirs
-    assert all(parameter.requires_grad for parameter in energy.parameters())
-
-
-def test_folded_weights_have_spectral_norm_one():
-    x = images(2, (3, 8, 8))
-    energy = reach_fixed_point(small("resnet"), x)
-    folded = FoldedEnergy(energy).refresh()
-    for layer in folded.module.modules():
-        if isinstance(layer, NORMALISED):
-            assert torch.linalg.svdvals(layer.weight.flatten(1))[0].item() == pytest.approx(1, abs=0.02)
-
-
-def test_folded_labels():
-    energy, x, y = small("conv", num_classes=3).eval(), images(3, (3, 8, 8)), torch.tensor([2, 0, 1])
-    folded = FoldedEnergy(energy).refresh()
-    assert torch.allclose(folded(x, y), energy(x, y), atol=1e-6)
-    assert torch.allclose(-torch.logsumexp(-folded.class_energies(x), 1), energy(x), atol=1e-6)
-    assert torch.allclose(folded.class_energies(x), energy.class_energies(x), atol=1e-6)
-
-
-@pytest.mark.parametrize("make", list(folded_cases()))
-def test_folded_in_bfloat16(make):
-    energy, x = make().eval(), images(8, (3, 8, 8))
-    folded = FoldedEnergy(energy, torch.bfloat16).refresh()
-    (values, gradient), (exact, exact_gradient) = values_and_gradient(folded, x), values_and_gradient(energy, x)
-    assert values.dtype == gradient.dtype == torch.float32
-    assert (values - exact).abs().max() < 0.03 * (1 + exact.abs().max())
-    cosine = torch.cosine_similarity(gradient.flatten(1), exact_gradient.flatten(1))
-    assert cosine.min() > 0.99
-    for layer in folded.module.modules():
-        if isinstance(layer, nn.Conv2d):
-            assert layer.weight.dtype == torch.bfloat16
-    if hasattr(folded.module, "head"):
-        assert all(tensor.dtype == torch.float32 for tensor in folded.module.head.parameters())
