@@ -1,31 +1,31 @@
-"""loss.*: a section a kind of objective."""
+"""loss.*: one section for each kind of objective."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from ebm.config.section import Section, kind_by_default
 
+Negatives = Literal["persistent", "data", "noise", "recovery"]  # where the chains of a step start
+
 
 class ObjectiveConfig(Section):
-    of_scores: ClassVar[bool] = False  # may differentiate dE/dx alone, to which a bias of the head is nothing
+    # Whether the loss may differentiate dE/dx alone, which does not depend on a bias of the head.
+    of_scores: ClassVar[bool] = False
     l2: float = Field(0.0, ge=0, description="weight of E(x_pos)^2 + E(x_neg)^2 (Du & Mordatch 2019)")
     gradient_penalty: float = Field(
         0.0, ge=0, description="weight of |dE/dx|^2 / 2 on data (R1, Mescheder et al. 2018)"
     )
 
-    def negatives_at(self, step: int) -> str | None:
-        """Where the chains of a step start (`negatives`); None where the step needs none."""
-        return self.negatives
-
     @property
     def conditional_chains(self) -> bool:
-        """Whether the chains of a conditional energy have a label each."""
+        """Whether each chain of a conditional energy has a label."""
         return True
 
 
-class ContrastiveConfig(ObjectiveConfig):
-    kind: Literal["contrastive"] = "contrastive"
+class ContrastiveFamily(ObjectiveConfig):
+    """What contrastive divergence, its improved form and JEM share."""
+
     negatives: Literal["persistent", "data", "noise"] = Field(
         "persistent",
         description="where chains start: the replay buffer (Tieleman 2008), data (CD-k, Hinton 2002), "
@@ -36,8 +36,18 @@ class ContrastiveConfig(ObjectiveConfig):
         "data", description="interpolates: between data and chains (Gulrajani et al. 2017)"
     )
 
+    def negatives_at(self, step: int) -> Negatives | None:
+        """Where the chains of a step start; None where the step needs no chains."""
+        return self.negatives
 
-class ImprovedContrastiveConfig(ContrastiveConfig):
+
+class ContrastiveConfig(ContrastiveFamily):
+    """Contrastive divergence (Hinton 2002)."""
+
+    kind: Literal["contrastive"] = "contrastive"
+
+
+class ImprovedContrastiveConfig(ContrastiveFamily):
     """Contrastive divergence with the gradient through the chain's end (Du et al. 2021)."""
 
     kind: Literal["improved_contrastive"] = "improved_contrastive"
@@ -48,7 +58,7 @@ class ImprovedContrastiveConfig(ContrastiveConfig):
     )
 
 
-class JEMConfig(ContrastiveConfig):
+class JEMConfig(ContrastiveFamily):
     """A classifier as an energy-based model (Grathwohl et al. 2020); energy.num_classes must be set."""
 
     kind: Literal["jem"] = "jem"
@@ -57,7 +67,7 @@ class JEMConfig(ContrastiveConfig):
 
     @property
     def conditional_chains(self) -> bool:
-        """Whether the chains have a label each."""
+        """Whether each chain has a label."""
         return self.joint
 
 
@@ -65,8 +75,12 @@ class RecoveryConfig(ObjectiveConfig):
     """Recovery likelihood (Gao et al. 2021); needs chains at temperature 1."""
 
     kind: Literal["recovery"] = "recovery"
-    negatives: ClassVar[str] = "recovery"  # at a noisy copy of the data, tied to it
+    negatives: ClassVar[Negatives] = "recovery"  # at a noisy copy of the data, to which they are tied
     sigma: float = Field(0.3, gt=0, description="noise of the copy that each chain starts from and is tied to")
+
+    def negatives_at(self, step: int) -> Negatives | None:
+        """Where the chains of a step start."""
+        return self.negatives
 
 
 class EnergyMatchingConfig(ObjectiveConfig):
@@ -75,19 +89,24 @@ class EnergyMatchingConfig(ObjectiveConfig):
 
     kind: Literal["energy_matching"] = "energy_matching"
     of_scores: ClassVar[bool] = True
-    negatives: ClassVar[str] = "noise"
+    negatives: ClassVar[Negatives] = "noise"
     warmup_steps: int = Field(10_000, ge=0, description="steps of the flow alone, before chains are run")
     flow_weight: float = Field(1.0, ge=0, description="weight of the flow's loss, a mean over components")
     contrastive_weight: float = Field(1e-3, ge=0, description="weight of E(x_pos) - E(x_neg)")
     floor: float | None = Field(0.02, gt=0, description="the weighted contrast counts down to minus this; null: no end")
     trim: float = Field(0.1, ge=0, lt=1, description="share of a stream's chains of highest energy that is left out")
 
-    def negatives_at(self, step: int) -> str | None:
+    def negatives_at(self, step: int) -> Negatives | None:
+        """Where the chains of a step start; None during the warm-up."""
         return None if step <= self.warmup_steps else self.negatives
 
 
 class WithoutChains(ObjectiveConfig):
     negatives: ClassVar[None] = None
+
+    def negatives_at(self, step: int) -> Negatives | None:
+        """None: no step needs chains."""
+        return None
 
 
 class ScoreMatchingConfig(WithoutChains):
@@ -95,8 +114,8 @@ class ScoreMatchingConfig(WithoutChains):
     of_scores: ClassVar[bool] = True
     method: Literal["exact", "hutchinson", "sliced"] = Field(
         "hutchinson",
-        description="trace of the Hessian: a backward a component (Hyvarinen 2005), estimated (Hutchinson 1990), or "
-        "sliced score matching (Song et al. 2019)",
+        description="trace of the Hessian: exact, a backward a component (Hyvarinen 2005), or estimated (Hutchinson "
+        "1990); or sliced score matching (Song et al. 2019)",
     )
     num_projections: int = Field(1, ge=1, description="random directions a datum (hutchinson, sliced)")
     variance_reduction: bool = Field(True, description="sliced: |score|^2 in place of its projections")
@@ -108,26 +127,27 @@ class DenoisingConfig(WithoutChains):
 
     kind: Literal["denoising"] = "denoising"
     of_scores: ClassVar[bool] = True
-    sigma: float = Field(0.1, gt=0, description="noise on data; with several levels, the largest")
-    sigma_min: float | None = Field(None, gt=0, description="the smallest of several levels, spaced geometrically")
-    num_sigmas: int = Field(1, ge=1, description="noise levels")
+    sigma: float = Field(0.1, gt=0, description="standard deviation of the noise on data")
+    temperature: float = Field(1.0, gt=0, description="T of p ~ exp(-E / T); give the sampler the same")
+
+
+class MultilevelDenoisingConfig(WithoutChains):
+    """Denoising at many levels of noise with one target variance (Li, Chen & Sommer 2019); set data.noise_std=0."""
+
+    kind: Literal["multilevel_denoising"] = "multilevel_denoising"
+    of_scores: ClassVar[bool] = True
+    sigma: float = Field(0.1, gt=0, description="the noise by which the learned density is smoothed near the data")
+    sigma_min: float = Field(0.05, gt=0, description="the smallest level of noise on data")
+    sigma_max: float = Field(1.2, gt=0, description="the largest level; between them they are spread in the logarithm")
     temperature: float = Field(1.0, gt=0, description="T of p ~ exp(-E / T); give the sampler the same")
 
     @model_validator(mode="after")
-    def _levels(self):
-        if (self.num_sigmas > 1) != (self.sigma_min is not None):
-            raise ValueError("sigma_min and num_sigmas of 2 or more go together: give both, or neither")
-        if self.sigma_min is not None and not self.sigma_min < self.sigma:
-            raise ValueError(f"sigma_min={self.sigma_min} must be below sigma={self.sigma}")
+    def _levels(self) -> Self:
+        if not self.sigma_min <= self.sigma <= self.sigma_max:
+            raise ValueError(
+                f"sigma={self.sigma} must lie between sigma_min={self.sigma_min} and sigma_max={self.sigma_max}"
+            )
         return self
-
-    @property
-    def sigmas(self) -> tuple[float, ...]:
-        """All levels, descending."""
-        if self.sigma_min is None:
-            return (self.sigma,)
-        factor = (self.sigma_min / self.sigma) ** (1 / (self.num_sigmas - 1))
-        return tuple(self.sigma * factor**k for k in range(self.num_sigmas))
 
 
 class NoiseContrastiveConfig(WithoutChains):
@@ -135,14 +155,16 @@ class NoiseContrastiveConfig(WithoutChains):
 
     kind: Literal["noise_contrastive"] = "noise_contrastive"
     temperature: ClassVar[float] = 1.0
-    noise: Literal["gaussian", "uniform"] = Field("gaussian", description="what data is told from")
+    noise: Literal["gaussian", "uniform"] = Field(
+        "gaussian", description="the density of the noise that data is told from"
+    )
     noise_mean: float = Field(0.0, description="gaussian: mean of every component")
     noise_std: float = Field(1.0, gt=0, description="gaussian: standard deviation of every component")
     noise_bounds: tuple[float, float] = Field((-1.0, 1.0), description="uniform: interval of every component")
     ratio: int = Field(1, ge=1, description="draws of noise a datum")
 
     @model_validator(mode="after")
-    def _bounds(self):
+    def _bounds(self) -> Self:
         if not self.noise_bounds[0] < self.noise_bounds[1]:
             raise ValueError(f"noise_bounds {self.noise_bounds} must be (low, high) with low < high")
         return self
@@ -164,6 +186,7 @@ LossConfig = Annotated[
         | ImprovedContrastiveConfig
         | ScoreMatchingConfig
         | DenoisingConfig
+        | MultilevelDenoisingConfig
         | NoiseContrastiveConfig
         | EnergyDiscrepancyConfig
         | RecoveryConfig

@@ -1,4 +1,4 @@
-"""Losses: functions of an energy and tensors; and the function that a config asks for."""
+"""Losses: functions of an energy and tensors, and the loss that a config asks for."""
 
 from ebm.losses.contrastive import (
     contrastive_divergence,
@@ -16,6 +16,7 @@ from ebm.losses.output import LossOutput, energy_l2, gradient_penalty, interpola
 from ebm.losses.score_matching import (
     denoising_score_matching,
     implicit_score_matching,
+    multilevel_denoising,
     refuse_piecewise_linear,
     sliced_score_matching,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "joint_energy",
     "loss_of",
     "marginal",
+    "multilevel_denoising",
     "noise_contrastive",
     "noisy",
     "recovery_likelihood",

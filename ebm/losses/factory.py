@@ -1,7 +1,10 @@
-"""From `config.loss` to a loss."""
+"""Makes the loss that a config asks for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
+
+from torch import Tensor
 
 from ebm.config import losses as kinds
 from ebm.losses.contrastive import (
@@ -14,27 +17,44 @@ from ebm.losses.contrastive import (
 from ebm.losses.flow_matching import energy_matching
 from ebm.losses.noise_contrastive import GaussianNoise, UniformNoise, energy_discrepancy, noise_contrastive
 from ebm.losses.output import LossOutput, gradient_penalty, interpolate
-from ebm.losses.score_matching import denoising_score_matching, implicit_score_matching, sliced_score_matching
+from ebm.losses.score_matching import (
+    denoising_score_matching,
+    implicit_score_matching,
+    multilevel_denoising,
+    sliced_score_matching,
+)
+from ebm.streams import Generators
 
 
-def loss_of(config) -> Callable[..., LossOutput]:
+def loss_of(config: kinds.LossConfig) -> Callable[..., LossOutput]:
     """The function of a section `LossConfig`: loss(energy, x_pos, x_neg, *, step, y_pos, y_neg, generator, chain).
 
-    `x_neg`: chains that began as `config.negatives_at(step)` says; None where it says None. `chain`: the settings
-    they ran with (`ebm.samplers.settings_of`), which improved contrastive divergence goes on with.
+    `x_neg` are chains that started where `config.negatives_at(step)` says; None where it says None. `chain` has the
+    settings they ran with (`ebm.samplers.settings_of`), with which improved contrastive divergence continues them.
     """
-    objective = _objective(config)
-    at_interpolates = isinstance(config, kinds.ContrastiveConfig) and config.gradient_penalty_at == "interpolates"
+    objective = objective_of(config)
+    at_interpolates = isinstance(config, kinds.ContrastiveFamily) and config.gradient_penalty_at == "interpolates"
 
-    def loss(energy, x_pos, x_neg=None, *, step, y_pos=None, y_neg=None, generator=None, chain=None) -> LossOutput:
+    def loss(
+        energy: Any,
+        x_pos: Tensor,
+        x_neg: Tensor | None = None,
+        *,
+        step: int,
+        y_pos: Tensor | None = None,
+        y_neg: Tensor | None = None,
+        generator: Generators = None,
+        chain: Mapping[str, Any] | None = None,
+    ) -> LossOutput:
         x_neg = x_neg if config.negatives_at(step) else None
         settings = {"l2": config.l2, "y_pos": y_pos, "y_neg": y_neg, "generator": generator}
-        if config.kind == "improved_contrastive":
+        if isinstance(config, kinds.ImprovedContrastiveConfig):
+            assert chain is not None
             settings |= _last_step(chain)
         plain = objective(energy, x_pos, x_neg, **settings)
         if not config.gradient_penalty:
             return plain
-        x = interpolate(x_pos, x_neg, generator) if at_interpolates else x_pos
+        x = interpolate(x_pos, x_neg, generator) if at_interpolates and x_neg is not None else x_pos
         of_x, y = (marginal(energy), None) if config.kind == "jem" else (energy, y_pos)
         penalty = gradient_penalty(of_x, x, y)
         terms = plain.terms | {"penalty": penalty.detach().float()}
@@ -43,40 +63,47 @@ def loss_of(config) -> Callable[..., LossOutput]:
     return loss
 
 
-def _objective(config) -> Callable[..., LossOutput]:
-    """The loss of `config` with the settings that are its own."""
+def objective_of(config: kinds.LossConfig) -> Callable[..., LossOutput]:
+    """The loss function of `config`, with the settings that only this kind has."""
     match config:
-        case kinds.ImprovedContrastiveConfig():
-            function, names = improved_contrastive_divergence, ("kl_steps", "kl_weight", "entropy_weight")
-        case kinds.JEMConfig():
-            function, names = joint_energy, ("joint", "contrastive_weight")
         case kinds.ContrastiveConfig():
-            function, names = contrastive_divergence, ()
+            return contrastive_divergence
+        case kinds.ImprovedContrastiveConfig():
+            return _with(improved_contrastive_divergence, config, "kl_steps", "kl_weight", "entropy_weight")
+        case kinds.JEMConfig():
+            return _with(joint_energy, config, "joint", "contrastive_weight")
         case kinds.RecoveryConfig():
-            function, names = recovery_likelihood, ()
+            return recovery_likelihood
         case kinds.EnergyMatchingConfig():
-            function, names = energy_matching, ("flow_weight", "contrastive_weight", "floor", "trim")
+            return _with(energy_matching, config, "flow_weight", "contrastive_weight", "floor", "trim")
         case kinds.ScoreMatchingConfig(method="sliced"):
-            function, names = sliced_score_matching, ("num_projections", "variance_reduction", "temperature")
+            names = ("num_projections", "variance_reduction", "temperature")
+            return _with(sliced_score_matching, config, *names)
         case kinds.ScoreMatchingConfig():
             function = partial(implicit_score_matching, trace=config.method)
-            names = ("num_projections", "temperature")
+            return _with(function, config, "num_projections", "temperature")
         case kinds.DenoisingConfig():
-            function, names = denoising_score_matching, ("sigmas", "temperature")
+            return _with(denoising_score_matching, config, "sigma", "temperature")
+        case kinds.MultilevelDenoisingConfig():
+            return _with(multilevel_denoising, config, "sigma", "sigma_min", "sigma_max", "temperature")
         case kinds.NoiseContrastiveConfig():
-            function, names = partial(noise_contrastive, noise=_noise(config)), ("ratio",)
+            return _with(partial(noise_contrastive, noise=_noise(config)), config, "ratio")
         case kinds.EnergyDiscrepancyConfig():
-            function, names = energy_discrepancy, ("time", "num_samples", "stabiliser")
+            return _with(energy_discrepancy, config, "time", "num_samples", "stabiliser")
+
+
+def _with(function: Callable[..., LossOutput], config: kinds.ObjectiveConfig, *names: str) -> Callable[..., LossOutput]:
+    """`function` with the values that `config` has under `names`."""
     return partial(function, **{name: getattr(config, name) for name in names})
 
 
-def _noise(config) -> GaussianNoise | UniformNoise:
+def _noise(config: kinds.NoiseContrastiveConfig) -> GaussianNoise | UniformNoise:
     if config.noise == "uniform":
         return UniformNoise(*config.noise_bounds)
     return GaussianNoise(config.noise_mean, config.noise_std)
 
 
-def _last_step(chain: dict) -> dict:
+def _last_step(chain: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a chain's last step."""
     last = {name: chain[name] for name in ("grad_clamp", "bounds", "boundary")}
     return last | {name: chain[name][-1] for name in ("step_size", "noise_scale")}

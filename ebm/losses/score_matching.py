@@ -1,11 +1,22 @@
-"""Score matching: implicit, sliced and denoising; no samples of the model and no normaliser."""
+"""Score matching: implicit, sliced, denoising and multi-level denoising. None needs samples of the model or its
+normaliser."""
 
-from collections.abc import Sequence
+import math
 
 import torch
 from torch import Tensor, nn
 
-from ebm.losses.output import Energy, LossOutput, energy_and_gradient, energy_l2, output
+from ebm.losses.output import (
+    Energy,
+    LossOutput,
+    energy_and_gradient,
+    energy_l2,
+    gradient_of,
+    num_parts,
+    output,
+    per_state,
+    squared_norm,
+)
 from ebm.streams import Generators, normal_, uniform_
 
 PIECEWISE_LINEAR = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.Threshold)
@@ -26,11 +37,11 @@ def implicit_score_matching(
 ) -> LossOutput:
     """mean |s|**2 / 2 + tr(ds/dx), with the score s = -dE/dx / temperature (Hyvarinen 2005, eq. 4).
 
-    Consistent for densities on all of R^n; data must not be discrete: dequantise. `trace="exact"` takes a backward a
-    component of x. "hutchinson" estimates it by v' (ds/dx) v with `num_projections` draws of v = +-1 (Hutchinson
-    1990), a backward each. `x_neg`, `y_neg` are not used.
+    The loss is consistent for densities on all of R^n. Discrete data must be dequantised. `trace="exact"` runs one
+    backward for each component of x; "hutchinson" estimates the trace by v' (ds/dx) v with `num_projections` draws of
+    v = +-1 (Hutchinson 1990), one backward for each. `x_neg` and `y_neg` are not used.
 
-    Raises ValueError for a piecewise linear energy (`refuse_piecewise_linear`), or another `trace`.
+    Raises ValueError for a piecewise linear energy (`refuse_piecewise_linear`), and for another `trace`.
     """
     refuse_piecewise_linear(energy)
     x, e_pos, score = _score(energy, x_pos, y_pos, temperature)
@@ -41,7 +52,7 @@ def implicit_score_matching(
         divergence = torch.stack([_curvature(score, x, v) for v in signs.unbind(1)]).mean(0)
     else:
         raise ValueError(f"trace={trace!r} must be 'exact' or 'hutchinson'")
-    return _output(e_pos, score.square().flatten(1).sum(1), divergence, l2)
+    return _output(e_pos, squared_norm(score), divergence, l2)
 
 
 def sliced_score_matching(
@@ -59,23 +70,23 @@ def sliced_score_matching(
 ) -> LossOutput:
     """mean (v's)**2 / 2 + v' (ds/dx) v over v ~ N(0, I), with the score s = -dE/dx / temperature.
 
-    Sliced score matching (Song et al. 2019, eq. 7); with variance reduction (v's)**2 is replaced by its mean, |s|**2
-    (eq. 8). Consistent as `implicit_score_matching`, and refuses the same energies.
+    This is sliced score matching (Song et al. 2019, eq. 7). Variance reduction replaces (v's)**2 by its mean, |s|**2
+    (eq. 8). The loss is consistent where `implicit_score_matching` is, and refuses the same energies.
     """
     refuse_piecewise_linear(energy)
     x, e_pos, score = _score(energy, x_pos, y_pos, temperature)
     directions = normal_(_repeated(x, num_projections), generator)
     divergence = torch.stack([_curvature(score, x, v) for v in directions.unbind(1)]).mean(0)
     if variance_reduction:
-        squared = score.square().flatten(1).sum(1)
+        squared = squared_norm(score)
     else:
         squared = (directions * score[:, None]).flatten(2).sum(2).square().mean(1)
     return _output(e_pos, squared, divergence, l2)
 
 
 def refuse_piecewise_linear(energy: Energy) -> None:
-    """ValueError where `energy` holds a layer such as ReLU: its second derivative is 0 wherever it exists, so the
-    trace vanishes and the loss is least for a constant. Functions called in `forward` can't be seen."""
+    """Raises ValueError if `energy` holds a layer such as ReLU, whose second derivative is 0 wherever it exists: the
+    trace vanishes, and a constant minimises the loss. Functions that `forward` calls are not noticed."""
     for name, layer in energy.named_modules() if isinstance(energy, nn.Module) else ():
         if isinstance(layer, PIECEWISE_LINEAR):
             raise ValueError(
@@ -85,27 +96,27 @@ def refuse_piecewise_linear(energy: Energy) -> None:
 
 
 def _score(energy: Energy, x_pos: Tensor, y_pos: Tensor | None, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(x as a leaf, E(x), the score at x)"""
+    """Returns x as a leaf, E(x) (B,) and the score at x (B, *shape)."""
     x = x_pos.detach().requires_grad_(True)
     e_pos, gradient = energy_and_gradient(energy, x, y_pos)
     return x, e_pos, -gradient / temperature
 
 
 def _repeated(x: Tensor, times: int) -> Tensor:
-    """Room for `times` draws a state, (B, times, *shape): a sample's draws lie together."""
+    """Empty memory for `times` draws a state, (B, times, *shape), with the draws of a state next to each other."""
     return x.new_empty(len(x), times, *x.shape[1:])
 
 
 def _curvature(score: Tensor, x: Tensor, v: Tensor) -> Tensor:
     """v' (ds/dx) v, (B,)"""
-    (product,) = torch.autograd.grad((score * v).sum(), x, create_graph=True, materialize_grads=True)
+    product = gradient_of((score * v).sum(), x)
     return (product * v).flatten(1).sum(1)
 
 
 def _trace(score: Tensor, x: Tensor) -> Tensor:
     """tr(ds/dx), (B,)"""
     rows = score.flatten(1).sum(0)  # a state's score depends on that state alone
-    columns = [torch.autograd.grad(s, x, create_graph=True, materialize_grads=True)[0].flatten(1) for s in rows]
+    columns = [gradient_of(s, x).flatten(1) for s in rows]
     return torch.stack([column[:, i] for i, column in enumerate(columns)]).sum(0)
 
 
@@ -121,7 +132,7 @@ def denoising_score_matching(
     x_pos: Tensor,
     x_neg: Tensor | None = None,
     *,
-    sigmas: float | Sequence[float],
+    sigma: float,
     temperature: float = 1.0,
     l2: float = 0.0,
     y_pos: Tensor | None = None,
@@ -130,25 +141,60 @@ def denoising_score_matching(
 ) -> LossOutput:
     """mean |sigma s(x + sigma z) + z|**2 / 2, z ~ N(0, I), with the score s = -dE/dx / temperature.
 
-    Vincent (2011), eq. 9, weighted by sigma**2 (Song & Ermon 2019, eq. 6); with several `sigmas` each sample draws
-    one (Li, Chen & Sommer 2019, as one energy for all levels). The result is not the density of the data but that
-    density **smoothed** by N(0, sigma**2): of Gaussian data with covariance C it finds C + sigma**2 I, and of several
-    sigmas C + (sum sigma**4 / sum sigma**2) I; subtract that to correct. `e_pos` are energies of the noisy data.
+    This is Vincent (2011), eq. 9, times sigma**2. Its minimum is not the density of the data but that density smoothed
+    by N(0, sigma**2): for Gaussian data with covariance C it has covariance C + sigma**2 I. `e_pos` are energies of
+    the noisy data. `x_neg` and `y_neg` are not used.
     """
     z = normal_(torch.empty_like(x_pos), generator)
-    sigma = sigmas if isinstance(sigmas, float) else _drawn(sigmas, x_pos, generator)
-    noisy = (x_pos + sigma * z).detach().requires_grad_(True)
-    e_pos, gradient = energy_and_gradient(energy, noisy, y_pos)
-    residual = z - sigma * gradient / temperature
-    loss = residual.square().flatten(1).sum(1).mean() / 2
+    x = (x_pos + sigma * z).detach().requires_grad_(True)
+    e_pos, gradient = energy_and_gradient(energy, x, y_pos)
+    loss = squared_norm(z - sigma * gradient / temperature).mean() / 2
     if l2:
         loss = loss + l2 * energy_l2(e_pos)
     return output(loss, e_pos)
 
 
-def _drawn(sigmas: Sequence[float], x: Tensor, generator: Generators) -> Tensor | float:
-    """One of `sigmas` for each state of `x`, in a shape that multiplies it."""
-    if len(sigmas) == 1:
-        return sigmas[0]
-    index = uniform_(x.new_empty(len(x)), generator, 0, len(sigmas)).long().clamp_max(len(sigmas) - 1)
-    return x.new_tensor(sigmas)[index].view(-1, *[1] * (x.ndim - 1))
+def multilevel_denoising(
+    energy: Energy,
+    x_pos: Tensor,
+    x_neg: Tensor | None = None,
+    *,
+    sigma: float,
+    sigma_min: float,
+    sigma_max: float,
+    temperature: float = 1.0,
+    l2: float = 0.0,
+    y_pos: Tensor | None = None,
+    y_neg: Tensor | None = None,
+    generator: Generators = None,
+) -> LossOutput:
+    """mean |(sigma**2 / sigma_i) s(x + sigma_i z) + z|**2 / 2, z ~ N(0, I), with the score s = -dE/dx / temperature.
+
+    Multi-level denoising (Li, Chen & Sommer 2019, eq. 8, times sigma**4): the data get noise of many levels sigma_i,
+    and at all of them the target of s is the displacement divided by the one variance sigma**2. It does not contradict
+    itself between levels: a state far from the data has a gradient in proportion to its distance, whereas the target
+    z / sigma_i of denoising score matching differs at one state with the level it was drawn at.
+
+    In many dimensions a noisy state's distance from the data tells its level. The minimum then has the score of the
+    data smoothed by N(0, sigma**2) where that density has its mass, and around the levels sigma_i the score of the
+    data smoothed by N(0, sigma_i**2), times (sigma_i / sigma)**2. For sigma_min = sigma_max = sigma this is
+    `denoising_score_matching`. The levels are those of `spread_levels`. `e_pos` are energies of the noisy data.
+    `x_neg` and `y_neg` are not used.
+    """
+    z = normal_(torch.empty_like(x_pos), generator)
+    level = per_state(spread_levels(x_pos, sigma_min, sigma_max, generator), x_pos)
+    x = (x_pos + level * z).detach().requires_grad_(True)
+    e_pos, gradient = energy_and_gradient(energy, x, y_pos)
+    loss = squared_norm(z - sigma**2 / level * gradient / temperature).mean() / 2
+    if l2:
+        loss = loss + l2 * energy_l2(e_pos)
+    return output(loss, e_pos)
+
+
+def spread_levels(x: Tensor, low: float, high: float, generator: Generators = None) -> Tensor:
+    """A level in [low, high] for each state of `x`, (B,). In each generator's part of n states the i-th is drawn
+    log-uniformly from the i-th of n equal intervals of [log low, log high]."""
+    size = len(x) // num_parts(generator)
+    interval = torch.arange(len(x), device=x.device) % size
+    share = (interval + uniform_(x.new_empty(len(x)), generator)) / size
+    return low * torch.exp(share * math.log(high / low))

@@ -15,6 +15,7 @@ from ebm.config import LangevinConfig
 from ebm.losses.contrastive import log_distance
 from ebm.losses.flow_matching import flow_loss, pairing
 from ebm.losses.noise_contrastive import GaussianNoise, UniformNoise
+from ebm.losses.score_matching import spread_levels
 from ebm.samplers import settings_of
 
 PRECISION = torch.tensor([[1.5, 0.4], [0.4, 0.9]], dtype=torch.float64)
@@ -196,7 +197,7 @@ def test_energies_without_second_derivatives_are_refused():
         with pytest.raises(ValueError, match=r"net\.1 is a LeakyReLU.*SiLU or nn\.Softplus, or loss\.kind=denoising"):
             loss(Rectified(nn.LeakyReLU(0.2)), x)
         loss(Rectified(nn.Softplus()), x)
-    losses.denoising_score_matching(Rectified(nn.LeakyReLU(0.2)), x, sigmas=0.1)
+    losses.denoising_score_matching(Rectified(nn.LeakyReLU(0.2)), x, sigma=0.1)
     with pytest.raises(ValueError, match="'exact' or 'hutchinson'"):
         losses.implicit_score_matching(Rectified(nn.SiLU()), x, trace="approx")
 
@@ -210,30 +211,59 @@ def test_a_linear_energy_has_a_trace_of_zero():
 
 
 @pytest.mark.parametrize("T", [1.0, 0.5])
-@pytest.mark.parametrize("sigmas", [0.4, (0.8, 0.4, 0.1)])
-def test_denoising_of_a_network(sigmas, T):
+def test_denoising_of_a_network(T):
     """sigma**2 |s - the score of N(x, sigma**2) at the noisy datum|**2 / 2."""
-    energy, x, g = Network(), normal(9, 2), seeded(5)
-    output = losses.denoising_score_matching(energy, x, sigmas=sigmas, temperature=T, l2=0.1, generator=seeded(5))
-    z = torch.randn(9, 2, dtype=torch.float64, generator=g)
-    sigma = torch.full((9, 1), 0.4, dtype=torch.float64)
-    if not isinstance(sigmas, float):
-        drawn = torch.empty(9, dtype=torch.float64).uniform_(0, 3, generator=g).floor().int().tolist()
-        assert len(set(drawn)) == 3
-        sigma = torch.tensor([[sigmas[i]] for i in drawn], dtype=torch.float64)
-    noisy = x + sigma * z
+    energy, x, sigma = Network(), normal(9, 2), 0.4
+    output = losses.denoising_score_matching(energy, x, sigma=sigma, temperature=T, l2=0.1, generator=seeded(5))
+    noisy = x + sigma * normal(9, 2, seed=5)
     score, _ = score_and_jacobian(energy, noisy, T)
-    loss = (sigma.square() * (score - (x - noisy) / sigma.square()).square()).sum(1).mean() / 2
+    loss = (sigma**2 * (score - (x - noisy) / sigma**2).square()).sum(1).mean() / 2
     loss = loss + 0.1 * energy(noisy).square().mean()
     torch.testing.assert_close(output.loss, loss)
     torch.testing.assert_close(gradients(output.loss, energy), gradients(loss, energy))
     torch.testing.assert_close(output.e_pos, energy(noisy).detach().float())
 
 
+@pytest.mark.parametrize("T", [1.0, 0.5])
+def test_multilevel_denoising_of_a_network(T):
+    """sigma**4 / sigma_i**2 |s - (x - noisy) / sigma**2|**2 / 2: the target has one variance at every level."""
+    energy, x, sigma, low, high = Network(), normal(9, 2), 0.4, 0.2, 1.5
+    settings = {"sigma": sigma, "sigma_min": low, "sigma_max": high, "temperature": T, "l2": 0.1}
+    output = losses.multilevel_denoising(energy, x, generator=seeded(5), **settings)
+    g = seeded(5)
+    z = torch.randn(9, 2, dtype=torch.float64, generator=g)
+    u = torch.empty(9, dtype=torch.float64).uniform_(generator=g).tolist()
+    levels = [low ** (1 - (i + u[i]) / 9) * high ** ((i + u[i]) / 9) for i in range(9)]
+    level = torch.tensor(levels, dtype=torch.float64)[:, None]
+    noisy = x + level * z
+    score, _ = score_and_jacobian(energy, noisy, T)
+    loss = (sigma**4 / level**2 * (score - (x - noisy) / sigma**2).square()).sum(1).mean() / 2
+    loss = loss + 0.1 * energy(noisy).square().mean()
+    torch.testing.assert_close(output.loss, loss)
+    torch.testing.assert_close(gradients(output.loss, energy), gradients(loss, energy))
+    torch.testing.assert_close(output.e_pos, energy(noisy).detach().float())
+
+
+def test_multilevel_denoising_at_one_level_is_denoising():
+    energy, x = Network(), normal(9, 2)
+    one = losses.multilevel_denoising(energy, x, sigma=0.4, sigma_min=0.4, sigma_max=0.4, generator=seeded(5))
+    torch.testing.assert_close(
+        one.loss, losses.denoising_score_matching(energy, x, sigma=0.4, generator=seeded(5)).loss
+    )
+
+
+def test_levels_are_spread_in_the_logarithm():
+    """One in each of n equal intervals of the logarithm, in every part."""
+    levels = spread_levels(normal(12, 2), 0.1, 10.0, [seeded(1), seeded(2)]).log10()
+    for part, seed in zip(levels.split(6), (1, 2), strict=True):
+        u = torch.empty(6, dtype=torch.float64).uniform_(generator=seeded(seed))
+        torch.testing.assert_close(part, -1 + 2 * (torch.arange(6) + u) / 6)
+
+
 def test_denoising_of_a_gaussian():
     """Its mean over the noise: (sigma^2 tr(P^2 (S + sigma^2)) - 2 sigma^2 tr P + D) / 2."""
     sigma, shift = 0.5, MEAN - CENTRE
-    loss = losses.denoising_score_matching(at(CENTRE, PRECISION), gaussian(400_000), sigmas=sigma, generator=seeded(1))
+    loss = losses.denoising_score_matching(at(CENTRE, PRECISION), gaussian(400_000), sigma=sigma, generator=seeded(1))
     second = COVARIANCE + torch.outer(shift, shift) + sigma**2 * IDENTITY
     expected = sigma**2 * ((PRECISION @ PRECISION @ second).trace() - 2 * PRECISION.trace()) + 2
     assert loss.loss.item() == pytest.approx(expected.item() / 2, rel=0.01)

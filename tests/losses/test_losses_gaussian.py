@@ -15,6 +15,7 @@ from ebm import losses
 from ebm.losses.noise_contrastive import GaussianNoise, UniformNoise
 
 PRECISION = torch.linalg.inv(COVARIANCE)
+IDENTITY = torch.eye(2, dtype=torch.float64)
 
 
 def fitted(loss, num: int, **settings) -> Quadratic:
@@ -68,15 +69,61 @@ def test_score_matching(loss, settings, temperature):
     assert_found(energy, temperature * PRECISION, tolerance=1e-5 if exact else 0.03)
 
 
-@pytest.mark.parametrize("sigmas", [0.3, (0.6, 0.3, 0.1)])
-def test_denoising_score_matching_after_its_correction(sigmas):
-    energy = fitted(losses.denoising_score_matching, 60_000, sigmas=sigmas, temperature=0.5)
-    levels = torch.tensor(sigmas, dtype=torch.float64).reshape(-1)
+def test_denoising_score_matching_after_its_correction():
+    energy = fitted(losses.denoising_score_matching, 60_000, sigma=0.3, temperature=0.5)
     smoothed = 0.5 * torch.linalg.inv(energy.precision.detach())
-    corrected = smoothed - (levels**4).sum() / (levels**2).sum() * torch.eye(2, dtype=torch.float64)
     with torch.no_grad():
-        energy.matrix.copy_(torch.linalg.inv(corrected))
+        energy.matrix.copy_(torch.linalg.inv(smoothed - 0.3**2 * IDENTITY))
     assert_found(energy, PRECISION)
+
+
+def test_multilevel_denoising_of_a_quadratic_energy():
+    """The best quadratic energy has covariance sigma**2 (I + mean(1 / sigma_i**2) C): that of the data and the noise
+    where all levels are sigma."""
+    sigma, low, high = 0.3, 0.2, 0.8
+    settings = {"sigma": sigma, "sigma_min": low, "sigma_max": high, "temperature": 0.5}
+    energy = fitted(losses.multilevel_denoising, 100_000, **settings)
+    inverse_square = (low**-2 - high**-2) / (2 * math.log(high / low))
+    assert_found(energy, 0.5 * torch.linalg.inv(sigma**2 * (IDENTITY + inverse_square * COVARIANCE)))
+
+
+class Shells(nn.Module):
+    """-log sum_k exp(-E_k), E_k = a r**2 / 2 - b log r + c_k, r the distance to centre k; all of it free."""
+
+    def __init__(self, centres):
+        super().__init__()
+        self.centres = nn.Parameter(centres)
+        self.a, self.b = (nn.Parameter(torch.tensor(value, dtype=torch.float64)) for value in (1.0, 1.0))
+        self.c = nn.Parameter(torch.zeros(len(centres), dtype=torch.float64))
+
+    def forward(self, x):
+        squared = (x[:, None] - self.centres).square().sum(2)
+        return -torch.logsumexp(-(self.a * squared / 2 - self.b * squared.log() / 2 + self.c), dim=1)
+
+
+def test_multilevel_denoising_finds_the_score_of_a_mixture_at_sigma():
+    """In 100 dimensions, where a state's distance from the data tells its level of noise: at states of the mixture
+    smoothed by sigma the score is that density's, although most levels were others. The first component tells the
+    modes apart."""
+    dim, sigma, std, num, g = 100, 0.3, 0.1, 2000, seeded(1)
+    means = torch.zeros(2, dim, dtype=torch.float64)
+    means[:, 0] = torch.tensor([0.8, -0.8])
+    data = means[(torch.rand(num, generator=g) < 0.3).long()]
+    data = data + std * torch.randn(num, dim, dtype=torch.float64, generator=g)
+    energy, settings = Shells(means / 2), {"sigma": sigma, "sigma_min": 0.15, "sigma_max": 1.0, "generator": seeded(2)}
+
+    def loss():
+        settings["generator"].manual_seed(2)
+        return losses.multilevel_denoising(energy, data, **settings).loss
+
+    minimise(loss, energy.parameters(), steps=40)
+    y = (data + sigma * torch.randn(num, dim, dtype=torch.float64, generator=g)).requires_grad_(True)
+    (slope,) = torch.autograd.grad(energy(y).sum(), y)
+    squared = (y[:, None] - means).square().sum(2)
+    log_p = torch.logsumexp(torch.tensor([0.7, 0.3]).log() - squared / (2 * (std**2 + sigma**2)), dim=1)
+    (score,) = torch.autograd.grad(log_p.sum(), y)
+    assert (-slope - score).norm() < 0.04 * score.norm()
+    assert (-slope - score)[:, 0].norm() < 0.1 * score[:, 0].norm()
 
 
 @pytest.mark.parametrize("noise", [GaussianNoise(0.2, 1.2), UniformNoise(-5.0, 5.0)])

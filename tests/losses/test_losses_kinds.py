@@ -1,6 +1,6 @@
 """What holds for every kind of loss: its config, its labels, its random numbers, its arithmetic."""
 
-import math
+from typing import get_args
 
 import pytest
 import torch
@@ -45,12 +45,12 @@ KINDS = {
     "denoising": (
         {"sigma": 0.4, "temperature": 0.5},
         losses.denoising_score_matching,
-        {"sigmas": 0.4, "temperature": 0.5},
+        {"sigma": 0.4, "temperature": 0.5},
     ),
-    "denoising_levels": (
-        {"kind": "denoising", "sigma": 0.8, "sigma_min": 0.2, "num_sigmas": 3},
-        losses.denoising_score_matching,
-        {"sigmas": (0.8, 0.4, 0.2)},
+    "multilevel_denoising": (
+        {"sigma": 0.4, "sigma_min": 0.2, "sigma_max": 0.8, "temperature": 0.5},
+        losses.multilevel_denoising,
+        {"sigma": 0.4, "sigma_min": 0.2, "sigma_max": 0.8, "temperature": 0.5},
     ),
     "noise_contrastive": (
         {"noise_mean": 0.1, "noise_std": 1.5, "ratio": 2},
@@ -117,6 +117,11 @@ def gradients(loss, energy):
 def compute(name, energy, x_pos, x_neg, y_pos=None, y_neg=None, generator=None, **more):
     loss = loss_of(config_of(name, **more))
     return loss(energy, x_pos, x_neg, step=5, y_pos=y_pos, y_neg=y_neg, generator=generator, chain=CHAIN)
+
+
+def test_every_kind_is_here():
+    union = {kind.model_fields["kind"].default for kind in get_args(get_args(LossConfig)[0])}
+    assert {config_of(name).kind for name in KINDS | JEM} == union
 
 
 @pytest.mark.parametrize("name", [*KINDS, *JEM])
@@ -279,8 +284,9 @@ def test_energy_matching_is_the_flow_alone_at_first():
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"kind": "denoising", "num_sigmas": 3}, "sigma_min and num_sigmas"),
-        ({"kind": "denoising", "num_sigmas": 3, "sigma_min": 0.2}, "must be below sigma=0.1"),
+        ({"kind": "denoising", "num_sigmas": 3}, "Extra inputs"),
+        ({"kind": "multilevel_denoising", "sigma_min": 0.2}, "must lie between sigma_min=0.2 and sigma_max=1.2"),
+        ({"kind": "multilevel_denoising", "sigma": 2.0}, "must lie between sigma_min=0.05 and sigma_max=1.2"),
         ({"kind": "noise_contrastive", "noise_bounds": (1, -1)}, "low < high"),
         ({"kind": "score_matching", "method": "approx"}, "'exact', 'hutchinson' or 'sliced'"),
         ({"kind": "recovery", "negatives": "noise"}, "Extra inputs"),
@@ -291,8 +297,3 @@ def test_energy_matching_is_the_flow_alone_at_first():
 def test_configs_that_are_refused(values, message):
     with pytest.raises(ValidationError, match=message):
         parsed(values)
-
-
-def test_levels_are_geometric():
-    sigmas = config_of("denoising_levels").sigmas
-    assert sigmas == pytest.approx((0.8, 0.4, 0.2)) and math.isclose(sigmas[0], 0.8)
