@@ -1,215 +1,232 @@
-"""python -m ebm evaluate RUN [--metrics frechet,classes,ood,energy,accuracy,likelihood] [--json FILE]"""
+"""python -m ebm evaluate RUN [--metrics frechet,classes,ood,energy,density,accuracy,likelihood] [--json FILE]"""
 
+import argparse
 import json
-from functools import cached_property
+import math
+import re
+import sys
+import time
 from pathlib import Path
 
-import torch
-from PIL import Image
-from torch import Tensor
+import numpy as np
+from tqdm import tqdm
 
 from ebm import evaluation
-from ebm.config import DataConfig
-from ebm.data import Access
-from ebm.data.reader import read_all
-from ebm.data.shards import ensure_shards
-from ebm.data.sources import DENSITIES, known_density
-from ebm.errors import ConfigError, DataError
-from ebm.inference.pictures import landscape
-from ebm.inference.run import TrainedRun, open_run
-from ebm.samplers import fresh_chains
+from ebm.data.sources import known_density
+from ebm.errors import ConfigError
+from ebm.evaluation.classifier import default_ruler_directory
+from ebm.evaluation.measures import MEASURES, OF_SOME_RUNS, Metrics, measure_ood, problem_with
+from ebm.evaluation.sets import MOST, Sets
+from ebm.inference.inputs import read_states
+from ebm.inference.pictures import grid, landscape, side_by_side, to_png
+from ebm.inference.run import open_run
+from ebm.runtime.files import replace
 
-METRICS = ("frechet", "classes", "ood", "energy", "accuracy", "likelihood")
-OF_IMAGES = ("frechet", "classes", "ood")
-OF_SOME_RUNS = ("accuracy", "likelihood")  # left out of the others without a word
+METRICS = ("frechet", "classes", "ood", "energy", "density", "accuracy", "likelihood")
+SHOWN = 36  # chains of each length in the picture
+NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="run directory, or one checkpoint inside it")
     parser.add_argument("--metrics", help=f"some of {','.join(METRICS)} (default: all that the run supports)")
     parser.add_argument("--json", metavar="FILE", help="write the values to this file as one object")
     parser.add_argument("--num", type=int, default=2000, help="fresh chains (default 2000)")
     parser.add_argument("--steps", type=int, default=200, help="steps of a fresh chain (default 200)")
+    parser.add_argument(
+        "--lengths",
+        metavar="K,K,...",
+        help="also compare fresh chains of these numbers of steps, such as 10,100,1000,10000: length/K",
+    )
+    parser.add_argument(
+        "--ood",
+        action="append",
+        default=[],
+        metavar="NAME=SOURCE",
+        help="further outliers: shards, a folder, FILE.npy, or a source such as mnist; may stand several times",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of fresh chains and made-up images (default 0)")
+    parser.add_argument(
+        "--max-samples", type=int, default=MOST, metavar="N", help=f"of each set of data and chains (default {MOST})"
+    )
+    parser.add_argument(
+        "--ruler",
+        metavar="DIR",
+        help="where the classifier that distances are measured with is kept, once a data set, such as the directory of "
+        "its shards, which is looked into first (default: ~/.cache/ebm/rulers)",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged (default), or the last ones")
 
 
-def run(arguments) -> int:
+def run(arguments: argparse.Namespace) -> int:
+    names, lengths, places = _checked(arguments)
+    trained = open_run(arguments.run, arguments.device, arguments.weights)
+    progress = Progress(arguments.num, [arguments.steps, *lengths])
+    sets = Sets(
+        trained,
+        num=arguments.num,
+        steps=arguments.steps,
+        lengths=lengths,
+        seed=arguments.seed,
+        most=arguments.max_samples,
+        ruler_directory=Path(arguments.ruler) if arguments.ruler else default_ruler_directory(),
+        moved=progress.moved,
+    )
+    outliers = {name: read_states(place, trained.config, "test", sets.most)[0] for name, place in places.items()}
+    values: Metrics = {}
+    words: list[str] = []
+    for name in (*names, *(["lengths"] if lengths else [])):
+        problem = problem_with(name, sets)
+        if problem is None:
+            found = measure_ood(sets, outliers) if name == "ood" else MEASURES[name](sets)
+            values |= found.values
+            words += found.words
+        elif arguments.metrics is None and name not in OF_SOME_RUNS and name != "lengths":
+            words.append(f"{name}: left out: {problem}")
+        elif arguments.metrics is not None or name == "lengths":
+            raise problem
+    progress.close()
+    if arguments.json:
+        _write(Path(arguments.json), values)
+    words += _keep(sets, values)
+    print(f"{trained.checkpoint}: {sets}")
+    if "ruler" in sets.__dict__:
+        print(f"distances: of {values.get('frechet/n', '')} images each, in features of ruler {sets.ruler.identity}")
+    print(table(values))
+    for word in words:
+        print(word)
+    return 0
+
+
+def _checked(arguments: argparse.Namespace) -> tuple[tuple[str, ...], list[int], dict[str, str]]:
+    """Metrics, lengths, places of outliers by name. Raises ConfigError."""
     names = METRICS if arguments.metrics is None else tuple(arguments.metrics.split(","))
     unknown = [name for name in names if name not in METRICS]
     if unknown:
         raise ConfigError(f"--metrics {arguments.metrics}: {unknown[0]!r} is none of {', '.join(METRICS)}")
-    if arguments.num < 2 or arguments.steps < 1:
-        raise ConfigError(f"--num {arguments.num} must be at least 2 and --steps {arguments.steps} at least 1")
-    trained = open_run(arguments.run)
-    sets = Sets(trained, arguments.num, arguments.steps, arguments.seed)
-    values = {}
-    for name in names:
-        problem = sets.problem_with(name)
-        if problem is None:
-            values |= sets.measure(name)
-        elif arguments.metrics is None and name not in OF_SOME_RUNS:
-            print(f"{name}: left out: {problem}")
-        elif arguments.metrics is not None:
-            raise problem
-    if arguments.json:
-        _write(Path(arguments.json), values)
-    print(f"{trained.checkpoint}: {sets}")
-    print(table(values))
-    return 0
+    if arguments.num < 2 or arguments.steps < 1 or arguments.max_samples < 2:
+        raise ConfigError(
+            f"--num {arguments.num} and --max-samples {arguments.max_samples} must be at least 2, and "
+            f"--steps {arguments.steps} at least 1"
+        )
+    try:
+        lengths = sorted({int(part) for part in arguments.lengths.split(",")}) if arguments.lengths else []
+    except ValueError:
+        lengths = [0]
+    if lengths and lengths[0] < 1:
+        raise ConfigError(f"--lengths {arguments.lengths}: must be numbers of steps of 1 or more, such as 10,100,1000")
+    places: dict[str, str] = {}
+    for item in arguments.ood:
+        name, found, place = item.partition("=")
+        if not found or not place or not NAME.fullmatch(name) or name in (*places, *RESERVED):
+            raise ConfigError(
+                f"--ood {item}: must be NAME=SOURCE with a name of letters and digits, a new one, such as mnist=mnist"
+            )
+        places[name] = place
+    if places and "ood" not in names:
+        raise ConfigError(f"--ood {arguments.ood[0]}: goes with the metric ood; add it to --metrics")
+    return names, lengths, places
 
 
-def table(values: dict) -> str:
-    """A line a value; the shares of the classes, of which there are many, on one line a set, in per cent."""
-    lines, shares = {}, {}
+RESERVED = ("flipped", "noise", "constant", "permuted")
+
+
+class Progress:
+    """How far the chains are: a bar on a terminal, elsewhere one line with an estimate. Nothing for quick ones."""
+
+    def __init__(self, num: int, lengths: list[int]):
+        self.total, self.done, self.started = num * max(lengths), 0, time.monotonic()
+        self.bar, self.told = None, False
+
+    def moved(self, steps: int) -> None:
+        self.done += steps
+        seconds = time.monotonic() - self.started
+        left = seconds * max(self.total - self.done, 0) / self.done
+        if self.bar is not None:
+            self.bar.update(min(steps, self.bar.total - self.bar.n))
+        elif seconds + left > 5 and not self.told:
+            self.told = True
+            if sys.stderr.isatty():
+                self.bar = tqdm(total=self.total, initial=self.done, desc="fresh chains", unit="step", unit_scale=True)
+            else:
+                print(f"fresh chains: about {left:.0f} s", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def table(values: Metrics) -> str:
+    """A line a value, with its interval; the shares of the classes, of which there are many, on one line a set, in
+    per cent."""
+    lines: dict[str, str] = {}
+    shares: dict[str, list[str]] = {}
     for key, value in values.items():
         name, is_share, _ = key.partition("_share_")
         if is_share:
-            shares.setdefault(f"{name}_shares (%)", []).append(f"{100 * value:.1f}")
-        else:
-            lines[key] = str(value) if isinstance(value, int) else f"{value:.4f}"
+            shares.setdefault(f"{name}_shares (%)", []).append(f"{100 * float(value):.1f}")
+        elif not (key.endswith(("_low", "_high")) and key.rpartition("_")[0] in values):
+            lines[key] = f"{_shown(value):>10}"
+            if f"{key}_low" in values:
+                lines[key] += f"  [{_shown(values[f'{key}_low'])}, {_shown(values[f'{key}_high'])}]"
     width = max(map(len, [*lines, *shares]), default=0)
     return "\n".join(
-        [f"{key:<{width}}  {value:>10}" for key, value in lines.items()]
+        [f"{key:<{width}}  {value}" for key, value in lines.items()]
         + [f"{key:<{width}}  {' '.join(row)}" for key, row in shares.items()]
     )
 
 
-def _write(file: Path, values: dict) -> None:
+def _shown(value: float | str) -> str:
+    return str(value) if isinstance(value, int | str) else f"{value:.4f}"
+
+
+def _write(file: Path, values: Metrics) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(values, indent=1) + "\n")
+        file.write_text(_json(_finite(values)))
     except OSError as error:
         raise ConfigError(f"--json {file}: {error}") from error
 
 
-class Sets:
-    """The sets of images of a run that are measured, each uint8 (N, C, H, W), read or drawn when first asked for."""
-
-    def __init__(self, trained: TrainedRun, num: int, steps: int, seed: int):
-        self.trained, self.config = trained, trained.config
-        self.num, self.steps, self.seed = num, steps, seed
-
-    @cached_property
-    def train(self) -> tuple[Tensor, Tensor | None]:
-        data = self.config.data
-        return _read(data.shards, data.source, "train", data)
-
-    @cached_property
-    def heldout(self) -> tuple[Tensor, Tensor | None] | None:
-        evaluate = self.config.evaluate
-        if evaluate.shards is None:
-            return None
-        return _read(evaluate.shards, evaluate.source, "test", self.config.data)
-
-    @cached_property
-    def chains(self) -> dict[str, Tensor]:
-        """`persistent`, all of the replay buffer, where the run has one; `fresh`, from noise."""
-        trained, config = self.trained, self.config
-        sets = {}
-        if any(trained.checkpoint.glob("stream_*.safetensors")):
-            sets["persistent"] = self._as_data(trained.persistent_chains(), "persistent chains")
-        x, _ = fresh_chains(
-            trained.energy,
-            config.sampler,
-            config.data.shape,
-            self.num,
-            self.steps,
-            seed=self.seed,
-            device=trained.device,
-            num_classes=config.energy.num_classes,
-        )
-        return sets | {"fresh": self._as_data(x, f"fresh chains of {self.steps} steps")}
-
-    def _as_data(self, x: Tensor, what: str) -> Tensor:
-        return evaluation.to_levels(x, what) if self.of_images else x.cpu()
-
-    def _as_states(self, data: Tensor) -> Tensor:
-        return evaluation.from_levels(data) if self.of_images else data
-
-    @property
-    def of_images(self) -> bool:
-        return len(self.config.data.shape) == 3
-
-    @cached_property
-    def classifier(self) -> evaluation.Classifier:
-        return evaluation.train_classifier(*self.train)
-
-    def problem_with(self, metric: str) -> ConfigError | DataError | None:
-        """Why the run does not support a metric."""
-        shape, source = list(self.config.data.shape), self.config.data.source
-        if metric in OF_IMAGES and not self.of_images:
-            return ConfigError(f"data.shape={shape}: {metric} is of images; use --metrics energy, or likelihood")
-        if metric == "likelihood" and source not in DENSITIES:
-            return ConfigError(
-                f"data.source={source}: likelihood needs a density that is known, on the plane; use one of "
-                f"{', '.join(DENSITIES)}"
-            )
-        if metric == "accuracy" and not self.config.energy.num_classes:
-            return ConfigError("energy.num_classes=None: accuracy is of class-conditional energies")
-        if metric == "accuracy" and (self.heldout is None or self.heldout[1] is None):
-            return ConfigError(f"evaluate.shards={self.config.evaluate.shards}: accuracy needs labelled held-out data")
-        if metric in ("frechet", "ood") and self.heldout is None:
-            return ConfigError(
-                f"evaluate.shards=None: {metric} needs held-out images; set evaluate.shards in the run's config.yaml "
-                "to a directory of shards (and evaluate.source to have them written)"
-            )
-        if metric in ("frechet", "classes") and self.train[1] is None:
-            return DataError(
-                f"data.shards={self.config.data.shards}: {metric} trains a classifier, which needs images of two or "
-                "more classes with a label each; shard a labelled source, or use --metrics ood,energy"
-            )
-        return None
-
-    def measure(self, metric: str) -> dict:
-        if metric == "frechet":
-            return evaluation.frechet_metrics(self.classifier, self.train[0], self.heldout[0], self.chains)
-        if metric == "classes":
-            labelled = self.heldout if self.heldout is not None and self.heldout[1] is not None else None
-            return evaluation.class_metrics(self.classifier, int(self.train[1].max()) + 1, self.chains, labelled)
-        if metric == "ood":
-            return evaluation.ood_metrics(self._energies, self.heldout[0], self.seed)
-        if metric == "likelihood":
-            return self._likelihood()
-        if metric == "accuracy":
-            images, labels = self.heldout
-            predicted = self.trained.class_energies(self._as_states(images)).argmin(1)
-            return {"accuracy/heldout": float((predicted == labels).double().mean())}
-        heldout = {} if self.heldout is None else {"heldout": self.heldout[0]}
-        return evaluation.energy_metrics(self._energies, {"train": self.train[0], **heldout, **self.chains})
-
-    def _likelihood(self) -> dict:
-        """The learned density beside the true one, in numbers; and in RUN/landscape.png, with the fresh chains."""
-        energy, modes = known_density(self.config.data.source)
-        temperature, file = self.trained.temperature, self.trained.directory / "landscape.png"
-        values = evaluation.likelihood_metrics(
-            evaluation.density(energy), evaluation.density(self._energies, temperature), modes
-        )
-        near = 6.0
-        true, learned = (evaluation.density(e, t, near) for e, t in ((energy, 1.0), (self._energies, temperature)))
-        panels = {"true": (true, None), "learned": (learned, None), "chains": (learned, self.chains["fresh"].numpy())}
-        Image.fromarray(landscape({name: (d.energies, x) for name, (d, x) in panels.items()}, near)).save(file)
-        print(f"the true density, the learned one, and fresh chains -> {file}")
-        return values
-
-    def _energies(self, data: Tensor) -> Tensor:
-        """Of images, uint8 (N, C, H, W), or vectors (N, D)."""
-        values = torch.cat([self.trained.energies(self._as_states(block)) for block in data.split(4096)])
-        if not values.isfinite().all():
-            raise DataError(f"{self.trained.checkpoint}: gives non-finite energies; evaluate an earlier checkpoint")
-        return values
-
-    def __str__(self) -> str:
-        """What was read or drawn so far."""
-        read = [(name, self.__dict__[name][0]) for name in ("train", "heldout") if self.__dict__.get(name) is not None]
-        chains = self.__dict__.get("chains", {}).items()
-        return ", ".join(f"{len(images)} {name}" for name, images in [*read, *chains])
+def _json(values: dict) -> str:  # type: ignore[type-arg]
+    return json.dumps(values, indent=1, allow_nan=False) + "\n"
 
 
-def _read(shards: str, source: str | None, split: str, data: DataConfig) -> tuple[Tensor, Tensor | None]:
-    """All images (N, C, H, W) and labels (N,) of a set; None where there are not two or more classes, each labelled."""
-    ensure_shards(shards, source, split)
-    blocks = list(read_all(shards, data.shape, access=Access.of(data)))
-    if not blocks:
-        raise DataError(f"{shards}: holds no images; write them again with python -m ebm shard")
-    images, labels = (torch.cat([block[part] for block in blocks]) for part in (0, 1))
-    return images, labels if labels.min() >= 0 and labels.max() > 0 else None
+def _finite(values: Metrics) -> Metrics:
+    """Without numbers that JSON has no way to write."""
+    return {key: value for key, value in values.items() if isinstance(value, str) or math.isfinite(value)}
+
+
+def _keep(sets: Sets, values: Metrics) -> list[str]:
+    """Keep in the run directory what the report shows: evaluation.json, and pictures. Says so; a directory of another
+    user's that can't be written to is left as it is."""
+    run, said = sets.run, []
+    record = {"step": run.step, "num": sets.num, "lengths": sets.lengths, "values": _finite(values)}
+    files = {"evaluation.json": _json(record).encode()}
+    if any(key.startswith("length/") for key in values):
+        files["lengths.png"] = to_png(_of_lengths(sets))
+        said.append(f"chains of each length -> {run.directory / 'lengths.png'}")
+    if "likelihood/kl" in values:
+        files["landscape.png"] = to_png(_landscape(sets))
+        said.append(f"the true density, the learned one, and fresh chains -> {run.directory / 'landscape.png'}")
+    try:
+        for name, content in files.items():
+            replace(run.directory / name, content)
+    except OSError as error:
+        return [f"{run.directory} can't be written to ({error.strerror}): nothing is kept there for the report"]
+    return said
+
+
+def _of_lengths(sets: Sets) -> np.ndarray:
+    grids = {f"{length} steps": grid(sets.of_lengths[0][length][:SHOWN]) for length in sets.lengths}
+    return np.asarray(side_by_side(grids))
+
+
+def _landscape(sets: Sets, half_width: float = 6.0) -> np.ndarray:
+    """The true density, the learned one, and fresh chains on it."""
+    energy, _ = known_density(str(sets.run.config.data.source))
+    true = evaluation.density(energy, 1.0, half_width)
+    learned = evaluation.density(sets.energies, sets.run.temperature, half_width)
+    panels = {"true": (true, None), "learned": (learned, None), "chains": (learned, sets.fresh.numpy())}
+    return landscape({name: (d.energies, x) for name, (d, x) in panels.items()}, half_width)

@@ -33,7 +33,7 @@ def to_array(x: Tensor) -> np.ndarray:
     if not x.isfinite().all():
         bad = int((~x.isfinite()).any(1).sum())
         raise DataError(f"{bad} of {len(x)} samples hold non-finite values; use an earlier checkpoint of the run")
-    return x.float().cpu().numpy()
+    return np.asarray(x.float().cpu().numpy())
 
 
 def from_array(array: np.ndarray) -> Tensor:

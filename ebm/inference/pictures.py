@@ -1,5 +1,6 @@
 """Pictures of samples: grids of images, points and energies on the plane, side by side."""
 
+import io
 import math
 
 import numpy as np
@@ -10,30 +11,38 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 
-def grid(images: Tensor, min_pixels: int = 256) -> np.ndarray:
-    """Images (N, C, H, W) in [-1, 1] as one picture, uint8 (height, width, 3): about square, `min_pixels` wide or more.
+def grid(images: Tensor, columns: int | None = None, min_pixels: int = 256) -> np.ndarray:
+    """Images (N, C, H, W) in [-1, 1] as one picture, uint8 (height, width, 3), `min_pixels` pixels wide or more: about
+    square, or `columns` images wide.
 
     The first three channels are shown as colours; where there are fewer, the first as grey.
     """
     images = images.detach().float().cpu()
     images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
-    columns = max(1, math.ceil(math.sqrt(len(images))))
+    columns = columns or max(1, math.ceil(math.sqrt(len(images))))
     factor = math.ceil(min_pixels / (columns * images.shape[-1]))
     images = F.interpolate(images, scale_factor=factor, mode="nearest")
     picture = make_grid(images, nrow=columns, padding=2, normalize=True, value_range=(-1, 1), pad_value=0.5)
-    return (picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return np.asarray((picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
-def pictures(samples: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """Of sets of samples: images (N, C, H, W) in [-1, 1] each as a grid; vectors (N, D) as points, by their first two
-    components, all sets on one scale."""
+def pictures(samples: dict[str, Tensor], columns: int | None = None) -> dict[str, np.ndarray]:
+    """A picture of each set of samples: images (N, C, H, W) in [-1, 1] as a grid, `columns` wide; vectors (N, D) as
+    points, by their first two components, all sets on one scale."""
     if all(x.ndim == 4 for x in samples.values()):
-        return {name: grid(x) for name, x in samples.items()}
+        return {name: grid(x, columns) for name, x in samples.items()}
     points = {
         n: F.pad(x.detach().float().cpu(), (0, max(0, 2 - x.shape[1])))[:, :2].numpy() for n, x in samples.items()
     }
     reach = max(float(np.quantile(np.abs(xy), 0.999)) for xy in points.values())
     return {name: landscape({"": (None, xy)}, max(1.0, reach)) for name, xy in points.items()}
+
+
+def to_png(picture: np.ndarray) -> bytes:
+    """A picture, uint8 (height, width, 3), as the content of a .png file."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, format="png")
+    return file.getvalue()
 
 
 def side_by_side(pictures: dict[str, np.ndarray], gap: int = 8, title: int = 16) -> Image.Image:

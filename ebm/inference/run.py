@@ -1,91 +1,309 @@
-"""A trained run, opened for sampling, scoring and evaluation."""
+"""A trained run, opened to score, sample and evaluate: what `ebm.load` gives."""
 
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ebm.config import Config, load_config
+from ebm.config.losses import DenoisingConfig
 from ebm.energies import FoldedEnergy, build_energy, marginal_energy
-from ebm.errors import DataError
+from ebm.errors import ConfigError, DataError
 from ebm.runtime import checkpoint
+from ebm.samplers import Engine, advance, chain_shape, chains_of_lengths, cold_states
 from ebm.samplers.factory import sampler_in_use
+from ebm.streams import generator
+
+BLOCK = 512  # states computed at a time
 
 
-class TrainedRun(NamedTuple):
-    config: Config  # with the step size that training has left
-    energy: FoldedEnergy  # with the averaged weights, float32
+@dataclass(frozen=True)
+class TrainedRun:
+    """The energy of a training run, p(x) ~ exp(-E(x) / T), with its averaged weights in float32.
+
+    States are float32: images (B, C, H, W) in [-1, 1] (in `config.sampler.bounds`, where chains go further), or vectors
+    (B, D). They are given and returned on the host unless they come from another device; the network computes on
+    `device`, a block at a time.
+    """
+
+    config: Config  # of the run, with the step size that training left
+    network: FoldedEnergy  # the energy as a function of states on `device`
     checkpoint: Path
     device: torch.device
+    persistent: PersistentChains | None  # None where training keeps none
 
     @property
     def directory(self) -> Path:
-        """The run's."""
+        """The run directory."""
         return self.checkpoint.parent.parent
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a state: (C, H, W) of an image, (D,) of a vector."""
+        return tuple(self.config.data.shape)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes of a class-conditional energy; None of any other."""
+        return self.config.energy.num_classes
+
+    @property
+    def step(self) -> int:
+        """The optimizer step of the checkpoint."""
+        return checkpoint.step_of(self.checkpoint)
+
+    @property
     def temperature(self) -> float:
-        """T of the density exp(-E / T) that was learned: that of the chains, or what the objective says."""
+        """T of the learned density exp(-E / T): the one that the chains sample, or the objective's."""
         loss, sampler = self.config.loss, self.config.sampler
         return loss.temperature if loss.negatives is None else sampler.implied_temperature
 
-    def persistent_chains(self) -> Tensor:
-        """The replay buffer's states (N, *shape) float32, stream by stream; of tempered ones the coldest replicas."""
-        files = sorted(self.checkpoint.glob("stream_*.safetensors"))
-        if not files:
-            raise DataError(
-                f"{self.checkpoint} holds no persistent chains (loss.negatives="
-                f"{self.config.loss.negatives}); use fresh ones"
-            )
-        buffer = self.config.buffer
-        slots = buffer.size // self.config.data.streams
-        levels = self.config.sampler.levels
-        shape = self.config.data.shape if levels == 1 else (levels, *self.config.data.shape)
-        expected = {
-            "x": torch.empty(slots, *shape, dtype=getattr(torch, buffer.dtype), device="meta"),
-            "age": torch.empty(slots, dtype=torch.int32, device="meta"),
-        }
-        parts = [checkpoint.read_tensors(self.checkpoint, file.stem, expected)["x"] for file in files]
-        x = torch.cat(parts).float().to(self.device)
-        return x if levels == 1 else x[:, 0]
+    @property
+    def data_noise(self) -> float:
+        """Standard deviation of the noise whose convolution with the data the energy learns: data.noise_std, with the
+        smallest noise of a denoising objective."""
+        loss, own = self.config.loss, self.config.data.noise_std
+        return math.hypot(own, min(loss.sigmas)) if isinstance(loss, DenoisingConfig) else own
 
-    def energies(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """E(x), (N,) float32 on the host. Without labels a conditional run gives -log sum_y exp(-E(x, y))."""
-        if self.config.energy.num_classes and labels is None:
-            return marginal_energy(self.class_energies(x))
-        return self._in_blocks(self.energy, x, *(() if labels is None else (labels,)))
+    def energy(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """E(x), (B,) float32 on the device of `x`, for states (B, *shape) and, of a class-conditional run, labels (B,).
+
+        Without labels a class-conditional run gives the energy of x whatever its class, -log sum_y exp(-E(x, y)).
+        Raises ValueError where the shape is not the run's.
+        """
+        return self._in_blocks(torch.no_grad()(self._function(labels)), x, labels)
+
+    def marginal(self, x: Tensor) -> Tensor:
+        """-log sum_y exp(-E(x, y)) of a class-conditional run, (B,) on `device`, for states there; differentiable."""
+        return marginal_energy(self.network.class_energies(x))
 
     def class_energies(self, x: Tensor) -> Tensor:
-        """E(x, y) of every class of a conditional run, (N, num_classes) float32 on the host."""
-        return self._in_blocks(self.energy.class_energies, x)
+        """E(x, y) of every class y of a class-conditional run, (B, num_classes) float32 on the device of `x`."""
+        return self._in_blocks(torch.no_grad()(self.network.class_energies), x, None)
 
-    @torch.no_grad()
-    def _in_blocks(self, function, *tensors: Tensor, block: int = 512) -> Tensor:
-        parts = [function(*(part.to(self.device) for part in parts)).cpu()
-                 for parts in zip(*(tensor.split(block) for tensor in tensors), strict=True)]  # fmt: skip
-        return torch.cat(parts) if parts else torch.empty(0)
+    def score(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The score of the learned density, -dE/dx / T, (B, *shape) float32 on the device of `x`.
+
+        Raises ConfigError where the run's temperature is 0: its chains take no noise, and there is no density.
+        """
+        if self.temperature <= 0:
+            raise ConfigError(
+                "sampler.noise_scale=0 has temperature 0, at which exp(-E / T) has no score; use the gradient of "
+                "run.network, or a run with noise"
+            )
+        return self.gradient(x, labels).div_(-self.temperature)
+
+    def gradient(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """dE/dx, (B, *shape) float32 on the device of `x`."""
+        function = self._function(labels)
+
+        def gradient(x: Tensor, *labels: Tensor) -> Tensor:
+            with torch.enable_grad():
+                x = x.detach().requires_grad_(True)
+                return torch.autograd.grad(function(x, *labels).sum(), x)[0]
+
+        return self._in_blocks(gradient, x, labels)
+
+    def denoised(self, x: Tensor) -> Tensor:
+        """x - sigma^2 dE/dx / T with sigma = `data_noise`: the mean of the clean data given their noisy state x
+        (Miyasawa 1961; Robbins 1956), where the energy is the density of data with that noise. (B, *shape)."""
+        return x + self.data_noise**2 * self.score(x)
+
+    def sample(
+        self, n: int, *, steps: int | None = None, seed: int = 0, labels: int | Sequence[int] | Tensor | None = None
+    ) -> Tensor:
+        """`n` fresh chains of `steps` steps (default: tracking.sample_steps), from noise, by the run's own sampler:
+        (n, *shape) float32 on the host, images in [-1, 1] or what sampler.bounds says.
+
+        A function of `seed`; the first chains do not depend on `n`. `labels`: a class for all, or one a chain; the
+        chains of a class-conditional run go through the classes in turn without. Raises ConfigError for labels that
+        the run does not have.
+        """
+        steps = self.config.tracking.sample_steps if steps is None else steps
+        return self.chains(n, [steps], seed=seed, labels=labels)[0][steps]
+
+    def chains(
+        self,
+        n: int,
+        lengths: Sequence[int],
+        *,
+        seed: int = 0,
+        labels: int | Sequence[int] | Tensor | None = None,
+        moved: Callable[[int], None] | None = None,
+    ) -> tuple[dict[int, Tensor], Tensor | None]:
+        """Fresh chains after each of `lengths` steps, {length: (n, *shape)}, and their labels (n,), on the host;
+        `moved` hears how many chain steps were done."""
+        if n < 1 or min(lengths) < 0:
+            raise ConfigError(f"{n} chains of {min(lengths)} steps: ask for 1 or more of 0 or more")
+        states, given = chains_of_lengths(
+            self.network,
+            self.config.sampler,
+            self.shape,
+            n,
+            lengths,
+            seed=seed,
+            device=self.device,
+            num_classes=self.num_classes,
+            labels=self._labels(labels, n),
+            moved=moved,
+        )
+        return {length: x.cpu() for length, x in states.items()}, None if given is None else given.cpu()
+
+    def continued(self, x: Tensor, steps: int, *, seed: int = 0, labels: Tensor | None = None) -> Tensor:
+        """The run's chains from states `x` (B, *shape) on, `steps` steps later, on the device of `x`."""
+        if steps == 0:
+            return x
+        if self.num_classes and labels is None:
+            labels = torch.arange(len(x)) % self.num_classes
+        y = () if labels is None else (labels.to(self.device),)
+        engine, noise = Engine(self.network, capture=False), [generator(seed, "chain", device=self.device)]
+        states = advance(engine, self.config.sampler, x.to(self.device), *y, num_steps=steps, generator=noise)
+        return states.to(x.device)
+
+    def _labels(self, labels: int | Sequence[int] | Tensor | None, n: int) -> Tensor | None:
+        if labels is None:
+            return None
+        if not self.num_classes:
+            raise ConfigError("labels: the run has none (energy.num_classes=null); sample without")
+        each = torch.as_tensor(labels, dtype=torch.int64).cpu().flatten()
+        each = each.expand(n) if each.numel() == 1 else each
+        if len(each) != n or not ((each >= 0) & (each < self.num_classes)).all():
+            raise ConfigError(f"labels: must be one or {n} numbers from 0 to {self.num_classes - 1}")
+        return each
+
+    def _function(self, labels: Tensor | None) -> Callable[..., Tensor]:
+        if not self.num_classes or labels is not None:
+            return self.network
+        return self.marginal
+
+    def _in_blocks(self, function: Callable[..., Tensor], x: Tensor, labels: Tensor | None) -> Tensor:
+        if tuple(x.shape[1:]) != self.shape:
+            raise ValueError(f"states of shape {tuple(x.shape)}: must be (B, {', '.join(map(str, self.shape))})")
+        parts = []
+        for start in range(0, max(len(x), 1), BLOCK):
+            y = () if labels is None else (labels[start : start + BLOCK].to(self.device),)
+            block = x[start : start + BLOCK].to(self.device, torch.float32)
+            parts.append(function(block, *y).to(x.device))
+        return torch.cat(parts)
 
 
-def open_run(path: str | Path, device: str | None = None) -> TrainedRun:
-    """RUN, a run directory (its newest checkpoint that verifies) or one checkpoint inside it."""
-    path = Path(path)
-    if (path / "manifest.json").is_file() and path.parent.name == "checkpoints":
-        problem = checkpoint.problem_of(path)
-        if problem:
-            raise DataError(f"{path}: {problem}; use another checkpoint of the run")
-        chosen, run = path, path.parent.parent
-    else:
-        run, chosen = path, checkpoint.newest_valid(path / "checkpoints")
+@dataclass(frozen=True)
+class PersistentChains:
+    """The states of a replay buffer, read from a checkpoint's files when asked for: never whole in memory or on a
+    device. The files are open from the start, so that training may remove the checkpoint meanwhile."""
+
+    files: tuple[safe_open, ...]  # one a stream
+    names: tuple[str, ...]  # of the files, for messages
+    slots: int  # chains a file
+    config: Config
+
+    def __len__(self) -> int:
+        return self.slots * len(self.files)
+
+    def take(self, indices: Tensor) -> Tensor:
+        """The chains of these ascending numbers, (n, *shape) float32 on the host; of tempered ones the cold replicas.
+        Chain i is in slot i % slots of stream i // slots."""
+        parts = [self._read(number, indices[indices // self.slots == number] % self.slots)
+                 for number in (indices // self.slots).unique().tolist()]  # fmt: skip
+        return torch.cat(parts) if parts else torch.empty(0, *self.config.data.shape)
+
+    def spread(self, most: int) -> Tensor:
+        """Up to `most` chains, evenly over streams and slots, (n, *shape) float32 on the host."""
+        count = min(most, len(self))
+        return self.take(torch.arange(count) * len(self) // max(count, 1))
+
+    def blocks(self, size: int = 4096) -> Iterator[Tensor]:
+        """All chains in order, up to `size` at a time, (n, *shape) float32 on the host."""
+        for start in range(0, len(self), size):
+            yield self.take(torch.arange(start, min(start + size, len(self))))
+
+    def _read(self, number: int, slots: Tensor) -> Tensor:
+        try:
+            rows = self.files[number].get_slice("x")
+            low, high = int(slots.min()), int(slots.max()) + 1
+            return cold_states(self.config.sampler, rows[low:high][slots - low].float())
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{self.names[number]}: {error}; use another checkpoint of the run") from error
+
+
+def open_run(
+    path: str | Path, device: str | torch.device | None = None, weights: Literal["ema", "raw"] = "ema"
+) -> TrainedRun:
+    """RUN, a run directory (its newest checkpoint that verifies) or one checkpoint inside it.
+
+    `device`: what torch calls it; default: cuda where there is one. `weights`: the averaged ones ("ema"), or those of
+    the optimizer ("raw"). Raises DataError where there is no run or checkpoint, ConfigError for a config or device that
+    can't be used.
+    """
+    path, place = Path(path), device_of(device)
+    one = (path / "manifest.json").is_file() and path.parent.name == "checkpoints"
+    run = path.parent.parent if one else path
     if not (run / "config.yaml").is_file():
         raise DataError(f"{path}: no run directory (it has no config.yaml); give the run.dir of a training run")
-    if chosen is None:
-        raise DataError(f"{run}/checkpoints holds no valid checkpoint yet; train on, or lower checkpoint.every")
     config = load_config(run / "config.yaml")
+    while True:
+        chosen = path if one else checkpoint.newest_valid(run / "checkpoints")
+        if chosen is None:
+            raise DataError(f"{run}/checkpoints holds no valid checkpoint yet; train on, or lower checkpoint.every")
+        try:
+            if one and (problem := checkpoint.problem_of(path)):
+                raise DataError(f"{path}: {problem}; use another checkpoint of the run")
+            return _open(config, chosen, place, weights)
+        except DataError:
+            if one or chosen.is_dir():  # otherwise training removed it meanwhile, and has a newer one
+                raise
+
+
+def _open(config: Config, chosen: Path, device: torch.device, weights: Literal["ema", "raw"]) -> TrainedRun:
     state = checkpoint.read_state(chosen)
     sampler = sampler_in_use(config.sampler, state.adapted_step, state.divergence["step_scale"])
     config = config.model_copy(update={"sampler": sampler})
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     energy = build_energy(config.energy, config.data.shape, config.run.seed)
-    energy.load_state_dict(checkpoint.read_tensors(chosen, "ema", energy.state_dict()))
-    return TrainedRun(config, FoldedEnergy(energy.to(device)).refresh(), chosen, device)
+    name = {"ema": "ema", "raw": "model"}[weights]
+    energy.load_state_dict(checkpoint.read_tensors(chosen, name, energy.state_dict()))
+    return TrainedRun(config, FoldedEnergy(energy.to(device)).refresh(), chosen, device, _persistent(config, chosen))
+
+
+def _persistent(config: Config, path: Path) -> PersistentChains | None:
+    """Open the chains that the config says there are: one file a stream. Raises DataError where one is missing."""
+    if config.loss.negatives != "persistent":
+        return None
+    slots = config.buffer.size // config.data.streams
+    expected = [slots, *chain_shape(config.sampler, config.data.shape)]
+    names = [str(path / f"stream_{stream:04d}.safetensors") for stream in range(config.data.streams)]
+    with ExitStack() as opened:
+        files = []
+        for name in names:
+            try:
+                file = opened.enter_context(safe_open(name, framework="pt"))
+                found = file.get_slice("x").get_shape()
+            except (SafetensorError, OSError) as error:
+                raise DataError(f"{name}: {error}; use another checkpoint of the run") from error
+            if found != expected:
+                raise DataError(f"{name}: its chains are {found}, and this run's are {expected}")
+            files.append(file)
+        opened.pop_all()  # they stay open for as long as the chains are in use
+    return PersistentChains(tuple(files), tuple(names), slots, config)
+
+
+def device_of(name: str | torch.device | None) -> torch.device:
+    """A device by torch's name for it; None: cuda where there is one, else cpu. Raises ConfigError."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # what torch raises depends on its build
+        first = str(error).partition("\n")[0]
+        raise ConfigError(f"--device {name}: {first}; use cpu, or leave it out") from error
+    if device.type == "meta":
+        raise ConfigError(f"--device {name}: computes nothing; use cpu, or leave it out")
+    return device

@@ -176,7 +176,7 @@ def test_frechet_tells_digits_from_noise(digits, classifier):
     halves = {"half": digits.train[::2], "noise": noise_like(digits.train)}
     values = frechet_metrics(classifier, digits.train, digits.heldout, halves)
     assert values["frechet/half_ratio"] < 2
-    assert values["frechet/noise_ratio"] > 50
+    assert values["frechet/noise_ratio"] > 20
     assert values["frechet/noise"] == pytest.approx(values["frechet/noise_ratio"] * values["frechet/floor"])
     with pytest.raises(DataError, match=r"evaluate\.shards"):
         frechet_metrics(classifier, digits.train, digits.train.flip(0), {})
