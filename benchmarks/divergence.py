@@ -134,7 +134,7 @@ def digits(data: Path):
 def frechet(run: Path, data: Path) -> float:
     """The Fréchet distance of a run's persistent chains to the held-out digits."""
     classifier, target = digits(data)
-    chains = evaluation.to_levels(open_run(run).persistent_chains(), "persistent chains")
+    chains = evaluation.to_levels(open_run(run).persistent.spread(1 << 30), "persistent chains")
     return evaluation.frechet_distance(classifier.features(chains), target)
 
 

@@ -28,7 +28,6 @@ from ebm.data.reader import read_all
 from ebm.data.shards import ensure_shards
 from ebm.energies import build_energy
 from ebm.inference.run import open_run
-from ebm.samplers import fresh_chains
 
 ROOT = Path(__file__).parent.parent
 
@@ -105,9 +104,9 @@ def ours(out: Path, budget: float, judge: Judge) -> list[dict]:
         step = int(path.name[5:])
         if step and at[step] <= budget:
             trained = open_run(path)
-            x, _ = fresh_chains(trained.energy, trained.config.sampler, (1, 8, 8), FRESH, 200, seed=0)
+            x = trained.sample(FRESH, steps=200, seed=0)
             points.append({"seconds": round(at[step], 1), "steps": step, "fresh": judge.ratio(x),
-                           "persistent": judge.ratio(trained.persistent_chains())})  # fmt: skip
+                           "persistent": judge.ratio(trained.persistent.spread(1 << 30))})  # fmt: skip
     return points
 
 

@@ -20,6 +20,14 @@ def shown(caplog, capsys):
     logger.handlers, logger.level = before
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """The user's cache directory, of the tests and the processes that they start: rulers are kept there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """Shards of the training digits, to be read alone."""

@@ -83,7 +83,7 @@ def reference(trained: TrainedRun) -> Tensor:
     """Energies of the data that a sample's percentile is among."""
     config: Config = trained.config
     data = read_evaluation_data(config, "test" if config.evaluate.shards is not None else "train", MOST)
-    return torch.cat([trained.energy(to_states(block)) for block in data[0].split(4096)])
+    return torch.cat([trained.energy(to_states(block)) for block in torch.split(data[0], 4096)])
 
 
 def percentiles(energies: Tensor, among: Tensor) -> Tensor:

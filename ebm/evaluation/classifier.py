@@ -109,7 +109,7 @@ def _untrained(images: Tensor, labels: Tensor, seed: int = 0) -> Classifier:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(seed, "classifier/init"))
         network = Classifier(images.shape[1], int(labels.max()) + 1, min(images.shape[2:]))
-    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    return network.to(memory_format=torch.channels_last)
 
 
 def _noisy(x: Tensor, draws: torch.Generator) -> Tensor:

@@ -65,13 +65,14 @@ def _between(a: Gaussian, b: Gaussian) -> float:
 def _square_root(cov: Tensor) -> Tensor:
     """The symmetric square root of a covariance; eigenvalues that rounding took below 0 are 0."""
     values, vectors = torch.linalg.eigh(cov)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return root
 
 
 class Comparison(NamedTuple):
-    """Distances of sets to the held-out images, each of `count` images, beside the floor: that of training images."""
+    """Distances of sets to the held-out images, each of `images` images, beside the floor: that of training images."""
 
-    count: int
+    images: int
     floor: Distance
     distances: dict[str, Distance]
     ratios: dict[str, Distance]  # to the floor
@@ -80,7 +81,7 @@ class Comparison(NamedTuple):
 def compare(train: Tensor, heldout: Tensor, sets: Mapping[str, Tensor], seed: int = 0) -> Comparison:
     """Distances of the features (N, D) of `sets` and of `train` to those of `heldout`, all of equally many.
 
-    A distance falls with the number of images that it is taken of: `count` is the smallest of all but `heldout`, and
+    A distance falls with the number of images that it is taken of: `images` is the smallest of all but `heldout`, and
     the distance of a larger set is the mean over DRAWS subsets. Intervals: a bootstrap over both sides (Efron 1979).
     Resampling adds a bias of its own, so its quantiles are centred on the value. Of a ratio, numerator and denominator
     see the same resampled held-out images.
@@ -134,7 +135,7 @@ def frechet_metrics(
 
 def as_metrics(result: Comparison, heldout: int) -> dict[str, float]:
     """The metrics of a comparison with `heldout` images."""
-    values: dict[str, float] = {"frechet/n": result.count, "frechet/n_heldout": heldout}
+    values: dict[str, float] = {"frechet/n": result.images, "frechet/n_heldout": heldout}
     values |= named("frechet/floor", result.floor)
     for name, distance in result.distances.items():
         values |= named(f"frechet/{name}", distance) | named(f"frechet/{name}_ratio", result.ratios[name])

@@ -133,18 +133,18 @@ def measure_density(sets: Sets) -> Measured:
             f"chains of {length} steps lie {-drift:.1f} deviations below the data: the energy is low where no data is"
         )
     worst = _worst_share(sets, long)
-    return Measured(values if worst is None else values | {"density/class_shares_worst": worst}, words)
+    return Measured(values | {"density/class_shares_worst": worst}, words)
 
 
-def _worst_share(sets: Sets, long: Tensor) -> float | None:
-    """None for vectors without labels that a classifier could learn."""
+def _worst_share(sets: Sets, long: Tensor) -> float:
     x = sets.as_data(long, "long chains")
     data = sets.noisy((sets.heldout or sets.train).data)
+    predict: Callable[[Tensor], Tensor]
     if sets.of_images and sets.train.labels is not None:
-        classes, count = sets.ruler.predict, sets.train.num_classes
+        predict, count = sets.ruler.predict, sets.train.num_classes
     else:
-        classes, count = trust.clusters(sets.noisy(sets.train.data), sets.seed), trust.CLUSTERS
-    return trust.worst_share(trust.shares(classes(x), count), trust.shares(classes(data), count))
+        predict, count = trust.clusters(sets.noisy(sets.train.data), sets.seed), trust.CLUSTERS
+    return trust.worst_share(trust.shares(predict(x), count), trust.shares(predict(data), count))
 
 
 def measure_accuracy(sets: Sets) -> Measured:

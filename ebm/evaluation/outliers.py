@@ -75,7 +75,8 @@ def pixel_gaussian(train: Tensor) -> Energies:
     mean, variance = x.mean(0), x.var(0) + BIN**2 / 12
 
     def energies(images: Tensor) -> Tensor:
-        return ((to_states(images).flatten(1).double() - mean).square() / (2 * variance)).sum(1)
+        likelihood: Tensor = ((to_states(images).flatten(1).double() - mean).square() / (2 * variance)).sum(1)
+        return likelihood
 
     return energies
 
@@ -101,7 +102,8 @@ def pca_gaussian(train: Tensor) -> Energies:
         centred = to_states(images).flatten(1).double() - mean
         along = centred @ vectors
         outside = (centred.square().sum(1) - along.square().sum(1)).clamp(min=0)
-        return (along.square() / values).sum(1) / 2 + outside / (2 * rest)
+        likelihood: Tensor = (along.square() / values).sum(1) / 2 + outside / (2 * rest)
+        return likelihood
 
     return energies
 
@@ -118,7 +120,7 @@ def ood_metrics(
     AUROC of likelihoods that were fitted to these images, which an energy should beat."""
     baselines = {} if train is None else {"pixel_gaussian": pixel_gaussian(train), "pca_gaussian": pca_gaussian(train)}
     inside = {name: function(heldout) for name, function in {"": energies, **baselines}.items()}
-    values = {}
+    values: dict[str, float] = {}
     for name, images in {**ood_sets(heldout, seed), **(outliers or {})}.items():
         own = rates(inside[""], energies(images))
         values |= {f"ood/{name}_{rate}": value for rate, value in own._asdict().items()}

@@ -38,7 +38,7 @@ def density(
     y, x = torch.meshgrid(centres, centres, indexing="ij")
     points, cell = torch.stack([x.flatten(), y.flatten()], 1), (2 * half_width / cells) ** 2
     with torch.no_grad():
-        log_p = -torch.cat([energy(part) for part in points.split(1 << 16)]).double().cpu() / temperature
+        log_p = -torch.cat([energy(part) for part in torch.split(points, 1 << 16)]).double().cpu() / temperature
     return Density(points, log_p - torch.logsumexp(log_p, 0) - math.log(cell), cell)
 
 

@@ -39,7 +39,9 @@ def acceptance(energy: Callable[[Tensor], Tensor], x: Tensor, sampler: SamplerCo
             "boundary": "reflect",
         }  # fmt: skip
     inside = x if sampler.bounds is None else x.clamp(*sampler.bounds)
-    found = [move(energy, part, generator=noise, **settings)[1].acceptance * len(part) for part in inside.split(512)]
+    found = [
+        move(energy, part, generator=noise, **settings)[1].acceptance * len(part) for part in torch.split(inside, 512)
+    ]
     return float(torch.stack(found).sum()) / len(x)
 
 

@@ -29,17 +29,11 @@ def to_array(x: Tensor) -> np.ndarray:
     """States of chains to what a file holds: images (N, C, H, W) in [-1, 1] -> uint8 (N, H, W, C), as
     `ebm.inference.images.to_levels`; vectors (N, D) as they are. Raises DataError where a value is not finite."""
     if x.ndim == 4:
-        return to_levels(x, "samples").permute(0, 2, 3, 1).contiguous().numpy()
+        return np.asarray(to_levels(x, "samples").permute(0, 2, 3, 1).contiguous().numpy())
     if not x.isfinite().all():
         bad = int((~x.isfinite()).any(1).sum())
         raise DataError(f"{bad} of {len(x)} samples hold non-finite values; use an earlier checkpoint of the run")
     return np.asarray(x.float().cpu().numpy())
-
-
-def from_array(array: np.ndarray) -> Tensor:
-    """The inverse: each of an image's levels to the middle of its bin."""
-    x = torch.from_numpy(array)
-    return to_states(x.permute(0, 3, 1, 2) if x.ndim == 4 else x)
 
 
 def to_states(data: Tensor) -> Tensor:
@@ -51,10 +45,10 @@ def load_array(path: str | Path, shape: tuple[int, ...]) -> np.ndarray:
     """A .npy that fits `shape`: uint8 images (N, H, W, C) for (C, H, W), (N, H, W) too where C is 1; finite float32
     vectors (N, D) for (D,). Raises DataError."""
     try:
-        array = np.load(path, allow_pickle=False)
+        array: np.ndarray = np.load(path, allow_pickle=False, mmap_mode="r")  # a header may promise terabytes
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path}: {error}; give a .npy file of {_expected(shape)}") from error
-    if not isinstance(array, np.ndarray):
+    if not isinstance(array, np.ndarray):  # np.load opens a .npz too
         raise DataError(f"{path}: is an archive; give a .npy file of {_expected(shape)}")
     if array.ndim == 3 and shape[0] == 1 and len(shape) == 3:
         array = array[..., None]

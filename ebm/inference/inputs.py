@@ -45,7 +45,7 @@ def read_inputs(place: str, config: Config, split: str = "", batch: int = 1024) 
     elif path.suffix == ".npy":
         rows = load_array(path, shape)
         for start in range(0, len(rows), batch):
-            part = torch.from_numpy(np.ascontiguousarray(rows[start : start + batch]))
+            part = torch.from_numpy(np.array(rows[start : start + batch]))
             data = part.permute(0, 3, 1, 2) if part.ndim == 4 else part
             yield Block([str(start + i) for i in range(len(part))], data, torch.full((len(part),), -1))
     elif path.is_dir():

@@ -212,7 +212,7 @@ class PersistentChains:
         """The chains of these ascending numbers, (n, *shape) float32 on the host; of tempered ones the cold replicas.
         Chain i is in slot i % slots of stream i // slots."""
         parts = [self._read(number, indices[indices // self.slots == number] % self.slots)
-                 for number in (indices // self.slots).unique().tolist()]  # fmt: skip
+                 for number in sorted(set((indices // self.slots).tolist()))]  # fmt: skip
         return torch.cat(parts) if parts else torch.empty(0, *self.config.data.shape)
 
     def spread(self, most: int) -> Tensor:
@@ -227,7 +227,7 @@ class PersistentChains:
 
     def _read(self, number: int, slots: Tensor) -> Tensor:
         try:
-            rows = self.files[number].get_slice("x")
+            rows = self.files[number].get_slice("x")  # type: ignore[no-untyped-call]
             low, high = int(slots.min()), int(slots.max()) + 1
             return cold_states(self.config.sampler, rows[low:high][slots - low].float())
         except (SafetensorError, OSError) as error:

@@ -1,10 +1,10 @@
 """Every metric: what it is, its unit, and what a healthy value looks like. docs/monitoring.md holds the same table."""
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 from ebm.config import Config
+from ebm.training.divergence import largest_grad_norm
 
 Range = tuple[float, float]
 
@@ -19,23 +19,20 @@ class Metric(NamedTuple):
     )
 
 
-def _drift(config: Config, _) -> Range:
-    """The drift limit of `ebm.training.divergence`, as a gradient norm."""
-    if config.sampler.bounds is None:
-        return 0.0, math.inf
-    low, high = config.sampler.bounds
-    return 0.0, config.health.max_drift * (high - low) * math.prod(config.data.shape) ** 0.5 / config.sampler.step_size
+def _drift(config: Config, _: object) -> Range:
+    """The limit of the drift, as a gradient norm."""
+    return 0.0, largest_grad_norm(config.health.max_drift, config.sampler, config.data.shape)
 
 
-def _zero(*_) -> Range:
+def _zero(*_: object) -> Range:
     return 0.0, 0.0
 
 
-def _one(*_) -> Range:
+def _one(*_: object) -> Range:
     return 1.0, 1.0
 
 
-def _reinit(config: Config, _) -> Range:
+def _reinit(config: Config, _: object) -> Range:
     return config.buffer.reinit_prob - 0.05, config.buffer.reinit_prob + 0.05
 
 

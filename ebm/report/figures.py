@@ -1,6 +1,8 @@
 """The figures of a report: matplotlib without a display, as SVG."""
 
 import io
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -9,7 +11,7 @@ from matplotlib.figure import Figure
 
 COLOURS = ("#2f6db3", "#d9822b", "#4f9d69")
 INK, FAINT, BAND, MARK = "#333333", "#d9d9d9", "#e4f2e7", "#c0392b"
-STYLE = {
+STYLE: dict[str, Any] = {
     "svg.hashsalt": "ebm", "font.family": "sans-serif", "font.size": 8.5, "axes.edgecolor": FAINT,
     "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#eeeeee",
@@ -74,7 +76,7 @@ def draw_histograms(ax: Axes, energies: dict[str, np.ndarray]) -> None:
     """Energies by set, as densities over common bins; the outermost half per cent is left out."""
     joined = np.concatenate(list(energies.values()))
     low, high = np.quantile(joined, [0.005, 0.995])
-    bins = np.linspace(low, high if high > low else low + 1e-6, 61)
+    bins = np.linspace(low, high if high > low else low + 1e-6, 61).tolist()
     for colour, (name, values) in zip(COLOURS, energies.items(), strict=False):
         ax.hist(values, bins, density=True, histtype="stepfilled", color=colour, alpha=0.12)
         ax.hist(values, bins, density=True, histtype="step", color=colour, lw=1.3, label=name)
@@ -83,9 +85,18 @@ def draw_histograms(ax: Axes, energies: dict[str, np.ndarray]) -> None:
     ax.legend(loc="best")
 
 
-def svg(draw, size: tuple[float, float]) -> bytes:
+def draw_lengths(ax: Axes, curve: np.ndarray, low: list[float], high: list[float]) -> None:
+    """Distances (N, 2) of pairs (chain steps, ratio to the floor) with their intervals, both axes in decades."""
+    steps, ratios = curve.T
+    ax.fill_between(steps, low, high, color=COLOURS[0], alpha=0.15, lw=0)
+    ax.plot(steps, ratios, color=COLOURS[0], marker="o", ms=4, lw=1.3)
+    ax.axhline(1.0, color=FAINT, lw=1)
+    ax.set(xscale="log", yscale="log", xlabel="chain steps", ylabel="distance / floor")
+
+
+def svg(draw: Callable[[Axes], None], size: tuple[float, float]) -> bytes:
     """A figure of `size` inches that `draw(ax)` has drawn."""
-    with rc_context(STYLE):
+    with rc_context(STYLE):  # type: ignore[arg-type]  # keys are checked by matplotlib when they are set
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.subplots())
         file = io.BytesIO()

@@ -1,7 +1,8 @@
-"""Pieces of HTML; whatever comes from a run is escaped."""
+"""The page: sections of HTML about a run. Whatever comes from the run is escaped."""
 
 import base64
 import html
+import logging
 import math
 from datetime import datetime
 from io import BytesIO
@@ -14,6 +15,8 @@ from ebm.config import to_yaml
 from ebm.report import figures
 from ebm.report.catalogue import METRICS, Metric, metric_of
 from ebm.report.records import RECENT, Records
+
+log = logging.getLogger(__name__)
 
 IN_RANGE, OUT_OF_RANGE = "in range", "out of range"
 
@@ -30,7 +33,7 @@ small, .faint { color: #777; font-size: 12.5px; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); gap: 30px 32px; margin-top: 16px; }
 .panels { display: grid; grid-template-columns: repeat(2, 1fr); gap: 18px 24px; margin-top: 12px; }
 .panels > :first-child { grid-column: 1 / -1; }
-.grid img, .panels img { width: 100%; display: block; margin: 4px 0 2px; }
+.grid img, .panels img, .wide img { width: 100%; display: block; margin: 4px 0 2px; }
 table { border-collapse: collapse; font-size: 13px; margin-top: 8px; }
 td, th { text-align: left; padding: 4px 18px 4px 0; border-bottom: 1px solid #eee; vertical-align: top; }
 th { font-weight: 500; color: #777; }
@@ -43,7 +46,7 @@ pre { font-size: 12.5px; overflow-x: auto; }
 """
 
 
-def escape(text) -> str:
+def escape(text: object) -> str:
     return html.escape(str(text))
 
 
@@ -57,7 +60,7 @@ def image(content: bytes, kind: str, alt: str) -> str:
     return f'<img alt="{escape(alt)}" src="data:image/{kind};base64,{base64.b64encode(content).decode()}">'
 
 
-def cell(text, style: str = "", **data: str) -> str:
+def cell(text: object, style: str = "", **data: str) -> str:
     """A cell of a table: `text` escaped, a class, and what scripts may look for."""
     attributes = f' class="{style}"' if style else ""
     attributes += "".join(f' data-{name}="{escape(value)}"' for name, value in data.items())
@@ -93,6 +96,7 @@ CHARTS = (
 )
 IN_NUMBERS_ONLY = {"data/epoch", "data/skipped", "health/rollbacks", "health/lr_scale", "health/step_scale"}
 IN_NUMBERS_ONLY |= {"perf/chain_steps_per_s", "buffer/reinit_frac", "sampler/temperature"}
+MAX_PIXELS = 1 << 26  # of a picture
 MAX_PANELS, PANEL_WIDTH = 5, 1200  # pictures over time; pixels of the newest, the others are half as wide
 
 
@@ -103,6 +107,7 @@ def page(records: Records, energies: dict[str, np.ndarray], energy_note: str) ->
         health(records),
         samples(records),
         energy_histograms(energies, energy_note),
+        evaluation(records),
         curves(records),
         events(records),
         numbers(records),
@@ -125,7 +130,7 @@ def healthy_range(records: Records, metric: Metric | None) -> tuple[float, float
 
 
 def is_within(value: float, bounds: tuple[float, float]) -> bool:
-    """What is no number is out of any range."""
+    """Whether a value is in a range; NaN is in none."""
     return bounds[0] <= value <= bounds[1]
 
 
@@ -177,7 +182,8 @@ def health(records: Records) -> str:
 
 def samples(records: Records) -> str:
     """The newest panel large, and earlier ones spread over the run."""
-    panels, shown = records.panels, []
+    panels = records.panels
+    shown: list[str] = []
     picked = {round(i) for i in np.linspace(0, len(panels) - 1, MAX_PANELS)} if panels else ()
     for i in sorted(picked, reverse=True):
         step = panels[i].stem.removeprefix("step_").lstrip("0")
@@ -194,9 +200,12 @@ def samples(records: Records) -> str:
 def read_picture(path: Path, width: int) -> bytes | None:
     """A PNG of at most that many pixels across; None where the file is damaged."""
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=("PNG",)) as opened:  # of the others, some start programs
+            if opened.width * opened.height > MAX_PIXELS:
+                log.warning("%s: %d x %d pixels are too many to show", path, opened.width, opened.height)
+                return None
             picture = opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError):  # Pillow's, for what is no PNG
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises for a broken file
         return None
     if picture.width > width:
         picture = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
@@ -220,14 +229,38 @@ def energy_histograms(energies: dict[str, np.ndarray], note: str) -> str:
     )
 
 
+def evaluation(records: Records) -> str:
+    """What `ebm evaluate` kept in the run directory: distances against the length of chains, pictures, values."""
+    step, values, lengths = records.evaluation
+    if not values:
+        return ""
+    about = f'<h2>Evaluation</h2><p class="faint">`ebm evaluate` of step {step}.</p>'
+    ratios = [(length, values.get(f"length/{length}")) for length in lengths]
+    curve = [(length, ratio) for length, ratio in ratios if isinstance(ratio, float)]
+    if curve:
+        bounds = {end: [float(values.get(f"length/{n}_{end}", r)) for n, r in curve] for end in ("low", "high")}
+        points = np.array(curve, dtype=float)
+        drawn = figures.svg(lambda ax: figures.draw_lengths(ax, points, **bounds), (5.2, 2.5))
+        about += (
+            '<p class="faint">Fréchet distance of fresh chains, in floors, against their number of steps: an energy '
+            "that is a density is flat from some length on.</p>" + image(drawn, "svg+xml", "distance against length")
+        )
+    for name in ("lengths.png", "landscape.png"):
+        picture = read_picture(records.path / name, PANEL_WIDTH)
+        if picture is not None and (name != "lengths.png" or curve):
+            about += f'<div class="wide">{image(picture, "png", name)}</div>'
+    rows = [[cell(key), cell(value if isinstance(value, str) else number(value), "n")] for key, value in values.items()]
+    return f"{about}<details><summary>all values</summary>{table('value|#', rows)}</details>"
+
+
 def curves(records: Records) -> str:
     """The charts of what every run has, and one of each further metric."""
     if not records.rows:
         return ""
     known = {key for _, keys in CHARTS for key in keys} | IN_NUMBERS_ONLY
     charts = [*CHARTS, *((key, (key,)) for key in records.keys if key not in known)]
-    charts = [(title, [key for key in keys if key in records.keys]) for title, keys in charts]
-    cards = "".join(chart(records, title, keys) for title, keys in charts if keys)
+    found = [(title, [key for key in keys if key in records.keys]) for title, keys in charts]
+    cards = "".join(chart(records, title, keys) for title, keys in found if keys)
     about = '<p class="faint">Shaded: healthy. Dashed: a rollback went to this step.</p>'
     return f'<h2>Curves</h2>{about}<div class="grid">{cards}</div>'
 
@@ -236,7 +269,7 @@ def chart(records: Records, title: str, keys: list[str]) -> str:
     """A curve a key; the range and the advice are the first's."""
     metric, series = metric_of(keys[0]), {key: records.series(key) for key in keys}
     bounds = healthy_range(records, metric)
-    marks = [event["to"] for event in records.rollbacks if isinstance(event.get("to"), int)]
+    marks = [float(event.to) for event in records.rollbacks]
     picture = figures.svg(lambda ax: figures.draw_curves(ax, series, bounds, marks), (3.5, 1.9))
     line = ", ".join(f"{key} {number(values[-1])}" for key, (_, values) in series.items())
     state = "" if bounds is None else f" · {verdict(is_within(records.present(keys[0]), bounds))}"
@@ -249,15 +282,15 @@ def chart(records: Records, title: str, keys: list[str]) -> str:
 
 def events(records: Records) -> str:
     """Rollbacks, cuts, starts that failed."""
-    lines = [f"step {e.get('from')}: back to step {e.get('to')}; {e.get('reason')}" for e in records.rollbacks]
+    lines = [f"step {event.start}: back to step {event.to}; {event.reason}" for event in records.rollbacks]
     for key, what in (("health/lr_scale", "learning rate"), ("health/step_scale", "step size")):
         steps, values = records.series(key)
         changed = np.flatnonzero(np.diff(values)) + 1
         lines += [f"step {steps[i]:.0f}: {what} × {number(values[i])}" for i in changed]
     attempts = records.attempts
-    if attempts.get("reason") or attempts.get("starts", 1) != 1:
-        reason = f"; the last ended with: {attempts['reason']}" if attempts.get("reason") else ""
-        lines.append(f"{attempts.get('starts')} starts from step {attempts.get('step')}{reason}")
+    if attempts.reason or attempts.starts != 1:
+        reason = f"; the last ended with: {attempts.reason}" if attempts.reason else ""
+        lines.append(f"{attempts.starts} starts from step {attempts.step}{reason}")
     if not lines:
         return '<h2>Events</h2><p class="faint">No rollback, no cut, no start that failed.</p>'
     return f"<h2>Events</h2><ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"

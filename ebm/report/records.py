@@ -1,10 +1,12 @@
-"""What a run directory says about its run, read so that nothing half-written or damaged gets in the way."""
+"""Reads what a run directory says about its run. Nothing half-written, damaged or of a wrong type gets in the way: a
+run may come from a stranger."""
 
 import json
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import numpy as np
 
@@ -12,6 +14,32 @@ from ebm.config import Config, load_config
 from ebm.errors import DataError
 
 RECENT = 20  # lines of metrics that are the present
+MAX_BYTES = 1 << 24  # of rollbacks.json and its like
+MAX_TEXT, MAX_VALUES = 1000, 2000  # characters of a reason, values of an evaluation, that are shown
+
+T = TypeVar("T", bound=list[Any] | dict[str, Any])
+
+
+class Rollback(NamedTuple):
+    start: int  # step at which the run diverged
+    to: int  # step it went back to
+    reason: str
+
+
+class Attempts(NamedTuple):
+    """Starts in a row that reached no newer checkpoint."""
+
+    step: int = 0
+    starts: int = 1
+    reason: str = ""  # why the last of them ended
+
+
+class Evaluation(NamedTuple):
+    """What `ebm evaluate` kept."""
+
+    step: int = 0  # of the checkpoint; 0 where the run was not evaluated
+    values: dict[str, float | str] = {}  # noqa: RUF012 - never changed
+    lengths: tuple[int, ...] = ()  # steps of the chains whose distances are length/K
 
 
 @dataclass
@@ -20,8 +48,9 @@ class Records:
     config: Config
     rows: list[dict[str, float]]
     damaged: int  # lines of metrics that could not be read
-    rollbacks: list[dict] = field(default_factory=list)
-    attempts: dict = field(default_factory=dict)
+    rollbacks: list[Rollback] = field(default_factory=list)
+    attempts: Attempts = field(default_factory=Attempts)
+    evaluation: Evaluation = field(default_factory=Evaluation)
 
     @property
     def done(self) -> bool:
@@ -62,9 +91,46 @@ def read(path: Path) -> Records:
         raise DataError(f"{path / 'metrics.jsonl'}: {error.strerror}; make it readable") from error
     rows = [_row(line) for line in text.splitlines()]
     sound = [row for row in rows if row is not None]
-    rollbacks = [event for event in _json(path / "rollbacks.json", list) if isinstance(event, dict)]
-    attempts = _json(path / "attempts.json", dict)
-    return Records(path, config, sound, len(rows) - len(sound), rollbacks, attempts)
+    rollbacks = [event for entry in _json(path / "rollbacks.json", list) if (event := _rollback(entry)) is not None]
+    return Records(
+        path,
+        config,
+        sound,
+        len(rows) - len(sound),
+        rollbacks,
+        _attempts(_json(path / "attempts.json", dict)),
+        _evaluation(_json(path / "evaluation.json", dict)),
+    )
+
+
+def _rollback(entry: object) -> Rollback | None:
+    """None where the entry is not what training writes."""
+    if not isinstance(entry, dict) or not all(_is_count(entry.get(key)) for key in ("from", "to")):
+        return None
+    return Rollback(entry["from"], entry["to"], str(entry.get("reason", ""))[:MAX_TEXT])
+
+
+def _attempts(entry: dict[str, object]) -> Attempts:
+    step, starts = (entry.get(key) for key in ("step", "starts"))
+    if not (_is_count(step) and _is_count(starts)):
+        return Attempts()
+    return Attempts(step, starts, str(entry.get("reason", ""))[:MAX_TEXT])
+
+
+def _evaluation(entry: dict[str, object]) -> Evaluation:
+    step, values, lengths = (entry.get(key) for key in ("step", "values", "lengths"))
+    if not (_is_count(step) and isinstance(values, dict) and isinstance(lengths, list)):
+        return Evaluation()
+    sound = {
+        key[:200]: value[:MAX_TEXT] if isinstance(value, str) else float(value)
+        for key, value in list(values.items())[:MAX_VALUES]
+        if isinstance(value, str) or (isinstance(value, int | float) and abs(value) < 1e300)
+    }
+    return Evaluation(step, sound, tuple(length for length in lengths[:MAX_VALUES] if _is_count(length)))
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
 
 
 def _row(line: bytes) -> dict[str, float] | None:
@@ -76,9 +142,12 @@ def _row(line: bytes) -> dict[str, float] | None:
     return row if math.isfinite(row.get("step", math.nan)) else None
 
 
-def _json(path: Path, kind: type):
+def _json(path: Path, kind: type[T]) -> T:
+    """The value in a file; an empty one where it is missing, too large, or of another kind."""
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
+        value = json.loads(text) if len(text) <= MAX_BYTES else None
+    except (OSError, ValueError, RecursionError):
         return kind()
     return value if isinstance(value, kind) else kind()
