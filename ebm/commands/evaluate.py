@@ -6,7 +6,9 @@ import math
 import re
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -189,7 +191,7 @@ def _write(file: Path, values: Metrics) -> None:
         raise ConfigError(f"--json {file}: {error}") from error
 
 
-def _json(values: dict) -> str:  # type: ignore[type-arg]
+def _json(values: Mapping[str, Any]) -> str:
     return json.dumps(values, indent=1, allow_nan=False) + "\n"
 
 

@@ -3,13 +3,14 @@ they lose (docs/density.md)."""
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ebm.config import SamplerConfig
+from ebm.config import HMCConfig, SamplerConfig
 from ebm.inference.images import to_states
-from ebm.samplers import mala, sampler_of
+from ebm.samplers import MetropolisInfo, hmc, mala
 from ebm.streams import generator
 
 ACCEPTED = 0.6  # mean acceptance from which chains sample the energy that they follow
@@ -27,21 +28,15 @@ def acceptance(energy: Callable[[Tensor], Tensor], x: Tensor, sampler: SamplerCo
     """
     if sampler.implied_temperature <= 0:
         return math.nan
-    noise = generator(seed, "acceptance", device=x.device)
-    if sampler.kind in ("mala", "hmc"):
-        move, settings = sampler_of(sampler, num_steps=1)
+    settings: dict[str, Any] = {"temperature": sampler.implied_temperature, "bounds": sampler.bounds}
+    if isinstance(sampler, HMCConfig):
+        move: Callable[..., tuple[Tensor, MetropolisInfo]] = hmc
+        settings |= {"step_size": sampler.step_size, "num_leapfrog": sampler.num_leapfrog}
     else:
-        move, settings = mala, {
-            "num_steps": 1,
-            "step_size": sampler.last_step_size,
-            "temperature": sampler.implied_temperature,
-            "bounds": sampler.bounds,
-            "boundary": "reflect",
-        }  # fmt: skip
+        move, settings = mala, settings | {"step_size": sampler.last_step_size}
+    settings |= {"num_steps": 1, "boundary": "reflect", "generator": generator(seed, "acceptance", device=x.device)}
     inside = x if sampler.bounds is None else x.clamp(*sampler.bounds)
-    found = [
-        move(energy, part, generator=noise, **settings)[1].acceptance * len(part) for part in torch.split(inside, 512)
-    ]
+    found = [move(energy, part, **settings)[1].acceptance * len(part) for part in torch.split(inside, 512)]
     return float(torch.stack(found).sum()) / len(x)
 
 

@@ -76,5 +76,5 @@ def landscape(panels: dict[str, tuple[np.ndarray | None, np.ndarray | None]], ha
         if points is not None:
             axes.scatter(*points.T, s=2, alpha=0.5, linewidths=0, color="white" if energies is not None else "black")
         axes.set(title=title, xlim=extent[:2], ylim=extent[2:], aspect="equal")
-    canvas.draw()  # type: ignore[no-untyped-call]
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()  # type: ignore[no-untyped-call]
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -227,7 +227,7 @@ class PersistentChains:
 
     def _read(self, number: int, slots: Tensor) -> Tensor:
         try:
-            rows = self.files[number].get_slice("x")  # type: ignore[no-untyped-call]
+            rows = self.files[number].get_slice("x")
             low, high = int(slots.min()), int(slots.max()) + 1
             return cold_states(self.config.sampler, rows[low:high][slots - low].float())
         except (SafetensorError, OSError) as error:
