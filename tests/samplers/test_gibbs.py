@@ -115,3 +115,8 @@ def test_temperature_is_that_of_both_moves():
     assert ((counts - num * expected).abs() < 4 * (num * expected * (1 - expected)).sqrt()).all()
     own = x[y == 1]
     assert abs(own.var() / 2 - 1) < 4 * math.sqrt(2 / len(own))
+
+
+def test_no_rounds_are_refused():
+    with pytest.raises(ValueError, match="rounds=0 must be at least 1"):
+        within_gibbs(mala, None, None, torch.zeros(2, 1), torch.zeros(2, dtype=torch.long), rounds=0)

@@ -8,6 +8,8 @@ import torch
 from ebm.config import LangevinConfig
 from ebm.energies import MLPEnergyFunction
 from ebm.samplers import LangevinDynamics, fresh_chains, langevin, schedule, settings_of
+from ebm.samplers.base import inside
+from ebm.samplers.langevin import move_
 from ebm.streams import generator, normal_
 
 
@@ -168,6 +170,16 @@ def test_reflection_of_steps_of_any_length():
     expected = torch.tensor([[folded(t, low, high)] for t in targets.tolist()])
     torch.testing.assert_close(x, expected, rtol=0, atol=3e-6)
     assert x.min() >= low and x.max() <= high
+
+
+def test_states_are_kept_inside_as_the_chain_keeps_them():
+    """`inside`, which improved contrastive divergence differentiates, is the end of the chain's update, bit for bit."""
+    x = 4 * torch.randn(1000, generator=seeded())
+    for boundary in ("clamp", "reflect"):
+        for bounds in ((-1.0, 1.0), (-0.53, 0.71), None):
+            moved = x.clone()
+            move_(moved, torch.zeros_like(x), None, 1.0, 0.0, None, bounds, boundary)
+            assert torch.equal(inside(x, bounds, boundary), moved)
 
 
 def test_reflected_noise_keeps_the_uniform_density():

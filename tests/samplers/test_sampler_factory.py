@@ -184,6 +184,19 @@ def test_an_adapted_step_size_replaces_the_config_s():
         sampler_of(CONFIGS[0], step_size=step)
 
 
+@every_kind
+def test_every_sampler_refuses_empty_bounds_and_unknown_boundaries(config):
+    sampler, settings = sampler_of(config)
+    other = "reject" if config.kind == "langevin" else "clamp"
+    for changes, words in (
+        ({"bounds": (1.0, -1.0)}, r"bounds \(1.0, -1.0\) must be \(low, high\) with low < high"),
+        ({"boundary": other}, f"boundary='{other}' must be '.*' or 'reflect'"),
+        ({"boundary": other, "bounds": None}, f"boundary='{other}' must be"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            sampler(quartic, starts(config), generator=seeded(), **settings | changes)
+
+
 def test_langevin_annealed_in_temperature():
     config = LangevinConfig(num_steps=3, step_size=0.5, temperature=4.0, temperature_end=1.0, schedule="geometric")
     assert settings_of(config)["noise_scale"] == pytest.approx([2.0, 2**0.5, 1.0])
