@@ -3,8 +3,10 @@
 import logging
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 
 from ebm.config import Config
+from ebm.data import Batch
 from ebm.errors import EXIT_STOPPED, DataError, DivergenceError, LostPeerError, UserError
 from ebm.runtime.checkpoint import Saver
 from ebm.runtime.distributed import World
@@ -20,7 +22,10 @@ log = logging.getLogger(__name__)
 
 
 def train(config: Config, world: World, started: float) -> int:
-    """Run, or go on with, the training of `config`. Returns the exit code: 0 done, 75 stopped and resumable."""
+    """Run, or go on with, the training of `config`. Returns the exit code: 0 done, 75 stopped and resumable.
+
+    `started`: when the process began, by `time.monotonic`; `train.time_limit` counts from there.
+    """
     run = RunDirectory(config, world)
     if run.done:
         log.info(f"{run.path} is done already; another run.dir begins a new run")
@@ -43,7 +48,7 @@ def train(config: Config, world: World, started: float) -> int:
             ) as watchdog,
             Saver(run.checkpoints, world) as saver,
         ):
-            code = loop(state, run, saver, tracker, stop, watchdog)
+            code = Training(state, run, saver, tracker).loop(stop, watchdog)
     except Exception as error:
         if tracker is not None:
             tracker.alert("the run ended", f"step {state.step}: {error}", "ERROR")
@@ -59,14 +64,14 @@ def train(config: Config, world: World, started: float) -> int:
         if tracker is not None:
             tracker.close(code)
     run.finish(code, state.step, time.monotonic() - started)
-    if code == EXIT_STOPPED:  # the first rank to end so has its launcher end the others: rank 0 may be busy with W&B
+    if code == EXIT_STOPPED:  # the launcher ends all ranks when the first one ends: wait for rank 0 and its W&B
         with suppress(RuntimeError):
             world.any(False)
     return code
 
 
 def open_tracker(state: TrainState, run: RunDirectory) -> Tracker | None:
-    """On rank 0; its error on every rank."""
+    """The tracker, on rank 0 alone; what keeps it from opening ends every rank."""
     tracker, error = None, None
     if state.world.is_main:
         try:
@@ -77,109 +82,119 @@ def open_tracker(state: TrainState, run: RunDirectory) -> Tracker | None:
     return tracker
 
 
-def loop(
-    state: TrainState, run: RunDirectory, saver: Saver, tracker: Tracker | None, stop: StopRequest, watchdog: Watchdog
-) -> int:
-    config, world = state.config, state.world
-    if state.step == 0:
-        saver.start(0, *snapshot(state))  # so that there is always one to roll back to
-    interval, agreed = Interval(state.step), world.ask(stop.asked() is not None, not saver.ended)
-    while state.step < config.train.steps:
-        watchdog.beat()
-        before = time.perf_counter()
-        batch = next(state.reader)
-        interval.waited += time.perf_counter() - before
-        if batch.errors:
-            state.skipped_samples += batch.skipped
-            log.warning(f"step {state.step + 1}: passed over {batch.skipped}: {batch.errors[0]}")
-        result = train_step(state, batch)
-        step, last = state.step, state.step == config.train.steps
-        if result.draw is not None:
-            interval.reinit += result.draw.reinit.float().mean().item()
-        if config.data.trace:
-            trace(state, batch, result.draw, tracker)
-        if step % config.health.every == 0 and heal(state, result, run, saver, tracker):
-            interval = Interval(state.step)
-            continue
-        if step % config.train.log_every == 0 or last:
-            metrics = measure(state, result, interval)
-            if tracker is not None:
-                tracker.log(step, metrics)
-            interval = Interval(step)
-        if step % config.tracking.samples_every == 0 or last:
-            panels(state, batch, result, tracker)
-        stopping, writing = agreed()
-        if saver.busy and not writing:
-            finish_save(state, saver, tracker)
-        if last or stopping:
-            save_now(state, saver, tracker)
-        elif step % config.checkpoint.every == 0:
-            if saver.busy:  # slower than the steps of a whole interval: training waits
-                finish_save(state, saver, tracker)
-            saver.start(step, *snapshot(state))
-        if stopping and not last:
-            log.info(f"stopping at step {step}: {stop.reason or 'another rank was asked to'}")
-            return EXIT_STOPPED
-        if not last:  # answered after the next step
-            agreed = world.ask(stop.asked() is not None, not saver.ended)
-    return 0
-
-
 def resume(state: TrainState, run: RunDirectory) -> bool:
-    """Go on from the newest checkpoint, if there is one."""
+    """Go on from the newest checkpoint. Returns whether there is one."""
     path, divergence = run.resume_point()
     if path is not None:
         load(state, path, divergence)
     return path is not None
 
 
-def heal(state: TrainState, result: StepResult, run: RunDirectory, saver: Saver, tracker: Tracker | None) -> bool:
-    """Judge the run's health and act on it. Returns whether the run went back to an earlier state."""
-    # Rank 0's numbers for all: a last bit that differs between machines must not part the ranks.
-    verdict = state.divergence.judge(state.step, state.world.gather(read_health(state, result))[0])
-    if verdict.action == "go on":
-        return False
-    if verdict.action == "stop":
-        raise DivergenceError(
-            f"training diverged at {verdict.reason}. In a new run, lower optim.lr or sampler.step_size or raise loss.l2"
-        )
-    scales = f"learning rate x {state.divergence.lr_scale:g}, step size x {state.divergence.step_scale:g}"
-    if verdict.action == "cut":
-        log.info(f"diverging at {verdict.reason}: {scales} from here on")
+@dataclass
+class Training:
+    """A run under way. All ranks call everything here at the same steps; `tracker` is on rank 0 alone."""
+
+    state: TrainState
+    run: RunDirectory
+    saver: Saver
+    tracker: Tracker | None
+
+    def loop(self, stop: StopRequest, watchdog: Watchdog) -> int:
+        """Train to the last step (0), or until a stop is asked for (75)."""
+        state, saver, config, world = self.state, self.saver, self.state.config, self.state.world
+        if state.step == 0:
+            saver.start(0, *snapshot(state))  # so that there is always one to roll back to
+        interval, agreed = Interval(state.step), world.ask(stop.asked() is not None, not saver.ended)
+        while state.step < config.train.steps:
+            watchdog.beat()
+            batch = self.next_batch(interval)
+            result = train_step(state, batch)
+            step, last = state.step, state.step == config.train.steps
+            interval.add(result)
+            if config.data.trace:
+                trace(state, batch, result.draw, self.tracker)
+            if step % config.health.every == 0 and self.heal(result):
+                interval = Interval(state.step)
+                continue
+            if step % config.train.log_every == 0 or last:
+                metrics = measure(state, result, interval)
+                if self.tracker is not None:
+                    self.tracker.log(step, metrics)
+                interval = Interval(step)
+            if step % config.tracking.samples_every == 0 or last:
+                panels(state, batch, result, self.tracker)
+            stopping, writing = agreed()
+            if saver.busy and not writing:
+                self.finish_save()
+            if last or stopping:
+                self.save_now()
+            elif step % config.checkpoint.every == 0:
+                if saver.busy:  # slower than the steps of a whole interval: training waits
+                    self.finish_save()
+                saver.start(step, *snapshot(state))
+            if stopping and not last:
+                log.info(f"stopping at step {step}: {stop.reason or 'another rank was asked to'}")
+                return EXIT_STOPPED
+            if not last:  # answered after the next step
+                agreed = world.ask(stop.asked() is not None, not saver.ended)
+        return 0
+
+    def next_batch(self, interval: Interval) -> Batch:
+        before = time.perf_counter()
+        batch = next(self.state.reader)
+        interval.waited += time.perf_counter() - before
+        if batch.errors:
+            self.state.skipped_samples += batch.skipped
+            log.warning(f"step {self.state.step + 1}: passed over {batch.skipped}: {batch.errors[0]}")
+        return batch
+
+    def heal(self, result: StepResult) -> bool:
+        """Judge the run's health and act on it. Returns whether the run went back to an earlier state."""
+        state, tracker = self.state, self.tracker
+        # Rank 0's numbers for all: a last bit that differs between machines must not part the ranks.
+        verdict = state.divergence.judge(state.step, state.world.gather(read_health(state, result))[0])
+        if verdict.action == "go on":
+            return False
+        if verdict.action == "stop":
+            raise DivergenceError(
+                f"training diverged at {verdict.reason}. In a new run, lower optim.lr or sampler.step_size or raise "
+                "loss.l2"
+            )
+        scales = f"learning rate x {state.divergence.lr_scale:g}, step size x {state.divergence.step_scale:g}"
+        if verdict.action == "cut":
+            log.info(f"diverging at {verdict.reason}: {scales} from here on")
+            if tracker is not None:
+                tracker.alert("steps were cut", f"{verdict.reason}: {scales} from here on")
+            return False
+        if self.saver.busy:
+            self.finish_save()
+        if not self.run.roll_back(state.step, state.divergence.state(), verdict.reason):
+            raise DivergenceError(f"training diverged at {verdict.reason}, and there is no checkpoint to go back to")
+        resume(state, self.run)
         if tracker is not None:
-            tracker.alert("steps were cut", f"{verdict.reason}: {scales} from here on")
-        return False
-    if saver.busy:
-        finish_save(state, saver, tracker)
-    if not run.roll_back(state.step, state.divergence.state(), verdict.reason):
-        raise DivergenceError(f"training diverged at {verdict.reason}, and there is no checkpoint to go back to")
-    resume(state, run)
-    if tracker is not None:
-        tracker.rewind(state.step)
-        tracker.alert("rolled back", f"{verdict.reason}: back to step {state.step}, {scales}")
-    log.info(f"diverged at {verdict.reason}: back to step {state.step} with new noise, {scales}")
-    return True
+            tracker.rewind(state.step)
+            tracker.alert("rolled back", f"{verdict.reason}: back to step {state.step}, {scales}")
+        log.info(f"diverged at {verdict.reason}: back to step {state.step} with new noise, {scales}")
+        return True
 
+    def finish_save(self) -> bool:
+        """Make the checkpoint under way final, with the records of its steps on the disk before it."""
+        path = self.saver.finish(self.state.config.checkpoint.keep, self.tracker is None or self.tracker.flush())
+        if path is not None and self.tracker is not None:
+            self.tracker.checkpoint(path)
+        return path is not None
 
-def finish_save(state: TrainState, saver: Saver, tracker: Tracker | None) -> bool:
-    """Make the checkpoint under way final, with the records of its steps on the disk before it."""
-    path = saver.finish(state.config.checkpoint.keep, tracker is None or tracker.flush())
-    if path is not None and tracker is not None:
-        tracker.checkpoint(path)
-    return path is not None
-
-
-def save_now(state: TrainState, saver: Saver, tracker: Tracker | None) -> None:
-    """A checkpoint of this very step, or an error: nothing follows that could make up for one that failed."""
-    if saver.busy:
-        finish_save(state, saver, tracker)
-    for wait in (2.0, 10.0, None):
-        saver.start(state.step, *snapshot(state))
-        if finish_save(state, saver, tracker):
-            return
-        if wait is not None:
-            time.sleep(wait)
-    raise DataError(
-        f"the checkpoint of step {state.step} could not be written in three tries; make room, then run the same "
-        "command: it goes on from the checkpoint before"
-    )
+    def save_now(self) -> None:
+        """A checkpoint of this very step, or an error: nothing follows that could make up for one that failed."""
+        if self.saver.busy:
+            self.finish_save()
+        for wait in (2.0, 10.0, None):
+            self.saver.start(self.state.step, *snapshot(self.state))
+            if self.finish_save():
+                return
+            if wait is not None:
+                time.sleep(wait)
+        raise DataError(
+            f"the checkpoint of step {self.state.step} could not be written in three tries; make room, then run the "
+            "same command: it goes on from the checkpoint before"
+        )

@@ -26,7 +26,11 @@ class Interval:
     step: int
     started: float = field(default_factory=time.perf_counter)
     waited: float = 0.0  # seconds for data
-    reinit: float = 0.0  # sum of the steps' shares
+    reinit: float = 0.0  # sum of the steps' shares of restarted chains
+
+    def add(self, result: StepResult) -> None:
+        if result.draw is not None:
+            self.reinit += result.draw.reinit.float().mean().item()  # on the host
 
 
 def read_health(state: TrainState, result: StepResult) -> Reading:
@@ -46,8 +50,8 @@ def _read_chains(state: TrainState, result: StepResult) -> ChainReading:
     world, step = state.world, result.scalars
     assert result.e_pos is not None and result.e_neg is not None
     e_pos, e_neg = world.concatenate(result.e_pos), world.concatenate(result.e_neg)
-    excess = step["sampler/saturated"] - step["data/saturated"]
-    excess, grad_norm = world.mean(torch.stack([excess, step["sampler/grad_norm"]])).tolist()
+    saturated = step["sampler/saturated"] - step["data/saturated"]
+    excess, grad_norm = world.mean(torch.stack([saturated, step["sampler/grad_norm"]])).tolist()
     return ChainReading(
         gap=(e_neg.mean() - e_pos.mean()).item(),
         spread=torch.cat([e_pos, e_neg]).std().item(),
@@ -68,9 +72,9 @@ def measure(state: TrainState, result: StepResult, interval: Interval) -> dict[s
     metrics["sampler/temperature"] = sampler.implied_temperature
     if state.adapted_step is not None:
         metrics["sampler/step_size"] = sampler.step_size
-    age = torch.zeros((), device=world.device) if state.buffer is None else state.buffer.age.float().mean()
+    ages = torch.zeros(1, device=world.device) if state.buffer is None else state.buffer.age.float().mean()[None]
     sums = torch.tensor([interval.reinit / steps, float(state.skipped_samples)], device=world.device)
-    age, reinit, skipped, reset = world.mean(torch.cat([age[None], sums, state.reset_chains[None].float()])).tolist()
+    age, reinit, skipped, reset = world.mean(torch.cat([ages, sums, state.reset_chains[None].float()])).tolist()
     metrics |= {"buffer/age_mean": age, "buffer/reinit_frac": reinit, "data/skipped": round(skipped * world.size)}
     metrics["data/epoch"] = state.reader.epoch
     metrics["optim/lr"] = learning_rate(config, state.step) * monitor.lr_scale

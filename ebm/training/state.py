@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ebm.config import Config, SamplerConfig
 from ebm.config.samplers import MetropolisConfig
 from ebm.data import Access, Manifest, ShardReader, load_manifest
 from ebm.data.manifest import check_files
-from ebm.energies import FoldedEnergy, build_energy, chain_dtype
+from ebm.energies import BaseEnergyFunction, FoldedEnergy, build_energy, chain_dtype
 from ebm.errors import DataError
 from ebm.losses import LossOutput, loss_of
 from ebm.runtime import checkpoint
@@ -85,10 +85,10 @@ class TrainState:
 
     config: Config
     world: World
-    energy: nn.Module
+    energy: BaseEnergyFunction
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    ema: nn.Module
+    ema: BaseEnergyFunction
     folded: FoldedEnergy
     engine: Engine
     buffer: ReplayBuffer | None
@@ -189,7 +189,7 @@ def build_buffer(config: Config, world: World, streams: list[int]) -> ReplayBuff
 
 
 def open_reader(
-    config: Config, world: World, manifest: Manifest, streams: list[int], positions: dict[int, list[int]]
+    config: Config, world: World, manifest: Manifest, streams: list[int], positions: Mapping[int, Sequence[int]]
 ) -> ShardReader:
     data = config.data
     return ShardReader(
