@@ -16,6 +16,7 @@ from ebm.samplers.metropolis import MetropolisInfo, hmc, mala
 from ebm.samplers.tempering import TemperingInfo, tempering
 from ebm.streams import generator, start_
 
+STRETCH = 100  # steps of `chains_of_lengths` between two calls of `moved`
 Sampler = Callable[..., tuple[Tensor, ChainInfo | MetropolisInfo | TemperingInfo]]
 
 
@@ -164,10 +165,10 @@ def chains_of_lengths(
     block: int = 512,
     moved: Callable[[int], None] | None = None,
 ) -> tuple[dict[int, Tensor], Tensor | None]:
-    """`fresh_chains` after each of `lengths` steps: {length: states (num, *shape)}, and their labels.
+    """The states of `fresh_chains` after each of `lengths` steps, {length: states (num, *shape)}, and their labels.
 
-    Where a chain of many steps goes through the states of one of few (see `can_be_continued`), one chain gives all
-    lengths, at the cost of the longest. `moved` hears the number of chain steps that were done since its last call.
+    Where a long chain passes through the states of the short ones (see `can_be_continued`), one chain gives all lengths
+    at the cost of the longest. `moved` is called with the number of chain steps that were taken since its last call.
     """
     group, engine = 32, Engine(energy, capture=False)  # capturing pays off over many calls
     groups, at_once, lengths = range(-(-num // group)), max(1, block // group), sorted(set(lengths))
@@ -195,12 +196,9 @@ def chains_of_lengths(
     return kept, None if labels is None else labels[:num]
 
 
-STRETCH = 100  # steps between two calls of `moved`
-
-
 def can_be_continued(config: SamplerConfig) -> bool:
-    """Whether chains of n and then m steps are chains of n + m steps: not where a schedule is stretched over the
-    chain, nor where replicas at other temperatures are left behind (tempering)."""
+    """Whether n steps and then m more give the chain of n + m steps. They do not where a schedule spans the whole
+    chain, nor in tempering, whose hot replicas are dropped at the end of a call."""
     return config.levels == 1 and not (isinstance(config, LangevinConfig) and config.schedule != "constant")
 
 
