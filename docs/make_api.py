@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-MODULES = ("ebm.energies", "ebm.samplers", "ebm.losses", "ebm.evaluation")
+MODULES = ("ebm", "ebm.inference", "ebm.energies", "ebm.samplers", "ebm.losses", "ebm.evaluation")
 WIDTH = 100
 INTRODUCTION = """# The Python interface
 

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import signal
 import sys
 
 from ebm import __version__
@@ -24,18 +25,9 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="ebm", description=__doc__)
-    parser.add_argument("--version", action="version", version=f"ebm {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, meaning in COMMANDS.items():
-        sub = commands.add_parser(
-            name, help=meaning, description=meaning, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        if name in arguments[:1]:  # torch is loaded for the command that runs, not for --help
-            importlib.import_module(f"ebm.commands.{name}").add_arguments(sub)
-    options = parser.parse_args(arguments)
-    configure_logging()
     try:
+        options = parse(arguments)
+        configure_logging()
         code: int = importlib.import_module(f"ebm.commands.{options.command}").run(options)
         return code
     except UserError as error:
@@ -43,8 +35,26 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        if arguments[0] == "train":  # whose own output can't end it: this is another pipe
+            raise
+        return 128 + signal.SIGPIPE  # whoever read the output, such as `head`, has seen enough
     finally:
         flush_output()
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command and its options. Only the module of the command itself is imported, since it loads torch."""
+    parser = argparse.ArgumentParser(prog="ebm", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"ebm {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, meaning in COMMANDS.items():
+        sub = commands.add_parser(
+            name, help=meaning, description=meaning, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        if name in arguments[:1]:
+            importlib.import_module(f"ebm.commands.{name}").add_arguments(sub)
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

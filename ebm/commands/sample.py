@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
 def states(
     trained: TrainedRun, init: str, num: int, steps: int, seed: int, label: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Final states (num, *shape), float32, and the classes of fresh chains of a class-conditional run, on the host."""
+    """Final states (num, *shape), float32, and the classes of chains that have one, on the host."""
     if init == "buffer":
         chains = trained.persistent
         if chains is None:
@@ -89,16 +89,17 @@ def states(
             raise ConfigError(f"--num {num}: the buffer holds {len(chains)} chains")
         order = torch.randperm(len(chains), generator=generator(seed, "pick"))[:num]
         ascending, back = order.sort()
-        return chains.take(ascending)[back.argsort()], None
+        labels = chains.labels(ascending)
+        return chains.take(ascending)[back.argsort()], None if labels is None else labels[back.argsort()]
     if init == "noise":
         found, labels = trained.chains(num, [steps], seed=seed, labels=label)
         return found[steps], labels
     x = to_states(read_states(init, trained.config, most=num)[0])
     if len(x) == 1:
         x = x.expand(num, *trained.shape).clone()
-    labels = None
-    if trained.num_classes:
-        labels = torch.arange(len(x)) % trained.num_classes if label is None else torch.full((len(x),), label)
+    if not trained.num_classes:
+        return trained.continued(x, steps, seed=seed), None
+    labels = torch.arange(len(x)) % trained.num_classes if label is None else torch.full((len(x),), label)
     return trained.continued(x, steps, seed=seed, labels=labels), labels
 
 
@@ -122,7 +123,7 @@ def by_class(trained: TrainedRun, x: Tensor, labels: Tensor | None) -> tuple[Ten
     """Chains sorted by class, as many of each, and how many that is. Raises ConfigError."""
     if labels is None or not trained.num_classes:
         raise ConfigError("--grid-by-class: needs fresh chains of a class-conditional run (energy.num_classes)")
-    each = int(torch.bincount(labels, minlength=trained.num_classes).min())
+    each = int(torch.bincount(labels.clamp(min=0), minlength=trained.num_classes).min())
     if each == 0:
         raise ConfigError(
             f"--grid-by-class: --num {len(x)} must be at least the {trained.num_classes} classes, without --label"

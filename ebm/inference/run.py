@@ -211,9 +211,15 @@ class PersistentChains:
     def take(self, indices: Tensor) -> Tensor:
         """The chains of these ascending numbers, (n, *shape) float32 on the host; of tempered ones the cold replicas.
         Chain i is in slot i % slots of stream i // slots."""
-        parts = [self._read(number, indices[indices // self.slots == number] % self.slots)
-                 for number in sorted(set((indices // self.slots).tolist()))]  # fmt: skip
-        return torch.cat(parts) if parts else torch.empty(0, *self.config.data.shape)
+        parts = [cold_states(self.config.sampler, part) for part in self._parts("x", indices)]
+        return torch.cat(parts).float() if parts else torch.empty(0, *self.config.data.shape)
+
+    def labels(self, indices: Tensor) -> Tensor | None:
+        """The classes of these chains, (n,) int64, -1 for one that was never drawn; None where chains have no class."""
+        if "labels" not in self.files[0].keys():  # noqa: SIM118 - a file, not a dictionary
+            return None
+        parts = self._parts("labels", indices)
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
     def spread(self, most: int) -> Tensor:
         """Up to `most` chains, evenly over streams and slots, (n, *shape) float32 on the host."""
@@ -225,13 +231,17 @@ class PersistentChains:
         for start in range(0, len(self), size):
             yield self.take(torch.arange(start, min(start + size, len(self))))
 
-    def _read(self, number: int, slots: Tensor) -> Tensor:
-        try:
-            rows = self.files[number].get_slice("x")
+    def _parts(self, key: str, indices: Tensor) -> list[Tensor]:
+        """The rows of a tensor for ascending chain numbers, file by file."""
+        parts = []
+        for number in sorted(set((indices // self.slots).tolist())):
+            slots = indices[indices // self.slots == number] % self.slots
             low, high = int(slots.min()), int(slots.max()) + 1
-            return cold_states(self.config.sampler, rows[low:high][slots - low].float())
-        except (SafetensorError, OSError) as error:
-            raise DataError(f"{self.names[number]}: {error}; use another checkpoint of the run") from error
+            try:
+                parts.append(self.files[number].get_slice(key)[low:high][slots - low])
+            except (SafetensorError, OSError) as error:
+                raise DataError(f"{self.names[number]}: {error}; use another checkpoint of the run") from error
+        return parts
 
 
 def open_run(
