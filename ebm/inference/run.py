@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ebm.config import Config, load_config
-from ebm.config.losses import DenoisingConfig
+from ebm.config.losses import DenoisingConfig, MultilevelDenoisingConfig
 from ebm.energies import FoldedEnergy, build_energy, marginal_energy
 from ebm.errors import ConfigError, DataError
 from ebm.runtime import checkpoint
@@ -69,9 +69,9 @@ class TrainedRun:
     @property
     def data_noise(self) -> float:
         """Standard deviation of the noise whose convolution with the data the energy learns: data.noise_std, with the
-        smallest noise of a denoising objective."""
+        noise of a denoising objective."""
         loss, own = self.config.loss, self.config.data.noise_std
-        return math.hypot(own, min(loss.sigmas)) if isinstance(loss, DenoisingConfig) else own
+        return math.hypot(own, loss.sigma) if isinstance(loss, DenoisingConfig | MultilevelDenoisingConfig) else own
 
     def energy(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """E(x), (B,) float32 on the device of `x`, for states (B, *shape) and, of a class-conditional run, labels (B,).
