@@ -7,7 +7,7 @@ import sys
 
 from ebm import __version__
 from ebm.errors import UserError
-from ebm.runtime.process import configure_logging, flush_output, prepare_process
+from ebm.runtime.process import configure_logging, flush_output, prepare_process, show_error
 
 prepare_process()
 
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         code: int = importlib.import_module(f"ebm.commands.{options.command}").run(options)
         return code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        show_error(error)
         return error.exit_code
     except KeyboardInterrupt:
         return 130

@@ -1,6 +1,12 @@
 """Errors that a user can mend. Each kind ends a command with its own exit code (README, "Exit codes")."""
 
 
+def printable(text: str) -> str:
+    """`text` with control characters escaped, newlines and tabs aside: names of files and answers of servers are
+    others' texts, and a terminal would obey them."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 class UserError(Exception):
     """A problem that the user can mend. The message names the key or file, the value and the remedy."""
 

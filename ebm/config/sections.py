@@ -16,6 +16,15 @@ class RunConfig(Section):
     dir: str = Field("runs/run", description="run directory; the same command with the same directory resumes the run")
     seed: int = Field(0, ge=0, lt=2**63, description="seed from which all randomness of the run follows")
 
+    @field_validator("dir")
+    @classmethod
+    def _dir(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("must name a directory; its files would be scattered over the working directory")
+        if not value.isprintable():
+            raise ValueError("must have no control characters, such as newlines")
+        return value
+
 
 ObjectStore = Literal["s3", "gs", "az", "abfs", "oss", "hf", "hdfs", "webhdfs", "sftp", "ftp", "memory"]  # to fsspec
 
@@ -186,6 +195,15 @@ class TrainConfig(Section):
     )
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
         "no", description="type that the network computes in: no is float32"
+    )
+    device: Literal["auto", "cuda", "cpu"] = Field(
+        "auto", description="device of the run; auto is a GPU where there is one, and cuda refuses to start without one"
+    )
+    backend: Literal["auto", "nccl", "gloo"] = Field(
+        "auto", description="how ranks exchange gradients; auto is nccl on GPUs; with gloo, ranks may share a GPU"
+    )
+    threads: int | None = Field(
+        None, ge=1, le=4096, description="CPU threads of each rank; null: what the environment says"
     )
     log_every: int = Field(50, ge=1, description="steps between two lines of metrics.jsonl")
     collective_timeout: float = Field(

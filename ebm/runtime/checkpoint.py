@@ -7,6 +7,7 @@
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -16,20 +17,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ebm.errors import DataError
 from ebm.runtime.distributed import World
-from ebm.runtime.files import sync_directory
+from ebm.runtime.files import read_json, sync_directory
 
 log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step_(\d{8,})")
-MAX_JSON = 1 << 24  # bytes; a hundred thousand streams need less
+ASIDE = re.compile(r"step_\d{8,}\.aside")
+TEMPORARY = re.compile(r"step_\d{8,}(\.gone)?\.tmp")
 
+Entry = dict[str, Any]  # of manifest.json: the "bytes" and "sha256" of a file
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 
 
@@ -51,13 +54,27 @@ class SavedState(BaseModel):
     ] = None
     scaler: dict[str, FiniteFloat] | None
 
+    @field_validator("divergence")
+    @classmethod
+    def _divergence(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """What is read outside training; `ebm.training.divergence` checks the rest."""
+        rollbacks, scale = value.get("rollbacks"), value.get("step_scale")
+        if type(rollbacks) is not int or rollbacks < 0:
+            raise ValueError(f"must have a number of rollbacks, found {rollbacks!r:.80}")
+        if not isinstance(scale, float | int) or not 0 < scale < math.inf:
+            raise ValueError(f"must have a step_scale above 0, found {scale!r:.80}")
+        return value
+
 
 def directory_of(root: Path, step: int) -> Path:
     return root / f"step_{step:08d}"
 
 
 def step_of(path: Path) -> int:
-    return int(_NAME.fullmatch(path.name)[1])
+    """The step of a checkpoint of ours."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None, path
+    return int(match[1])
 
 
 def _temporary(root: Path, step: int) -> Path:
@@ -83,15 +100,18 @@ class Saver:
 
     def __init__(self, root: Path, world: World):
         self._root, self._world = root, world
-        self._step, self._thread, self._written, self._error = 0, None, {}, None
+        self._step = 0
+        self._thread: threading.Thread | None = None
+        self._written: dict[str, Entry] = {}
+        self._error: Exception | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         """Wait for this rank's part, whatever ended the training: a thread that is still inside torch when the
         interpreter ends takes the process down with SIGABRT in the place of its exit code."""
-        if self.busy:
+        if self._thread is not None:
             self._thread.join()
 
     @property
@@ -104,7 +124,7 @@ class Saver:
         """Whether this rank has no part left to write."""
         return self._thread is None or not self._thread.is_alive()
 
-    def start(self, step: int, files: dict[str, dict[str, Tensor]], state: dict) -> None:
+    def start(self, step: int, files: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         """Begin the checkpoint of `step`; training may change the tensors as soon as this returns.
 
         `files`: this rank's tensors by file name (`model`, `ema`, `optimizer` on rank 0; `stream_0003` on its owner).
@@ -116,10 +136,10 @@ class Saver:
         self._thread = threading.Thread(target=self._write, args=(snapshot, state), daemon=True)
         self._thread.start()
 
-    def _write(self, files: dict[str, dict[str, Tensor]], state: dict) -> None:
+    def _write(self, files: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         try:
             temporary = _temporary(self._root, self._step)
-            temporary.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir(exist_ok=True)  # not its parents: a run directory that was removed is not made again
             for name, tensors in files.items():
                 save_file(tensors, temporary / f"{name}.safetensors")
                 self._written[f"{name}.safetensors"] = _entry(temporary / f"{name}.safetensors")
@@ -134,6 +154,7 @@ class Saver:
 
         Kept are the newest `keep` with this one, and the newest that is good to roll back to.
         """
+        assert self._thread is not None
         self._thread.join()
         self._thread = None
         parts = self._world.gather((self._written, None if self._error is None else str(self._error)))
@@ -159,7 +180,7 @@ class Saver:
             return None
         return directory_of(self._root, self._step)
 
-    def _commit(self, entries: dict[str, dict]) -> None:
+    def _commit(self, entries: dict[str, Entry]) -> None:
         final, temporary = directory_of(self._root, self._step), _temporary(self._root, self._step)
         _write_json(temporary / "manifest.json", {"version": 1, "step": self._step, "files": entries})
         sync_directory(temporary)
@@ -169,13 +190,24 @@ class Saver:
         sync_directory(self._root)
 
     def _prune(self, keep: int) -> None:
-        good = newest_good(self._root)
-        old = [path for path in checkpoints(self._root)[:-keep] if path != good]
-        newest = directory_of(self._root, self._step).name
-        old += [path for path in self._root.glob("step_*.aside") if path.stem <= newest]
-        gone = [path.rename(path.with_suffix(".gone.tmp")) for path in old]
+        """Remove what is too old. Nothing here raises: a disk that is not tidy must not end a run."""
+        try:
+            good = newest_good(self._root)
+            old = [path for path in checkpoints(self._root)[:-keep] if path != good]
+            newest = directory_of(self._root, self._step).name
+            aside = [path for path in self._root.glob("step_*.aside") if ASIDE.fullmatch(path.name)]
+            old += [path for path in aside if path.stem <= newest]
+            gone = [path.rename(path.with_suffix(".gone.tmp")) for path in old]
+        except OSError as error:
+            log.warning(f"old checkpoints in {self._root} can't be removed ({error}); training goes on")
+            return
         # Big files take long to unlink, and nobody need wait for it.
-        threading.Thread(target=lambda: [shutil.rmtree(path, ignore_errors=True) for path in gone]).start()
+        threading.Thread(target=_remove, args=(gone,)).start()
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def set_aside(path: Path) -> None:
@@ -187,14 +219,13 @@ def set_aside(path: Path) -> None:
 
 def sweep(root: Path) -> None:
     """Remove what earlier runs left unfinished. Before the first `Saver.start`, by one process."""
-    for path in root.glob("step_*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
+    _remove([path for path in root.glob("step_*.tmp") if TEMPORARY.fullmatch(path.name)])
 
 
 def problem_of(path: Path) -> str | None:
     """Why a checkpoint can't be trusted; None where every file has the size and sha256 of the manifest."""
     try:
-        manifest = _read_json(path / "manifest.json")
+        manifest = _read_object(path / "manifest.json")
         files = {name: (int(entry["bytes"]), entry["sha256"]) for name, entry in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         return f"manifest.json: {type(error).__name__}: {error}"
@@ -254,6 +285,10 @@ def read_tensors(path: Path, name: str, expected: Mapping[str, Tensor] | None = 
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
+        if not path.exists():
+            raise DataError(
+                f"{path} is gone: its run, which goes on, pruned it; use a newer checkpoint, or raise checkpoint.keep"
+            ) from error
         raise DataError(f"{file}: {error}") from error
     if expected is not None:
         _check_tensors(file, tensors, expected)
@@ -273,8 +308,7 @@ def read_state(path: Path, streams: int | None = None) -> SavedState:
     """A checkpoint's state.json, checked; with `streams`, it has a position for each of them. Raises DataError."""
     file = path / "state.json"
     try:
-        values = _read_json(file)
-        state = SavedState(**values)
+        state = SavedState(**_read_object(file))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -286,18 +320,9 @@ def read_state(path: Path, streams: int | None = None) -> SavedState:
     return state
 
 
-def _read_json(file: Path) -> dict:
+def _read_object(file: Path) -> dict[str, Any]:
     """Raises OSError or ValueError."""
-    if not file.is_file():
-        raise FileNotFoundError("is missing, or is no plain file")
-    with file.open("rb") as stream:
-        text = stream.read(MAX_JSON + 1)
-    if len(text) > MAX_JSON:
-        raise ValueError(f"larger than {MAX_JSON} bytes")
-    try:
-        value = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+    value = read_json(file)
     if not isinstance(value, dict):
         raise ValueError(f"must be an object, found {type(value).__name__}")
     return value
@@ -313,12 +338,12 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
     """Give a fresh Adam the state in a checkpoint. Raises DataError."""
     tensors = read_tensors(path, "optimizer")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    expected = {}
+    expected: dict[str, Tensor] = {}
     for i in {key.split(".")[0] for key in tensors} & {str(i) for i in range(len(parameters))}:
         p = parameters[int(i)]  # one that never had a gradient has no state
         expected |= {f"{i}.step": torch.zeros(()), f"{i}.exp_avg": p, f"{i}.exp_avg_sq": p}
     _check_tensors(path / "optimizer.safetensors", tensors, expected)
-    states: dict[int, dict] = {}
+    states: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         number, name = key.split(".", 1)
         states.setdefault(int(number), {})[name] = value
@@ -330,12 +355,12 @@ def _on_host(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _write_json(path: Path, value: dict) -> dict:
+def _write_json(path: Path, value: dict[str, Any]) -> Entry:
     path.write_text(json.dumps(value, indent=1))
     return _entry(path)
 
 
-def _entry(path: Path) -> dict:
+def _entry(path: Path) -> Entry:
     """Size and sha256 of a file that is on the disk for good."""
     with path.open("rb+") as stream:
         os.fsync(stream.fileno())

@@ -1,51 +1,78 @@
 """The processes of a run: the only file that knows accelerate."""
 
+import faulthandler
+import logging
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from ebm.config import TrainConfig
 from ebm.errors import ConfigError, UserError
-from ebm.runtime.watchdog import GRACE
+from ebm.runtime.device import YES, choose_device
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+# The watchdog ends a rank that waits too long. The libraries' own clocks go on while a job is suspended: a limit of
+# theirs near the watchdog's would end a job that is resumed.
+TIMEOUT = timedelta(days=7)
+
+CLEAN_UP = 30.0  # seconds that a failed rank may take to end
+EXCHANGE = 5.0  # seconds at most between two exchanges of ranks that wait for rank 0
+
+# What `accelerate launch`, its config file or the user's environment can ask accelerate for, and what follows here.
+REFUSED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+    "ACCELERATE_USE_SAGEMAKER": "SageMaker",
+}
+WITHOUT_EFFECT = {  # the value that asks for nothing, and the key that decides here
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "train.accumulate"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "the run's config"),
+    "ACCELERATE_MIXED_PRECISION": ("no", "train.mixed_precision"),
+}
 
 
 class World:
     """This process among all of the run's: its rank, its device, and what the ranks do together."""
 
     def __init__(self, config: TrainConfig):
-        cuda = torch.cuda.is_available()
-        if config.mixed_precision == "fp16" and not cuda:
-            raise ConfigError(
-                "train.mixed_precision=fp16 needs a GPU: on a CPU it would silently compute in float32; use bf16 or no"
-            )
-        if config.mixed_precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise ConfigError("train.mixed_precision=bf16: this GPU has no bfloat16; use fp16 or no")
-        # The watchdog is first to see that a rank hangs, and shows where; a collective may have begun before its beat.
-        timeout = timedelta(seconds=config.collective_timeout + 2 * GRACE)
-        _join_restarted(timeout, "nccl" if cuda else "gloo")
-        self.accelerator = Accelerator(
-            cpu=not cuda,
+        _refuse_foreign_settings()
+        device = choose_device(config.device)
+        _check_precision(config, device)
+        backend = _backend(config, device)
+        _join_restarted(backend)
+        self._accelerator = Accelerator(
+            cpu=device.type == "cpu",
             mixed_precision=config.mixed_precision,
+            dynamo_backend="no",
             # Power iteration does not depend on data, so the ranks' buffers stay equal without a broadcast.
             kwargs_handlers=[
                 DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=timeout),
+                InitProcessGroupKwargs(backend=backend if "LOCAL_RANK" in os.environ else None, timeout=TIMEOUT),
             ],
         )
-        self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
-        self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.rank, self.size = self._accelerator.process_index, self._accelerator.num_processes
+        self.device: torch.device = self._accelerator.device
+        self.is_main: bool = self._accelerator.is_main_process
+        self.precision = config.mixed_precision
         launched = int(os.environ.get("WORLD_SIZE", 1))
         if self.size != launched:
             raise ConfigError(
@@ -53,7 +80,24 @@ class World:
                 "would train apart, unnoticed; launch with a file of launch/accelerate/ or with torchrun"
             )
         # Host-side agreement (stop requests, checkpoints) goes over gloo, so that it never waits for a GPU.
-        self._host_group = dist.new_group(backend="gloo") if self.size > 1 and cuda else None
+        self._host_group: dist.ProcessGroup | None = None
+        self._gathers_on_host = self.size > 1 and backend == "gloo" and self.device.type == "cuda"
+        if self.size > 1 and backend != "gloo":
+            group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+            assert isinstance(group, dist.ProcessGroup)
+            self._host_group = group
+        self._tell_foreign_settings()
+
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+
+    def describe(self) -> str:
+        """What the run computes on: device, precision, ranks, threads."""
+        precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[self.precision]
+        ranks = f"{self.size} ranks ({dist.get_backend()})" if self.size > 1 else "1 rank"
+        threads = torch.get_num_threads()
+        return f"device: {self.device_name}, {precision}, {ranks}, {threads} thread{'s' if threads > 1 else ''} a rank"
 
     def idle_cores(self) -> str | None:
         """How to use them, where half of this node's cores or more have nothing to do."""
@@ -63,28 +107,32 @@ class World:
             return None
         return (
             f"computing on {busy} of {cores} CPU cores (accelerate launch sets one thread a process); for all of them: "
-            f"OMP_NUM_THREADS={cores // ranks} accelerate launch ..."
+            f"OMP_NUM_THREADS={cores // ranks} accelerate launch ..., or train.threads={cores // ranks}"
         )
 
     def prepare(self, model: nn.Module) -> nn.Module:
         with warnings.catch_warnings():  # torch has another name for it, which accelerate does not know yet
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-            return self.accelerator.prepare(model)
+            prepared: nn.Module = self._accelerator.prepare(model)
+        return prepared
 
     def autocast_dtype(self) -> torch.dtype:
-        return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.accelerator.mixed_precision]
+        return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
-    def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager:
+    def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
         """Gradients are averaged over the ranks in the last part of a batch alone."""
-        return nullcontext() if last else self.accelerator.no_sync(model)
+        return nullcontext() if last else self._accelerator.no_sync(model)
 
     def backward(self, loss: Tensor) -> None:
-        self.accelerator.backward(loss)
+        """Accelerate's own backward would divide by the launcher's number of accumulated batches."""
+        scaled = loss if self.scaler is None else self.scaler.scale(loss)
+        scaled.backward()
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
         """The one that `backward` scales losses with; in fp16 alone."""
-        return self.accelerator.scaler
+        scaler: torch.amp.GradScaler | None = self._accelerator.scaler
+        return scaler
 
     def ask(self, *flags: bool) -> Callable[[], list[bool]]:
         """For each flag, whether it is true on any rank: known when the result is called, while the ranks meet behind
@@ -93,6 +141,7 @@ class World:
             return lambda: list(flags)
         values = torch.tensor(flags, dtype=torch.int32)
         work = dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._host_group, async_op=True)
+        assert work is not None
 
         def answer() -> list[bool]:
             work.wait()
@@ -106,35 +155,31 @@ class World:
     def all(self, flag: bool) -> bool:
         return not self.any(not flag)
 
-    def gather(self, value) -> list:
+    def gather(self, value: T) -> list[T]:
         """`value` of every rank, in rank order, on every rank. For small objects of our own making."""
         if self.size == 1:
             return [value]
-        values = [None] * self.size
+        values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self._host_group)
         return values
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over the ranks of a tensor on this rank's device."""
-        return self.accelerator.reduce(values, reduction="mean")
+        mean: Tensor = self._accelerator.reduce(values, reduction="mean")
+        return mean
 
     def concatenate(self, values: Tensor) -> Tensor:
         """The ranks' tensors (n, ...), equal in shape, along their first dimension."""
-        return self.accelerator.gather(values)
+        if self._gathers_on_host:  # gloo gathers no tensors of a GPU
+            on_host = values.cpu().contiguous()
+            parts = [torch.empty_like(on_host) for _ in range(self.size)]
+            dist.all_gather(parts, on_host)
+            return torch.cat(parts).to(values.device)
+        joined: Tensor = self._accelerator.gather(values)
+        return joined
 
     def barrier(self) -> None:
-        self.accelerator.wait_for_everyone()
-
-    def on_main(self, action: Callable[[], T]) -> T:
-        """What `action` returns on rank 0, or the UserError it raises there, on every rank."""
-        result, error = None, None
-        if self.is_main:
-            try:
-                result = action()
-            except UserError as caught:
-                error = caught
-        self.raise_together(error)
-        return self.gather(result)[0]
+        self._accelerator.wait_for_everyone()
 
     def raise_together(self, error: Exception | None) -> None:
         """Raise on every rank what any rank ran into, so that none is left waiting for the others."""
@@ -146,18 +191,123 @@ class World:
             first = next(e for e in self.gather(error) if e is not None)
             raise first
 
+    def on_main(self, action: Callable[[], T], beat: Callable[[], None] | None = None) -> T:
+        """What `action` returns on rank 0, or the UserError it raises there, on every rank.
+
+        With `beat` it may take as long as it likes: the other ranks wait in exchanges of some seconds, each of which
+        notices a rank that is gone, and every rank calls `beat` at each."""
+        result: T | None = None
+        error: UserError | None = None
+        if self.is_main:
+            exchanges = None if beat is None else _Exchanges(self, beat)
+            with exchanges or nullcontext():
+                try:
+                    result = action()
+                except UserError as caught:
+                    error = caught
+            if exchanges is not None:
+                exchanges.raise_problem()
+        elif beat is not None:
+            while self.any(False):
+                beat()
+        self.raise_together(error)
+        values: list[Any] = self.gather(result)
+        value: T = values[0]
+        return value
+
     def lost_peer(self, error: BaseException) -> bool:
         """Whether `error` says that another rank is gone, rather than what went wrong here."""
         signs = ("gloo", "Connection closed by peer", "pair closure")
         lost = isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
         return self.size > 1 and isinstance(error, RuntimeError) and lost
 
+    def abandon(self) -> None:
+        """This rank failed. Its process ends without leaving the group, for which the others would be needed; should
+        the interpreter's own clean-up wait for them all the same, it is cut short."""
+        if self.size > 1:
+            faulthandler.dump_traceback_later(CLEAN_UP, exit=True, file=2)
+
     def close(self) -> None:
+        """Leave the group. All ranks together, after success: alone, a rank may wait for the others for ever."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
+    def _tell_foreign_settings(self) -> None:
+        """Say which of the launcher's settings the run does not follow."""
+        for name, (nothing, key) in WITHOUT_EFFECT.items():
+            value = os.environ.get(name, nothing).lower()
+            ours = self.precision if name == "ACCELERATE_MIXED_PRECISION" else nothing
+            if self.is_main and value not in (nothing, ours):
+                log.warning(f"{name}={value}, the launcher's, has no effect on this run: {key} decides")
 
-def _join_restarted(timeout: timedelta, backend: str) -> None:
+
+class _Exchanges:
+    """Rank 0's side of `World.on_main`: tells the ranks that wait, every few seconds, that it is still at it."""
+
+    def __init__(self, world: World, beat: Callable[[], None]):
+        self._world, self._beat, self._over = world, beat, threading.Event()
+        self._problem: Exception | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> "_Exchanges":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._world.any(not self._over.wait(EXCHANGE)):
+                self._beat()
+        except Exception as error:  # a rank is gone; the action, which does not need it, is finished first
+            self._problem = error
+
+    def raise_problem(self) -> None:
+        if self._problem is not None:
+            raise self._problem
+
+
+def _refuse_foreign_settings() -> None:
+    """Raises ConfigError where the launcher asks for what would make this another run, or could not work."""
+    for name, meaning in REFUSED.items():
+        if os.environ.get(name, "").lower() in YES:
+            raise ConfigError(
+                f"{name}={os.environ[name]}: the launcher asks for {meaning}, which would compute something else than "
+                "the run's config says; unset it, or launch with --config_file and a file of launch/accelerate/"
+            )
+    if os.environ.get("ACCELERATE_TORCH_DEVICE"):
+        raise ConfigError(
+            f"ACCELERATE_TORCH_DEVICE={os.environ['ACCELERATE_TORCH_DEVICE']}: unset it, and choose by train.device "
+            "(auto, cuda or cpu)"
+        )
+
+
+def _check_precision(config: TrainConfig, device: torch.device) -> None:
+    cuda = device.type == "cuda"
+    if config.mixed_precision == "fp16" and not cuda:
+        raise ConfigError(
+            "train.mixed_precision=fp16 needs a GPU: on a CPU it would silently compute in float32; use bf16 or no"
+        )
+    if config.mixed_precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError("train.mixed_precision=bf16: this GPU has no bfloat16; use fp16 or no")
+
+
+def _backend(config: TrainConfig, device: torch.device) -> str:
+    """Of the ranks' exchanges of gradients."""
+    if config.backend == "nccl" and device.type != "cuda":
+        raise ConfigError("train.backend=nccl needs a GPU, and the run is on the CPU; use gloo or auto")
+    local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if device.type == "cuda" and config.backend != "gloo" and local > gpus:
+        raise ConfigError(
+            f"{local} ranks on a machine with {gpus} GPU{'s' if gpus > 1 else ''}: nccl needs one a rank; launch as "
+            "many, or let ranks share a GPU with train.backend=gloo"
+        )
+    return ("nccl" if device.type == "cuda" else "gloo") if config.backend == "auto" else config.backend
+
+
+def _join_restarted(backend: str) -> None:
     """Form the group where an elastic launcher (--max-restarts) started this process again; else accelerate does.
 
     The launcher keeps its store over restarts, and in it the addresses of processes that are gone: gloo would call
@@ -165,6 +315,6 @@ def _join_restarted(timeout: timedelta, backend: str) -> None:
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if restart == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
-    store, rank, size = next(rendezvous("env://", timeout=timeout))
-    store = dist.PrefixStore(f"restart_{restart}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+    store = PrefixStore(f"restart_{restart}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)

@@ -1,19 +1,33 @@
-"""Files that are there whole or not at all, and locks between processes."""
+"""Files that are there whole or not at all, and locks between processes. No function here follows a link that stands
+where one of our files should be: what it points to is not ours to change."""
 
 import errno
 import fcntl
+import json
+import logging
 import os
+import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+log = logging.getLogger(__name__)
+
+MAX_JSON = 1 << 24  # bytes; a hundred thousand streams need less
+QUIET_WAIT = 5.0  # seconds that a lock is waited for before the log says so
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of a file system without them
+NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES)  # of directories, on some
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, for good. Raises OSError."""
+    """Write a file whole or not at all, for good: a power cut afterwards does not lose it. Raises OSError."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with suppress(FileNotFoundError):  # of a killed process with this number; or a link, which must not be followed
+            temporary.unlink()
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -22,25 +36,81 @@ def replace(path: Path, content: bytes) -> None:
         with suppress(OSError):  # a full disk has better use for the room
             temporary.unlink()
         raise
+    sync_directory(path.parent)
+
+
+def read_json(file: Path) -> Any:
+    """The value of a JSON file of at most MAX_JSON bytes. Raises OSError or ValueError."""
+    if not file.is_file():
+        raise FileNotFoundError("is missing, or is no plain file")
+    with file.open("rb") as stream:
+        text = stream.read(MAX_JSON + 1)
+    if len(text) > MAX_JSON:
+        raise ValueError(f"larger than {MAX_JSON} bytes")
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def remove_leftovers(directory: Path, name: str) -> None:
+    """Remove what `replace`, killed, left in `directory` of files whose whole name matches the pattern `name`."""
+    ours = re.compile(rf"(?:{name})\.\d+\.tmp")
+    with suppress(OSError):  # this only tidies
+        for entry in list(os.scandir(directory)):
+            if ours.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                os.unlink(entry.path)
+
+
+def open_own(path: Path, flags: int, mode: int = 0o666) -> int:
+    """A file descriptor, not inherited by other programs, of a file that is no link. Raises OSError."""
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "is a link, which is not followed; remove it", str(path)) from error
+        raise
 
 
 def sync_directory(path: Path) -> None:
-    """Make what was renamed in a directory stay so after a power cut."""
+    """Make what was renamed in a directory stay so after a power cut, where the file system can do that."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
     finally:
         os.close(handle)
+
+
+def try_lock(file: int) -> bool:
+    """Lock an open file if no other process has it. Raises OSError where the file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[BinaryIO]:
     """The file, made if need be, while no other process has it locked; waits for that. Where the file system has no
     locks, it goes on without."""
-    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b") as file:
+    with open(open_own(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _wait_for_lock(file.fileno(), path)
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            if error.errno not in NO_LOCKS:
                 raise
         yield file
+
+
+def _wait_for_lock(file: int, path: Path) -> None:
+    end = time.monotonic() + QUIET_WAIT
+    while not try_lock(file):
+        if time.monotonic() > end:
+            log.warning(f"{path} is locked by another process; waiting for its end (`fuser {path}` shows which)")
+            fcntl.flock(file, fcntl.LOCK_EX)
+            return
+        time.sleep(0.02)

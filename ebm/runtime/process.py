@@ -7,12 +7,17 @@ import os
 import platform
 import signal
 import sys
+import tempfile
 import threading
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing import connection, forkserver, resource_tracker
+from multiprocessing.context import ForkServerContext
 from typing import TYPE_CHECKING, TextIO
 
 from tqdm import tqdm
+
+from ebm.errors import ConfigError, UserError, printable
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +49,7 @@ class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if self._to_stderr else sys.stdout
         try:
-            tqdm.write(self.format(record), file=stream)  # above a progress bar, where there is one
+            tqdm.write(printable(self.format(record)), file=stream)  # above a progress bar, where there is one
             stream.flush()
         except (OSError, ValueError):  # ValueError: the stream is closed, or can't encode the text
             pass
@@ -63,6 +68,12 @@ def configure_logging(rank: int | None = None) -> None:
     logger = logging.getLogger("ebm")
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
     logger.handlers = [handler, *(other for other in logger.handlers if not isinstance(other, _Lines))]
+
+
+def show_error(error: UserError) -> None:
+    """Tell the user on stderr, if it can still be written, what a command ended with."""
+    with suppress(OSError, ValueError):
+        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
 
 
 def flush_output() -> None:
@@ -85,26 +96,37 @@ def _discard(stream: TextIO) -> None:
         pass
 
 
-# The main process decides when to stop: a batch system signals every process of a job, and workers that died at once
-# would take the data from under the step that is still to be finished and saved.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# The main process decides when to stop. A batch system signals every process of a job, and so does a terminal that
+# closes; workers that died at once would take the data from under the step that is still to be finished and saved.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+SOCKET_PATH = 107  # bytes that the path of a socket may have on Linux
+SOCKET_NAME = len("/pymp-12345678/listener-12345678")  # what multiprocessing puts after TMPDIR
 
 
-def worker_context() -> multiprocessing.context.BaseContext:
+def worker_context() -> ForkServerContext:
     """A context to start workers with; its fork server begins to load now. Not fork: the training process has threads
-    and perhaps CUDA. The server starts with SIGNALS blocked, which it and its workers inherit."""
+    and perhaps CUDA. The server starts with STOP_SIGNALS blocked, which it and its workers inherit. Raises ConfigError
+    where it can't be started."""
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder)) + SOCKET_NAME > SOCKET_PATH:
+        raise ConfigError(
+            f"TMPDIR={folder}: longer than {SOCKET_PATH - SOCKET_NAME} bytes, too long for the sockets of worker "
+            "processes; set TMPDIR to a shorter path, such as /tmp"
+        )
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ebm.data.reader", "ebm.data.shards"])
-    with _blocked():
+    with signals_blocked():
         resource_tracker.ensure_running()  # unblocks some of them itself, so it goes first
-    with _blocked():
+    with signals_blocked():
         forkserver.ensure_running()
     return context
 
 
 @contextmanager
-def _blocked():
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+def signals_blocked() -> Iterator[None]:
+    """Processes started within inherit that STOP_SIGNALS do not reach them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
@@ -112,22 +134,24 @@ def _blocked():
 
 
 def init_worker(number: int = 0) -> None:
-    """Called first in a worker: one thread, deaf to SIGNALS, and gone when the main process is."""
+    """Called first in a worker: one thread, deaf to STOP_SIGNALS, and gone when the main process is."""
     import torch  # prepare_process, above, comes before it
 
     torch.set_num_threads(1)
-    for name in SIGNALS:
+    for name in STOP_SIGNALS:
         signal.signal(name, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
 def _exit_with_parent() -> None:
-    connection.wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
     os._exit(1)
 
 
 @contextmanager
-def one_thread():
+def one_thread() -> Iterator[None]:
     """For tensors so small that on a CPU to wake another thread takes longer than they do."""
     import torch
 
@@ -142,3 +166,12 @@ def one_thread():
 def to_device(x: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
     """`x` on `device`. To CUDA it goes through pinned memory, or the host would wait for the copy."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def leave_code(code: int) -> None:
+    """For batch scripts, since launchers turn every exit code into 1: those that say what to do go to EBM_EXIT_FILE.
+    Call it as soon as the code is known: what follows may hang, or be killed."""
+    file = os.environ.get("EBM_EXIT_FILE")
+    if file and code not in (0, 1):
+        with suppress(OSError), open(file, "w") as stream:
+            stream.write(f"{code}\n")

@@ -1,38 +1,66 @@
 """The run directory: who may use it, what is in it, what is said at the end."""
 
-import fcntl
 import json
 import logging
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter
 
 from ebm.config import Config, check_same_run, load_config, to_yaml
-from ebm.errors import EXIT_STOPPED, ConfigError
-from ebm.runtime import checkpoint
-from ebm.runtime.files import replace
+from ebm.errors import EXIT_STOPPED, ConfigError, DataError
+from ebm.runtime import checkpoint, environment
+from ebm.runtime.distributed import World
+from ebm.runtime.files import open_own, read_json, remove_leftovers, replace, try_lock
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+# Files of a run that are written by `replace`.
+OURS = r"config\.yaml|attempts\.json|rollbacks\.json|environment\.json|DONE|wandb_id|wandb_step|report\.html"
 LOCK_WAIT = 60.0  # seconds for ranks that lost their launcher to notice it, save and end
 
 
-class RunDirectory:
-    """RUN/: config.yaml, checkpoints/, attempts.json, rollbacks.json, STOP, DONE. Rank 0 makes it, or checks that it
-    was made with this config."""
+class _Attempts(BaseModel):
+    """attempts.json: the starts in a row that began at one step, and how the last ended."""
 
-    def __init__(self, config: Config, world):
-        self.path, self.world = Path(config.run.dir), world
+    model_config = ConfigDict(strict=True)
+    step: int = -1
+    starts: Annotated[int, Field(ge=0)] = 0
+    reason: str = ""
+
+
+class _Rollback(BaseModel):
+    """One of rollbacks.json; `divergence` is the state of the divergence monitor after it."""
+
+    model_config = ConfigDict(strict=True)
+    start: Annotated[int, Field(ge=0, alias="from")]
+    to: Annotated[int, Field(ge=0)]
+    rollbacks: Annotated[int, Field(ge=0)]
+    reason: str
+    divergence: Annotated[dict[str, Any], Field(validation_alias=AliasChoices("divergence", "ladder"))]  # before 0.2
+
+
+class RunDirectory:
+    """RUN/: config.yaml, checkpoints/, attempts.json, rollbacks.json, environment.json, STOP, DONE. Rank 0 makes it, or
+    checks that it was made with this config. `beat` is called while another process is waited for."""
+
+    def __init__(self, config: Config, world: World, beat: Callable[[], None] = lambda: None):
+        self.path, self.world, self._beat = Path(config.run.dir), world, beat
         self.checkpoints, self.stop_file = self.path / "checkpoints", self.path / "STOP"
         self._attempts, self._rollback_file = self.path / "attempts.json", self.path / "rollbacks.json"
         self._together(lambda: self._enter(config))
         self.done = world.any(world.is_main and (self.path / "DONE").exists())
 
-    def _together(self, action):
+    def _together(self, action: Callable[[], T]) -> T:
         """What `action` returns on rank 0, or its error, on every rank."""
 
-        def attempt():
+        def attempt() -> T:
             try:
                 return action()
             except OSError as error:
@@ -41,118 +69,146 @@ class RunDirectory:
         return self.world.on_main(attempt)
 
     def _enter(self, config: Config) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock()  # before the config is looked at: another job may be about to write its own
         file = self.path / "config.yaml"
         if file.exists():
             check_same_run(load_config(file), config, str(self.path))
         elif checkpoint.checkpoints(self.checkpoints):
             raise ConfigError(f"run.dir={self.path} holds checkpoints but no config.yaml; choose another run.dir")
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self._lock()
-        if _restarts()[0] == 0:  # else STOP is what ended the start before, and is to end this one
+        self.checkpoints.mkdir(exist_ok=True)
+        if _restarts() == 0:  # else STOP is what ended the start before, and is to end this one
             self.stop_file.unlink(missing_ok=True)
         checkpoint.sweep(self.checkpoints)
-        for part in (*self.path.glob("*.tmp"), *self.path.glob("samples/*.tmp")):  # of a job that was killed
-            part.unlink()
+        remove_leftovers(self.path, OURS)
+        remove_leftovers(self.path / "samples", r"step_\d{8,}\.png")
         replace(file, to_yaml(config).encode())
 
     def _lock(self) -> None:
         """Keep other jobs out until this process ends, however it ends."""
-        self._locked = (self.path / "lock").open("w")
+        self._locked = open(open_own(self.path / "lock", os.O_RDWR | os.O_CREAT), "r+")  # noqa: SIM115 - kept open
         for wait in range(int(LOCK_WAIT)):
             try:
-                fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if wait == 0:
-                    log.info(f"{self.path} is used by another process; waiting up to {LOCK_WAIT:.0f} s for its end")
-                time.sleep(1.0)
+                if try_lock(self._locked.fileno()):
+                    return
             except OSError as error:
                 log.warning(f"{self.path} can't be locked ({error.strerror}): see that one job alone uses it")
                 return
+            if wait == 0:
+                log.info(f"{self.path} is used by another process; waiting up to {LOCK_WAIT:.0f} s for its end")
+            self._beat()
+            time.sleep(1.0)
         raise ConfigError(f"run.dir={self.path} is used by another process; end it, or choose another run.dir")
 
-    def resume_point(self) -> tuple[Path | None, dict | None]:
+    def check_still_there(self) -> None:
+        """Raises DataError where the directory was removed, or put in another's place, since the start."""
+        mine = os.fstat(self._locked.fileno())
+        try:
+            found = os.stat(self.path / "lock", follow_symlinks=False)
+        except OSError:
+            found = None
+        if found is None or (found.st_dev, found.st_ino) != (mine.st_dev, mine.st_ino):
+            raise DataError(
+                f"run.dir={self.path} was removed or replaced while the run wrote to it: its records and checkpoints "
+                "are lost; run the same command again to train anew"
+            )
+
+    def resume_point(self) -> tuple[Path | None, dict[str, Any] | None]:
         """The newest checkpoint that verifies, and the state of the divergence monitor that replaces its own after a
         rollback. Rank 0 finds them for all. Newer checkpoints, damaged or given up by a rollback, are set aside."""
         return self._together(self._resume_point)
 
-    def _resume_point(self) -> tuple[Path | None, dict | None]:
+    def _resume_point(self) -> tuple[Path | None, dict[str, Any] | None]:
         past = self._rollbacks()
-        last = past[-1] if past else {"rollbacks": 0, "to": 0}
+        done, to, divergence = (past[-1].rollbacks, past[-1].to, past[-1].divergence) if past else (0, 0, {})
         while (path := checkpoint.newest_valid(self.checkpoints)) is not None:
             for newer in checkpoint.checkpoints(self.checkpoints):
                 if newer > path:
                     checkpoint.set_aside(newer)
-            if checkpoint.read_state(path).divergence["rollbacks"] >= last["rollbacks"]:
+            if checkpoint.read_state(path).divergence["rollbacks"] >= done:
                 return path, None
-            if checkpoint.step_of(path) <= last["to"]:
-                return path, last.get("divergence") or last["ladder"]  # the key before 0.2
+            if checkpoint.step_of(path) <= to:
+                return path, divergence
             checkpoint.set_aside(path)
         for damaged in checkpoint.checkpoints(self.checkpoints):
             checkpoint.set_aside(damaged)
         return None, None
 
-    def roll_back(self, step: int, divergence: dict, reason: str) -> bool:
+    def roll_back(self, step: int, divergence: dict[str, Any], reason: str) -> bool:
         """Decide where to go back to, and record it before anything changes: a job killed from here on resumes as if
         it had gone on. Further back where the last rollback went to the same. False: there is no checkpoint."""
 
         def record() -> bool:
             past = self._rollbacks()
             target = checkpoint.newest_good(self.checkpoints)
-            if target is not None and past and checkpoint.step_of(target) == past[-1]["to"]:
+            if target is not None and past and checkpoint.step_of(target) == past[-1].to:
                 target = checkpoint.newest_good(self.checkpoints, before=target) or target
             if target is None:
                 return False
             to = checkpoint.step_of(target)
             event = {"from": step, "to": to, "rollbacks": divergence["rollbacks"], "reason": reason}
             event["divergence"] = divergence
-            replace(self._rollback_file, json.dumps([*past, event], indent=1).encode())
+            events = [*(known.model_dump(by_alias=True) for known in past), event]
+            replace(self._rollback_file, json.dumps(events, indent=1).encode())
             return True
 
         return self._together(record)
 
-    def _rollbacks(self) -> list[dict]:
+    def _rollbacks(self) -> list[_Rollback]:
         if not self._rollback_file.exists():
             return []
         try:
-            return json.loads(self._rollback_file.read_text())
-        except ValueError as error:
-            raise ConfigError(f"{self._rollback_file}: {error}; restore it, or choose another run.dir") from error
+            return TypeAdapter(list[_Rollback]).validate_python(read_json(self._rollback_file))
+        except (OSError, ValueError) as error:
+            problem = " ".join(str(error).split())[:200]
+            raise ConfigError(f"{self._rollback_file}: {problem}; restore it, or choose another run.dir") from error
 
     def begin(self, step: int, max_restarts: int) -> None:
-        """Count this start from `step`. Raises ConfigError at the start after `max_restarts` that got no further."""
+        """Count and record this start from `step`. Raises ConfigError at the start after `max_restarts` that got no
+        further."""
         self._together(lambda: self._count(step, max_restarts))
 
     def _count(self, step: int, max_restarts: int) -> None:
-        seen = {"step": -1, "starts": 0, "reason": ""}
-        if self._attempts.exists():
-            try:
-                seen |= json.loads(self._attempts.read_text())
-            except (ValueError, TypeError):
-                log.warning(f"{self._attempts} can't be read; counting from new")
-        starts = seen["starts"] + 1 if seen["step"] == step else 1
+        seen = self._seen()
+        starts = seen.starts + 1 if seen.step == step else 1
         if starts > max_restarts + 1:
             raise ConfigError(
                 f"run.dir={self.path}: {starts - 1} starts at step {step} ended without a newer checkpoint "
                 f"(health.max_restarts={max_restarts}). The last one said: "
-                f"{seen['reason'] or 'nothing (killed, perhaps for its memory)'}. To try again, remove "
+                f"{seen.reason or 'nothing (killed, perhaps for its memory)'}. To try again, remove "
                 f"{self._attempts} or raise health.max_restarts; if jobs end before their first checkpoint, lower "
                 "checkpoint.every"
             )
-        replace(self._attempts, json.dumps({"step": step, "starts": starts, "reason": ""}).encode())
+        replace(self._attempts, _Attempts(step=step, starts=starts).model_dump_json().encode())
+        environment.record(self.path, self.world, step)
+
+    def _seen(self) -> _Attempts:
+        """The starts before; none where the file is not of this kind."""
+        if not self._attempts.exists():
+            return _Attempts()
+        try:
+            return _Attempts.model_validate(read_json(self._attempts))
+        except (OSError, ValueError):
+            log.warning(f"{self._attempts} can't be read; counting from new")
+            return _Attempts()
 
     def failed(self, reason: str) -> None:
         """Keep why this start ended, for the message that refuses another. Raises nothing: an error is under way."""
         with suppress(OSError, ValueError):
-            seen = json.loads(self._attempts.read_text())
-            replace(self._attempts, json.dumps(seen | {"reason": reason[:1000]}).encode())
+            seen = _Attempts.model_validate(read_json(self._attempts))
+            replace(self._attempts, seen.model_copy(update={"reason": reason[:1000]}).model_dump_json().encode())
 
     def finish(self, code: int, step: int, seconds: float) -> None:
-        """Say what was written where and what to run next; DONE where the run is done."""
+        """Say what was written where and what to run next; DONE where the run is done. Raises DataError where the
+        directory is gone."""
         if not self.world.is_main:
             return
+        self.check_still_there()
         if code == 0:
-            replace(self.path / "DONE", f"step {step}\n".encode())
+            try:
+                replace(self.path / "DONE", f"step {step}\n".encode())
+            except OSError as error:
+                raise DataError(f"{self.path}/DONE: {error}; make room, then run the same command again") from error
             log.info(
                 f"done: {step} steps, {seconds:.0f} s\n"
                 f"  metrics      {self.path}/metrics.jsonl\n"
@@ -164,11 +220,12 @@ class RunDirectory:
                 f"  python -m ebm report {self.path}"
             )
         elif code == EXIT_STOPPED:
-            if _restarts()[1]:  # the launcher takes the end of the ranks for a failure and starts them again
-                self.stop_file.touch()
+            if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):  # the launcher takes this for a failure
+                with suppress(OSError):  # what is left then is a start that goes on
+                    self.stop_file.touch()
             log.info(f"stopped at step {step}, checkpoint in {self.checkpoints}/; the same command goes on from there")
 
 
-def _restarts() -> tuple[int, int]:
-    """How often an elastic launcher (--max-restarts) has started this process again, and how often it would."""
-    return tuple(int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+def _restarts() -> int:
+    """How often an elastic launcher (--max-restarts) has started this process again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))

@@ -4,29 +4,37 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from ebm.runtime.process import STOP_SIGNALS
 
 
 class StopRequest:
-    """Remembers that a stop was asked for; the training loop asks between steps. A second SIGINT ends at once."""
+    """Remembers that a stop was asked for; the training loop asks between steps. A second SIGINT ends at once.
 
-    def __init__(self, stop_file: Path, time_limit: float | None, started: float):
+    `stop_file`: only rank 0 looks for it, and the others hear of it by the vote of the ranks: a thousand ranks that ask
+    a shared file system at every step would keep it busy. None on these."""
+
+    def __init__(self, stop_file: Path | None, time_limit: float | None, started: float):
         self.reason: str | None = None
         self._stop_file, self._deadline = stop_file, None if time_limit is None else started + time_limit
         # A launcher that is killed leaves its ranks running (accelerate and torchrun alike): notice it.
         self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ or "RANK" in os.environ else None
-        self._previous = {}
+        self._previous: dict[signal.Signals, Any] = {}
 
-    def __enter__(self):
-        self._previous = {s: signal.signal(s, self._on_signal) for s in SIGNALS}
+    def __enter__(self) -> "StopRequest":
+        for number in STOP_SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup: the end of the terminal is nothing to this run
+            self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _on_signal(self, number, frame):
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.reason and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.reason = signal.Signals(number).name
@@ -34,7 +42,7 @@ class StopRequest:
     def asked(self) -> str | None:
         """Why this process wants to stop, or None."""
         if self.reason is None:
-            if self._stop_file.exists():
+            if self._stop_file is not None and self._stop_file.exists():
                 self.reason = f"{self._stop_file} exists"
             elif self._deadline is not None and time.monotonic() > self._deadline:
                 self.reason = "train.time_limit is over"

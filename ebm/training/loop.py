@@ -10,6 +10,7 @@ from ebm.data import Batch
 from ebm.errors import EXIT_STOPPED, DataError, DivergenceError, LostPeerError, UserError
 from ebm.runtime.checkpoint import Saver
 from ebm.runtime.distributed import World
+from ebm.runtime.process import leave_code
 from ebm.runtime.run_directory import RunDirectory
 from ebm.runtime.stopping import StopRequest
 from ebm.runtime.watchdog import Watchdog
@@ -21,35 +22,38 @@ from ebm.training.step import StepResult, train_step
 log = logging.getLogger(__name__)
 
 
-def train(config: Config, world: World, started: float) -> int:
+def train(config: Config, world: World, watchdog: Watchdog, started: float) -> int:
     """Run, or go on with, the training of `config`. Returns the exit code: 0 done, 75 stopped and resumable.
 
+    `watchdog`: under way since before the ranks met; it ends with the last step.
     `started`: when the process began, by `time.monotonic`; `train.time_limit` counts from there.
     """
     run = RunDirectory(config, world)
     if run.done:
         log.info(f"{run.path} is done already; another run.dir begins a new run")
         return 0
+    watchdog.beat()
     state = build_state(config, world)
+    watchdog.beat()
     if resume(state, run):
         log.info(f"resuming {run.path} at step {state.step}")
     run.begin(state.step, config.health.max_restarts)
     if idle := world.idle_cores():
         log.info(idle)
+    watchdog.beat()
     tracker, code = open_tracker(state, run), 1
+    if tracker is not None:
+        watchdog.on_stall(config.tracking.stall_after, tracker.stalled)
     try:
         with (
-            StopRequest(run.stop_file, config.train.time_limit, started) as stop,
-            Watchdog(
-                config.train.collective_timeout,
-                world.rank,
-                config.tracking.stall_after,
-                None if tracker is None else tracker.stalled,
-            ) as watchdog,
+            StopRequest(run.stop_file if world.is_main else None, config.train.time_limit, started) as stop,
+            watchdog,
             Saver(run.checkpoints, world) as saver,
         ):
             code = Training(state, run, saver, tracker).loop(stop, watchdog)
     except Exception as error:
+        if isinstance(error, UserError):
+            leave_code(error.exit_code)
         if tracker is not None:
             tracker.alert("the run ended", f"step {state.step}: {error}", "ERROR")
         if not world.lost_peer(error):

@@ -210,17 +210,6 @@ def test_without_the_ladder_a_nan_is_the_end(digits, tmp_path):
     assert "exitcode  : 3" in said
 
 
-class OneProcess:
-    size, is_main = 1, True
-
-    def gather(self, value):
-        return [value]
-
-    def raise_together(self, error):
-        if error:
-            raise error
-
-
 def test_every_file_of_the_newest_checkpoint_damaged(digits, tmp_path, shown):
     """Truncated at 5 places and flipped at 5: always found, said, and the one before is taken."""
     settings = SETTINGS | {"train__steps": 30, "checkpoint__keep": 3}
@@ -263,8 +252,7 @@ def test_one_job_a_run_directory(tmp_path, monkeypatch, shown):
 
     config = load_config(None, [f"run.dir={tmp_path / 'run'}"])
     monkeypatch.setattr("ebm.runtime.run_directory.LOCK_WAIT", 1.0)
-    world = OneProcess()
-    world.any = lambda flag: flag
+    world = World(config.train)
     first = RunDirectory(config, world)
     with pytest.raises(ConfigError, match="is used by another process"):
         RunDirectory(config, world)

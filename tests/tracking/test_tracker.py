@@ -292,7 +292,8 @@ def test_alerts_on_divergence_and_slow_steps_once_in_a_while(tmp_path):
 
 def test_a_stall_is_an_alert_before_it_is_the_end():
     heard, at = threading.Event(), []
-    with Watchdog(60.0, 0, 0.2, lambda seconds: (at.append(seconds), heard.set())) as dog:
+    with Watchdog(60.0, 0) as dog:
+        dog.on_stall(0.2, lambda seconds: (at.append(seconds), heard.set()))
         for _ in range(20):
             time.sleep(0.02)
             dog.beat()

@@ -1,0 +1,28 @@
+"""The device of a process: the one place that decides between a GPU and the CPU."""
+
+import os
+
+import torch
+
+from ebm.errors import ConfigError
+
+YES = ("1", "true", "yes", "y", "t", "on")  # accelerate's
+
+
+def choose_device(asked: str = "auto", key: str = "train.device") -> torch.device:
+    """`asked`: auto, cuda or cpu, by the key or option `key`. auto is a GPU where there is one, unless the launcher
+    says ACCELERATE_USE_CPU. Raises ConfigError where a GPU was asked for, and there is none."""
+    launcher_says_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in YES
+    if asked == "cuda":
+        if launcher_says_cpu:
+            raise ConfigError(
+                f"{key}=cuda, but the launcher was told to use the CPU (ACCELERATE_USE_CPU, use_cpu: true in its "
+                f"config file); launch with another file, or set {key}=cpu"
+            )
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                f"{key}=cuda: torch {torch.__version__} sees no GPU here; see whether `nvidia-smi` does and whether "
+                f"CUDA_VISIBLE_DEVICES hides it, or set {key}=cpu"
+            )
+    on_gpu = asked != "cpu" and torch.cuda.is_available() and not launcher_says_cpu
+    return torch.device("cuda" if on_gpu else "cpu")
