@@ -120,18 +120,24 @@ def escaped(text: str) -> str:
 
 
 def prose(docstring: str) -> str:
-    """A docstring as Markdown: its paragraphs, and a list item for each argument below "Args:"."""
-    lines, in_list = [], False
+    """A docstring as Markdown: its paragraphs, a list item for each argument below "Args:", examples as code."""
+    lines, in_list, in_code = [], False, False
     for line in inspect.cleandoc(docstring).splitlines():
+        if line.startswith(">>> ") != in_code:
+            in_code = not in_code
+            lines.append("```python" if in_code else "```")
         if line.strip() == "Args:":
             in_list = True
             continue
         in_list = in_list and (not line or line.startswith("    "))
         entry = re.match(r"    ([\w, *]+): (.*)", line) if in_list else None
-        lines.append(
-            f"- `{entry[1]}`: {escaped(entry[2])}" if entry else escaped(line.removeprefix("  ") if in_list else line)
-        )
-    return "\n".join(lines)
+        if entry:
+            lines.append(f"- `{entry[1]}`: {escaped(entry[2])}")
+        elif in_code:
+            lines.append(line.removeprefix(">>> "))
+        else:
+            lines.append(escaped(line.removeprefix("  ") if in_list else line))
+    return "\n".join(lines + ["```"] * in_code)
 
 
 def entry(item: Any, seen: dict[Any, str]) -> str:

@@ -20,6 +20,7 @@ def note(event, arguments):
 sys.addaudithook(note)
 """
 FINDS = "import ebm; print(ebm.__file__)"
+LOADS = "import ebm; print(tuple(ebm.load('r').sample(2, steps=5).shape))"
 
 
 def pip(*arguments: str) -> None:
@@ -73,4 +74,5 @@ def test_the_installed_package_works_without_the_checkout(installed, tmp_path):
     call("ebm", "train", "run.dir=r", "train.steps=50")
     call("ebm", "sample", "r", "--num", "4", "--steps", "10", "--out", "s.png")
     assert (tmp_path / "r" / "DONE").exists() and (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+    assert call("python", "-c", LOADS) == "(2, 1, 8, 8)\n"
     assert not (installed / "opened.log").exists(), (installed / "opened.log").read_text()

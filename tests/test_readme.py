@@ -41,6 +41,9 @@ def user(tmp_path):
 
 
 def test_the_python_snippets_run(user):
+    ensure_shards(str(user / "shards"), "digits", "train")
+    finish(command(1, user / "runs" / "digits", user / "shards", train__steps=2), user / "log")
+    assert any("ebm.load" in snippet for snippet in PYTHON)
     for snippet in PYTHON[1:]:
         subprocess.run([sys.executable, "-c", snippet + "\nassert x.shape == (16, 1, 8, 8)"], cwd=user, check=True,
                        env=environment())  # fmt: skip
