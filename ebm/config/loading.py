@@ -1,7 +1,6 @@
 """Reads a config from a YAML file and overrides, with one clear message if anything is wrong; describes its keys; and
 compares the configs of two runs."""
 
-import hashlib
 import io
 import json
 import re
@@ -309,10 +308,3 @@ def check_same_run(old: Config, new: Config, where: str) -> None:
             f"{where} was made with a different config:\n{lines}\n"
             "choose another run.dir for a new run, or use the values it was made with to resume it"
         )
-
-
-def fingerprint(config: Config) -> str:
-    """A hash of the keys that decide what the run computes."""
-    flat = flatten(config.model_dump(mode="json"))
-    kept = {k: v for k, v in flat.items() if not k.startswith(FREE_TO_CHANGE)}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from runs import ROOT
 
-from ebm.config import Config, check_same_run, describe, fingerprint, flatten, load_config, to_yaml, validate
+from ebm.config import Config, check_same_run, describe, flatten, load_config, to_yaml, validate
 from ebm.config.energies import NetworkConfig
 from ebm.errors import ConfigError
 
@@ -269,7 +269,7 @@ def test_yaml_round_trip(arguments, directory, lr):
     values = {"run": {"dir": directory}, "data": {"shards": "d"}, "energy": energy, "optim": {"lr": lr}}
     config = validate(values, "test")
     again = validate(OmegaConf.to_container(OmegaConf.create(to_yaml(config)), resolve=True), "again")
-    assert again == config and fingerprint(again) == fingerprint(config)
+    assert again == config
 
 
 def test_resolved_file_reads_back(config_file, tmp_path):
@@ -295,7 +295,6 @@ def test_same_run(config_file):
     free += ["health.max_skipped_steps=2", "checkpoint.every=5", "tracking.wandb=offline", "evaluate.shards=z"]
     moved = load_config(path, free)
     check_same_run(old, moved, "runs/old")
-    assert fingerprint(old) == fingerprint(moved)
     changes = {"run.seed": 1, "train.steps": 5, "train.batch_size": 64, "energy.blocks": 3, "sampler.num_steps": 9}
     for key, value in changes.items():
         new = load_config(path, [*free, f"{key}={value}"])
@@ -303,7 +302,6 @@ def test_same_run(config_file):
             check_same_run(old, new, "runs/old")
         assert f"  {key}: " in str(caught.value) and f"{value!r} now" in str(caught.value)
         assert str(caught.value).count(" there, ") == 1
-        assert fingerprint(new) != fingerprint(old)
 
 
 def test_mixed_precision_no_is_a_word_although_yaml_reads_it_as_false(config_file):
