@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 import torch
 
@@ -92,14 +93,15 @@ def measure(state: TrainState, result: StepResult, interval: Interval) -> dict[s
 
 def trace(state: TrainState, batch: Batch, draw: Draw | None, tracker: Tracker | None) -> None:
     """One line of trace.jsonl: the samples and chains of the global batch, by stream."""
-    chains = []
+    chains: list[tuple[int, int, bool]] = []  # stream, slot, restarted
     if draw is not None and state.buffer is not None:
         for stream, slots, reinit in zip(state.buffer.streams, draw.slots.tolist(), draw.reinit.tolist(), strict=True):
-            chains += [[stream, slot, fresh] for slot, fresh in zip(slots, reinit, strict=True)]
+            chains += [(stream, slot, fresh) for slot, fresh in zip(slots, reinit, strict=True)]
     per_rank = state.world.gather((batch.keys, chains))
     if tracker is not None:
-        samples = sorted((list(key) for keys, _ in per_rank for key in keys), key=lambda s: s[0])
-        tracker.trace(state.step, samples, sorted((c for _, cs in per_rank for c in cs), key=lambda c: c[0]))
+        by_stream = itemgetter(0)
+        samples = sorted((key for keys, _ in per_rank for key in keys), key=by_stream)
+        tracker.trace(state.step, samples, sorted((chain for _, own in per_rank for chain in own), key=by_stream))
 
 
 def panels(state: TrainState, batch: Batch, result: StepResult, tracker: Tracker | None) -> None:
