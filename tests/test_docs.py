@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import pkgutil
 import re
+from fnmatch import fnmatch
 from types import ModuleType
 from typing import get_args
 
@@ -15,6 +16,7 @@ from runs import ROOT
 
 from ebm.__main__ import COMMANDS
 from ebm.config import Config, EnergyConfig, describe
+from ebm.report.catalogue import METRICS
 
 GUIDE = ROOT / "docs" / "custom_energies.md"
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
@@ -90,6 +92,14 @@ def test_config_keys_in_code_exist(page):
         for key in re.findall(rf"(?<![\w./*-])(?:{sections})(?:\.[a-z_0-9]+)+(?![\w(/*.])", text):
             is_file = key.endswith((".py", ".md", ".yaml", ".json", ".jsonl", ".sbatch"))
             assert is_file or key.startswith("energy.settings.") or key in ours, key
+
+
+def test_metrics_in_code_exist(page):
+    keys = {metric.key for metric in METRICS} | {"energy/pos", "energy/neg"}  # W&B's histograms
+    spaces = {key.partition("/")[0] for key in keys if "/" in key} - {"data"}  # a folder, too
+    for text in code(page.read_text()):
+        for key in re.findall(rf"(?<![\w./-])(?:{'|'.join(spaces)})/[a-z_]+(?![\w./-])", text):
+            assert any(fnmatch(key, known) for known in keys) or list(ROOT.glob(f"{key}*")), key
 
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
