@@ -95,8 +95,9 @@ def pca_gaussian(train: Tensor) -> Energies:
         values, inner = torch.linalg.eigh(few @ few.T / (len(few) - 1))
         vectors = torch.nn.functional.normalize(few.T @ inner, dim=0)
     kept = min(COMPONENTS, dim - 1, len(x) - 1)
-    values, vectors = values[-kept:].clamp(min=0) + BIN**2 / 12, vectors[:, -kept:]
+    values, vectors = values[-kept:].clamp(min=0), vectors[:, -kept:]
     rest = max(total - float(values.sum()), 0.0) / (dim - kept) + BIN**2 / 12
+    values = values + BIN**2 / 12
 
     def energies(images: Tensor) -> Tensor:
         centred = to_states(images).flatten(1).double() - mean

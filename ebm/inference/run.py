@@ -232,15 +232,17 @@ class PersistentChains:
             yield self.take(torch.arange(start, min(start + size, len(self))))
 
     def _parts(self, key: str, indices: Tensor) -> list[Tensor]:
-        """The rows of a tensor for ascending chain numbers, file by file."""
+        """The rows of a tensor for ascending chain numbers, up to BLOCK slots of a file at a time."""
         parts = []
-        for number in sorted(set((indices // self.slots).tolist())):
-            slots = indices[indices // self.slots == number] % self.slots
-            low, high = int(slots.min()), int(slots.max()) + 1
+        places = indices // self.slots * self.slots + indices % self.slots // BLOCK * BLOCK  # first chain of a block
+        for first in sorted(set(places.tolist())):
+            number, low = divmod(first, self.slots)
+            slots = indices[places == first] % self.slots
             try:
-                parts.append(self.files[number].get_slice(key)[low:high][slots - low])
+                rows = self.files[number].get_slice(key)[low : int(slots.max()) + 1]
             except (SafetensorError, OSError) as error:
                 raise DataError(f"{self.names[number]}: {error}; use another checkpoint of the run") from error
+            parts.append(rows[slots - low])
         return parts
 
 

@@ -6,13 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from made_runs import make_run
 from scipy.linalg import sqrtm
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from ebm.__main__ import main
-from ebm.config import load_config, to_yaml
-from ebm.energies import build_energy
 from ebm.errors import DataError
 from ebm.evaluation import (
     auroc,
@@ -26,9 +25,7 @@ from ebm.evaluation import (
     to_levels,
     train_classifier,
 )
-from ebm.runtime import checkpoint
 from ebm.streams import generator
-from ebm.training.divergence import DivergenceMonitor
 
 
 @pytest.fixture(scope="module")
@@ -213,27 +210,11 @@ def shards(tmp_path_factory):
 
 
 def small_run(directory, shards, *overrides):
-    """A run directory with one checkpoint: an energy that was never trained, 600 real digits as its chains."""
-    settings = [f"run.dir={directory}", f"data.shards={shards}/train", f"evaluate.shards={shards}/test"]
-    config = load_config(None, [*settings, "energy.features=[4,8]", "buffer.size=600", *overrides])
-    digits = torch.from_numpy(np.round(load_digits().images[:600] * 255 / 16).astype(np.uint8))[:, None]
-    files = {"ema": build_energy(config.energy, config.data.shape, 0).state_dict()}
-    for v, part in enumerate(digits.chunk(4)):
-        files[f"stream_{v:04d}"] = {"x": from_levels(part), "age": torch.zeros(len(part), dtype=torch.int32)}
-    alone = SimpleNamespace(is_main=True, barrier=lambda: None, raise_together=lambda _: None, gather=lambda v: [v])
-    saver = checkpoint.Saver(directory / "checkpoints", alone)
-    counts = dict.fromkeys(("skipped_samples", "skipped_steps", "skipped_in_row", "reset_chains"), 0)
-    state = {
-        "step": 1,
-        "positions": {},
-        "scaler": None,
-        "good": True,
-        "divergence": DivergenceMonitor(config.health).state(),
-    }
-    saver.start(1, files, state | counts)
-    assert saver.finish(keep=1)
-    (directory / "config.yaml").write_text(to_yaml(config))
-    return str(directory)
+    """An energy that was never trained, 600 real digits as its chains."""
+    chains = from_levels(torch.from_numpy(np.round(load_digits().images[:600] * 255 / 16).astype(np.uint8))[:, None])
+    settings = [f"data.shards={shards}/train", f"evaluate.shards={shards}/test"]
+    settings += ["energy.features=[4,8]", "buffer.size=600", *overrides]
+    return str(make_run(directory, *settings, chains=chains))
 
 
 def test_command_measures_a_run(tmp_path, shards, capsys):

@@ -1,0 +1,156 @@
+"""A run opened for use: its energy, score, samples and chains, against closed forms; devices; checkpoints that vanish."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from made_runs import VECTORS, make_run
+from runs import ROOT, environment
+
+import ebm
+from ebm.__main__ import main
+from ebm.config.samplers import LangevinConfig, MALAConfig, TemperingConfig
+from ebm.errors import ConfigError, DataError
+from ebm.inference.run import open_run
+from ebm.samplers import can_be_continued, chains_of_lengths, fresh_chains
+
+PLANE = (*VECTORS, "data.shape=[2]", "energy.std=0.5", "energy.mean=0.25", "sampler.bounds=null")
+PLANE = (*PLANE, "sampler.temperature=0.5", "sampler.step_size=0.01", "sampler.grad_clamp=null", "buffer.size=128")
+
+
+@pytest.fixture
+def plane(tmp_path):
+    """N(.25, .5^2 I) on the plane, as an energy at T = .5."""
+    chains = torch.arange(256.0).reshape(128, 2)
+    return make_run(tmp_path / "run", *PLANE, "data.shards=/nowhere", chains=chains)
+
+
+def test_energy_and_score_are_those_of_the_gaussian(plane):
+    run = ebm.load(plane)
+    x = torch.randn(1500, 2, generator=torch.Generator().manual_seed(0))
+    energy = ((x - 0.25) / 0.5).square().sum(1) / 2
+    found = run.energy(x)
+    assert found.shape == (1500,) and found.dtype == torch.float32
+    torch.testing.assert_close(found - found[0], energy - energy[0], atol=1e-4, rtol=1e-4)  # up to a constant
+    torch.testing.assert_close(run.score(x), -(x - 0.25) / 0.25 / 0.5, atol=1e-4, rtol=1e-4)  # -dE/dx / T
+    assert (run.shape, run.temperature, run.num_classes, run.step) == ((2,), pytest.approx(0.5), None, 1)
+    denoised = x - run.data_noise**2 * (x - 0.25) / 0.25 / 0.5
+    torch.testing.assert_close(run.denoised(x), denoised, atol=1e-4, rtol=1e-4)
+    assert run.energy(torch.empty(0, 2)).shape == (0,)
+    with pytest.raises(ValueError, match=r"must be \(B, 2\)"):
+        run.energy(x[0])
+
+
+def test_samples_are_a_function_of_the_seed(plane):
+    run = ebm.load(str(plane))
+    a, b, c = run.sample(40, steps=6), run.sample(40, steps=6, seed=1), run.sample(8, steps=6)
+    assert a.shape == (40, 2) and a.dtype == torch.float32 and a.device.type == "cpu"
+    assert torch.equal(a[:8], c) and not torch.equal(a, b)
+    with pytest.raises(ConfigError, match="num_classes=null"):
+        run.sample(4, steps=1, labels=1)
+
+
+def test_labels_of_a_conditional_run(tmp_path):
+    settings = ["energy.num_classes=10", "energy.features=[4,8]", "data.shards=/nowhere", "loss.negatives=noise"]
+    run = ebm.load(make_run(tmp_path / "run", *settings))
+    ones = run.sample(33, steps=2, labels=1)
+    assert torch.equal(ones, run.sample(33, steps=2, labels=[1] * 33)) and ones.shape == (33, 1, 8, 8)
+    assert not torch.equal(ones, run.sample(33, steps=2))
+    torch.testing.assert_close(run.energy(ones), -torch.logsumexp(-run.class_energies(ones), 1))
+    torch.testing.assert_close(run.energy(ones, torch.full((33,), 1)), run.class_energies(ones)[:, 1])
+    for wrong in (10, [1, 2], -1):
+        with pytest.raises(ConfigError, match="from 0 to 9"):
+            run.sample(33, steps=1, labels=wrong)
+
+
+def test_no_score_without_noise(tmp_path):
+    run = ebm.load(make_run(tmp_path / "run", *PLANE, "sampler.temperature=0", "data.shards=/nowhere",
+                            "loss.negatives=noise"))  # fmt: skip
+    with pytest.raises(ConfigError, match="temperature 0"):
+        run.score(torch.zeros(1, 2))
+
+
+def test_importing_ebm_is_cheap():
+    code = "import ebm, sys; assert ebm.load and not {'torch', 'numpy', 'pydantic'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), check=True)
+
+
+def test_chains_are_read_from_their_files_as_they_are_asked_for(plane):
+    run = open_run(plane)
+    assert len(run.persistent) == 128 and torch.equal(torch.cat(list(run.persistent.blocks(50)))[:, 0] / 2,
+                                                      torch.arange(128.0))  # fmt: skip
+    assert torch.equal(run.persistent.spread(4)[:, 0], torch.tensor([0.0, 64.0, 128.0, 192.0]))
+    assert torch.equal(run.persistent.take(torch.tensor([1, 31, 32, 127]))[:, 1], torch.tensor([3.0, 63.0, 65.0, 255]))
+    assert run.persistent.labels(torch.tensor([0, 5])) is None
+
+
+MEMORY = """
+import resource, sys, torch
+from ebm.inference.run import open_run
+run = open_run(sys.argv[1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert run.persistent.spread(64).shape == (64, 1, 8, 8)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_a_few_chains_of_a_large_buffer_take_little_memory(tmp_path):
+    """200 MB of chains. (All of it went to memory, and to the device.)"""
+    size = 800_000
+    run = make_run(tmp_path / "run", f"buffer.size={size}", "energy.features=[4,8]", "data.shards=/nowhere",
+                   chains=torch.zeros(size, 1, 8, 8))  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(run)], cwd=ROOT, env=environment(), check=True,
+                          capture_output=True, text=True)  # fmt: skip
+    assert float(done.stdout) < 60
+
+
+def test_chains_outlive_their_checkpoint(plane):
+    """Training prunes checkpoints while others read them."""
+    run = open_run(plane)
+    for file in run.checkpoint.glob("stream_*"):
+        file.unlink()
+    assert run.persistent.spread(1000).shape == (128, 2)
+
+
+def test_chains_that_a_run_should_have_and_has_not(plane, tmp_path, capsys):
+    """What should be there is what the config says. (A glob found nothing, and the metrics were left out in silence.)"""
+    checkpoint = next((plane / "checkpoints").iterdir())
+    manifest = (checkpoint / "manifest.json").read_text()
+    (checkpoint / "manifest.json").write_text(manifest.replace("stream_0002.safetensors", "state.json"))
+    for file in checkpoint.glob("stream_*"):
+        file.unlink()
+    import json
+
+    files = json.loads(manifest)
+    files["files"] = {name: entry for name, entry in files["files"].items() if not name.startswith("stream")}
+    (checkpoint / "manifest.json").write_text(json.dumps(files))
+    with pytest.raises(DataError, match="stream_0000"):
+        open_run(plane)
+    assert main(["evaluate", str(plane), "--metrics", "density"]) == 4
+    assert "stream_0000" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sample", "score", "report"])
+def test_a_device_that_is_not_there(plane, command, tmp_path, capsys):
+    more = {"sample": ["--out", "x.npy"], "score": ["--data", "x.npy", "--out", "y.npy"]}.get(command, [])
+    for name in ("nonsense", "meta", *([] if torch.cuda.is_available() else ["cuda"])):
+        assert main([command, str(plane), "--device", name, *more]) == 2
+        assert f"--device {name}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", [
+    LangevinConfig(step_size=0.01, noise_scale=0.1),
+    LangevinConfig(step_size=0.01, step_size_end=0.001, schedule="linear", noise_scale=0.1),
+    MALAConfig(), TemperingConfig(),
+], ids=["langevin", "schedule", "mala", "tempering"])  # fmt: skip
+def test_chains_of_several_lengths_are_those_of_each(config):
+    def energy(x):
+        return x.square().flatten(1).sum(1)
+
+    moved = []
+    states, labels = chains_of_lengths(energy, config, (3,), 50, (7, 130, 5), seed=1, moved=moved.append)
+    assert labels is None and list(states) == [5, 7, 130]
+    for length, x in states.items():
+        assert torch.equal(x, fresh_chains(energy, config, (3,), 50, length, seed=1)[0])
+    assert sum(moved) == 64 * (130 if can_be_continued(config) else 142)
