@@ -1,5 +1,5 @@
-"""The ruler: distances with intervals, the classifier that is kept, outliers, density or walk; on real digits and closed
-forms."""
+"""The ruler: distances with intervals, the classifier that is kept, outliers, density or walk; on real digits and by
+closed forms."""
 
 import math
 import os
@@ -131,9 +131,7 @@ def test_a_ruler_is_trained_once_for_its_data(digits, tmp_path, caplog):
     assert damaged.read_bytes() == file.read_bytes() and "can't be used" in caplog.text
 
 
-def test_other_data_has_another_ruler_and_a_directory_that_is_not_ours_is_left_alone(
-    digits, tmp_path, caplog, monkeypatch
-):
+def test_other_data_has_another_ruler_which_need_not_be_kept(digits, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr("ebm.evaluation.classifier.MIN_SEEN", 256)
     monkeypatch.setattr("ebm.evaluation.classifier.EPOCHS", 0)
     other = ruler_of(digits.train[:99], digits.labels[:99], digits.directory)
@@ -199,9 +197,7 @@ def test_a_step_that_is_small_samples_a_density_and_one_of_half_the_variance_is_
     }
     accepted = {share: acceptance(energy, x, config) for share, config in at.items()}
     assert (verdict(accepted[0.2]), verdict(accepted[0.5])) == ("density", "walk"), accepted
-    steep = SteepEnergy(
-        dim=64, sigma=0.1, steepness=2
-    )  # what that step fits: x - step dE/dx is the mean of the clean data
+    steep = SteepEnergy(dim=64, sigma=0.1, steepness=2)  # which that step fits: it removes all of the noise
     assert verdict(acceptance(steep, x, at[0.5])) == "walk"
     cold = LangevinConfig(step_size=0.002, noise_scale=0.0, bounds=None)
     assert math.isnan(acceptance(energy, x, cold)) and verdict(acceptance(energy, x, cold)) == "walk"
