@@ -1,10 +1,11 @@
-"""python -m ebm sync RUN [RUN ...] [--every SECONDS]
+"""ebm sync RUN [RUN ...] [--every SECONDS]
 
 Uploads what runs logged offline, from a machine that reaches W&B. A run logs into one file after the other
 (`tracking.offline_part`), all under one id; those that are closed are uploaded once, in order, and the one being
 written when it is closed: the command can be run again and again while the run goes on.
 """
 
+import argparse
 import fcntl
 import os
 import shutil
@@ -12,30 +13,35 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ebm.errors import ConfigError, UserError
+from ebm.runtime.files import NO_LOCKS, open_own, try_lock
+from ebm.runtime.process import show_error
+from ebm.tracking.delivery import CLOSED, part_number
 
 QUIET = 120.0  # seconds; a file being written gets the machine's load every 15
 BLOCK, HEADER, FULL, LAST = 1 << 15, 7, 1, 4  # of a .wandb file
+MAX_EVERY = 1e6
 SETTLED = 5.0  # seconds; the client's service writes a closed file to its end
 # A server that does not answer is given up on after some minutes, not never.
 PATIENCE = {"WANDB_X_GRAPHQL_RETRY_MAX": "5", "WANDB_X_FILE_STREAM_RETRY_MAX": "5", "WANDB_ERROR_REPORTING": "false"}
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory")
     parser.add_argument("--every", type=float, metavar="SECONDS", help="go on until all runs are done and uploaded")
 
 
-def run(arguments) -> int:
+def run(arguments: argparse.Namespace) -> int:
     runs = [Path(path) for path in arguments.runs]
     for path in runs:
         if not (path / "config.yaml").is_file():
             raise ConfigError(f"{path}: no run directory (it has no config.yaml); give the run.dir of a training run")
-    if arguments.every is not None and arguments.every <= 0:
-        raise ConfigError(f"--every {arguments.every}: must be above 0 seconds")
+    if arguments.every is not None and not 0 < arguments.every < MAX_EVERY:
+        raise ConfigError(f"--every {arguments.every}: must be above 0 and below {MAX_EVERY:g} seconds")
     while True:
         waiting, problem = 0, None
         for path in runs:
@@ -43,7 +49,7 @@ def run(arguments) -> int:
                 waiting += not (sync(path) and (path / "DONE").exists())
             except UserError as error:
                 waiting, problem = waiting + 1, error
-                print(f"error: {error}", file=sys.stderr)
+                show_error(error)
         if arguments.every is None or not waiting:
             return 0 if problem is None else problem.exit_code
         time.sleep(arguments.every)
@@ -56,9 +62,10 @@ def sync(run_dir: Path) -> bool:
         print(f"{run_dir}: nothing was logged to W&B")
         return True
     with alone(folder / "sync.lock"):
-        parts = sorted(path.parent for path in folder.glob("offline-run-*/run-*.wandb") if not marker(path).exists())
-        newest, now = newest_of_each_id(folder), clock(folder)
-        ready = [part for part in parts if is_closed(part, now, is_newest=part in newest)]
+        parts = [part for part in parts_of(folder) if not all(marker(file).exists() for file in files_of(part))]
+        now, training = clock(folder), is_training(run_dir)
+        newest = newest_of_each_id(parts_of(folder))
+        ready = [part for part in parts if is_closed(part, now, part in newest, training)]
         if ready:
             time.sleep(max(0.0, SETTLED - min(now - written(part) for part in ready)))
             upload(ready)
@@ -69,30 +76,60 @@ def sync(run_dir: Path) -> bool:
     return not left
 
 
+def parts_of(folder: Path) -> list[Path]:
+    """The directories of a run's offline parts, in the order in which they were begun."""
+    parts = [path for path in folder.glob("offline-run-*") if not path.is_symlink() and files_of(path)]
+    return sorted(parts, key=lambda part: (part_number(part), part.name))
+
+
+def files_of(part: Path) -> list[Path]:
+    """The .wandb file of a part; a link is none of ours."""
+    return [file for file in part.glob("run-*.wandb") if file.is_file() and not file.is_symlink()]
+
+
 def marker(file: Path) -> Path:
     """What W&B's client leaves beside a file that it has uploaded."""
     return file.with_suffix(".wandb.synced")
 
 
-def newest_of_each_id(folder: Path) -> set[Path]:
-    """A run writes to the newest of its files; the name is offline-run-DATE_TIME-ID."""
-    return set({part.name.rpartition("-")[2]: part for part in sorted(folder.glob("offline-run-*"))}.values())
+def newest_of_each_id(parts: list[Path]) -> set[Path]:
+    """A run writes to the newest of its parts; the name of a part is offline-run-DATE_TIME-ID."""
+    return set({part.name.rpartition("-")[2]: part for part in parts}.values())
 
 
-def is_closed(part: Path, now: float, is_newest: bool) -> bool:
-    """Whether nobody writes to it any more. W&B's client would upload a file under way once, and never its rest."""
-    return not is_newest or (part / "closed").exists() or now - written(part) > QUIET
+def is_training(run_dir: Path) -> bool:
+    """Whether a training has the run's lock. False where the file system has no locks."""
+    try:
+        with open(open_own(run_dir / "lock", os.O_RDONLY), "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def is_closed(part: Path, now: float, is_newest: bool, training: bool) -> bool:
+    """Whether nobody writes to it any more. W&B's client would upload a file under way once, and never its rest.
+
+    A training closes its parts. What a killed one left is closed when the next start, which waits for the end of the
+    one before, has begun another; or when it was not written to for long, and no training is under way that may be
+    suspended."""
+    begun_after = not is_newest and part_number(part) > 0
+    quiet = now - written(part) > QUIET and not (training and is_newest)
+    return (part / CLOSED).exists() or begun_after or quiet
 
 
 def written(part: Path) -> float:
     """When its file was last written to."""
-    return max(file.stat().st_mtime for file in part.glob("run-*.wandb"))
+    return max(file.stat().st_mtime for file in files_of(part))
 
 
 def clock(folder: Path) -> float:
     """The time on the file system's clock."""
     probe = folder / f"clock.{os.getpid()}"
-    probe.touch()
+    probe.unlink(missing_ok=True)
+    os.close(open_own(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
     now = probe.stat().st_mtime
     probe.unlink()
     return now
@@ -100,11 +137,12 @@ def clock(folder: Path) -> float:
 
 def upload(parts: list[Path]) -> None:
     """With W&B's own command; its exit code is 0 also where it failed, so its markers tell."""
-    for file in (file for part in parts if not (part / "closed").exists() for file in part.glob("run-*.wandb")):
-        os.truncate(file, whole_records(file.read_bytes()))
+    for file in (file for part in parts if not (part / CLOSED).exists() for file in files_of(part)):
+        with open(open_own(file, os.O_RDWR), "r+b") as stream:
+            stream.truncate(whole_records(stream.read()))
     command = [sys.executable, "-m", "wandb", "sync", *map(str, parts)]
     subprocess.run(command, env=PATIENCE | os.environ, check=False)
-    missing = [part for part in parts if not all(marker(file).exists() for file in part.glob("run-*.wandb"))]
+    missing = [part for part in parts if not all(marker(file).exists() for file in files_of(part))]
     if missing:
         raise UserError(
             f"{missing[0]}: not uploaded ({len(missing)} of {len(parts)} files); after `wandb login`, where W&B can be "
@@ -131,13 +169,17 @@ def whole_records(data: bytes) -> int:
 
 
 @contextmanager
-def alone(path: Path):
+def alone(path: Path) -> Iterator[None]:
     """Two at once would upload everything twice."""
-    with path.open("w") as lock:
+    try:
+        file = open_own(path, os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    with open(file, "r+b") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{path.parent}: another sync is at it; wait for its end") from error
-        except OSError:  # a file system without locks
-            pass
+            if not try_lock(lock.fileno()):
+                raise UserError(f"{path.parent}: another sync is at it; wait for its end")
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise UserError(f"{path}: {error}") from error
         yield

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -12,72 +13,133 @@ from pathlib import Path
 from typing import Any
 
 from ebm.runtime.files import replace
+from ebm.tracking.records import step_of
 
 WRITE_EVERY = 5.0  # seconds
+MAX_INTERVALS = 100
+MAX_TEXT = 1 << 16  # characters of RUN/wandb_step that are read
 
 
 class Handed:
-    """RUN/wandb_step: the W&B id, and the last step whose row is safe there.
+    """RUN/wandb_step: the W&B id, the last step whose row is safe there, and the intervals of steps before it that
+    lack theirs.
 
-    A row counts as safe `delay` seconds after it was handed over: SIGKILL takes what the client had not flushed."""
+    A row counts as safe `delay` seconds after it was handed over, once a later one was taken too: SIGKILL takes what
+    the client had not flushed. Called by one thread."""
 
     def __init__(self, run_dir: Path, run_id: str, delay: float):
         self._path, self._id, self._delay = run_dir / "wandb_step", run_id, delay
-        self._recent: deque[tuple[float, int]] = deque()
+        self._recent: deque[tuple[float, int]] = deque()  # rows that are not safe yet: when they were taken, and step
         self._written = -math.inf
+        self._limit = sys.maxsize  # beyond which no row counts as safe
+        self._open = False  # whether the last row was missed, so that the next missed one is of the same interval
+        self._safe, self._missed = self._read()
 
     @property
     def step(self) -> int:
         """0 where nothing is known of this id: a run that had no W&B before, or has a new id."""
-        try:
-            run_id, step = self._path.read_text().split()
-            return int(step) if run_id == self._id else 0
-        except (OSError, ValueError):
-            return 0
+        return self._safe
+
+    def lacks(self, step: int) -> bool:
+        """Whether the row of `step` is to be handed over again."""
+        return step > self._safe or any(first <= step <= last for first, last in self._missed)
+
+    @property
+    def first_lacking(self) -> int:
+        """No row before this step is to be handed over again."""
+        return min([first for first, _ in self._missed], default=self._safe + 1)
 
     def note(self, step: int) -> None:
-        """The row of `step` was handed over."""
-        now, safe = time.monotonic(), None
+        """The row of `step` was taken."""
+        now, done = time.monotonic(), False
         self._recent.append((now, step))
+        self._open = False
         if now - self._written < WRITE_EVERY:
             return
         while self._recent[0][0] < now - self._delay:
-            safe = self._recent.popleft()[1]
-        if safe is not None:
-            self._write(safe)
+            self._deliver(self._recent.popleft()[1])
+            done = True
+        if done:
+            self._write()
+
+    def miss(self, step: int) -> None:
+        """The row of `step` was not taken."""
+        if self._open and self._missed and self._missed[-1][1] < step:
+            self._missed[-1] = (self._missed[-1][0], step)
+        elif len(self._missed) < MAX_INTERVALS:
+            self._missed.append((step, step))
+        else:  # all from here on is handed over again: rows that stand twice, with the same values, cost little
+            self._limit = min(self._limit, step - 1)
+        self._open = True
 
     def all_safe(self) -> None:
-        if self._recent:
-            self._write(self._recent[-1][1])
+        """The client ended well: all that was taken is safe."""
+        while self._recent:
+            self._deliver(self._recent.popleft()[1])
+        self._write()
 
     def rewind(self, step: int) -> None:
         """The rows after `step` come again, with other values."""
         self._recent.clear()
-        if self.step > step:
-            self._write(step)
+        self._safe = min(self._safe, step)
+        self._missed = [(first, min(last, step)) for first, last in self._missed if first <= step]
+        self._write()
 
-    def _write(self, step: int) -> None:
+    def _deliver(self, step: int) -> None:
+        """Rows are handed over in order: those of an interval that come before `step` were tried again already."""
+        self._safe = max(self._safe, min(step, self._limit))
+        shorter = [(step + 1, last) if first <= step <= last else (first, last) for first, last in self._missed]
+        self._missed = [(first, last) for first, last in shorter if first <= last]
+
+    def _read(self) -> tuple[int, list[tuple[int, int]]]:
+        try:
+            run_id, safe, *intervals = self._path.read_text()[:MAX_TEXT].split()
+            if run_id != self._id or not safe.isdecimal():
+                return 0, []
+            ends = [interval.partition("-") for interval in intervals]
+            return int(safe), [(int(first), int(last)) for first, _, last in ends]
+        except (OSError, ValueError):
+            return 0, []
+
+    def _write(self) -> None:
+        intervals = "".join(f" {first}-{min(last, self._safe)}" for first, last in self._missed if first <= self._safe)
         with suppress(OSError):  # a lower step costs rows that stand twice, with the same values
-            replace(self._path, f"{self._id} {step}\n".encode())
+            replace(self._path, f"{self._id} {self._safe}{intervals}\n".encode())
             self._written = time.monotonic()
 
 
-def rows_between(metrics: Path, after: int, until: int) -> Iterator[dict[str, Any]]:
-    """The records of `metrics.jsonl` with after < step <= until, as they were logged."""
+def rows_between(metrics: Path, first: int, until: int) -> Iterator[dict[str, Any]]:
+    """The records of `metrics.jsonl` with first <= step <= until, as they were logged. Stops at what is no record."""
     with metrics.open("rb") as lines:
         for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:
+            if (step := step_of(line)) > until:
                 return
-            if row["step"] > until:
-                return
-            if row["step"] > after:
-                yield {key: _number(value) for key, value in row.items()}
+            if step >= first:
+                yield {key: _number(value) for key, value in json.loads(line).items()}
 
 
 def _number(value: Any) -> Any:
     return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
+
+
+CLOSED = "closed"  # a file in the directory of an offline part that nobody writes to any more
+PART = "part"  # a file there with the part's number
+
+
+def number_part(part: Path) -> None:
+    """Give a new offline part, a directory in RUN/wandb, its number. W&B names it by the local time, which goes back in
+    autumn, on another node, or when a clock is set."""
+    others = [part_number(other) for other in part.parent.glob("offline-run-*") if other != part]
+    replace(part / PART, f"{max(others, default=0) + 1}\n".encode())
+
+
+def part_number(part: Path) -> int:
+    """0 for a part that has none: of a version before 0.2, or of a start killed right there."""
+    try:
+        text = (part / PART).read_text()[:32].strip()
+    except (OSError, ValueError):
+        return 0
+    return int(text) if text.isdecimal() else 0
 
 
 MAX_SAMPLES = 100  # newest pictures

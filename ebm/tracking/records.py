@@ -9,7 +9,7 @@ from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any
 
-from ebm.runtime.files import replace, sync_directory
+from ebm.runtime.files import open_own, replace, sync_directory
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,8 @@ class Records:
     """An append-only file of JSON lines, each with its "step". JSON knows no NaN: such a number is the string "NaN",
     "Infinity" or "-Infinity".
 
+    A file that is removed meanwhile begins anew, with what is not on the disk yet.
+
     A line that can't be written stays in memory, in order, and is tried again with the next one, at `flush` and at
     `close`; the file never keeps a part of it. Lines also stay in memory until `flush` has made them durable: call it
     now and then."""
@@ -42,7 +44,7 @@ class Records:
     def __init__(self, path: Path, keep_until: int):
         """Open `path`; records after step `keep_until`, and a line that a crash left torn, are cut off."""
         self._path, self._outage = path, Outage(str(path))
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._file = open_own(path, os.O_RDWR | os.O_CREAT)
         self._end = self._durable = self._cut(keep_until)  # bytes written, and bytes on the disk for good
         sync_directory(path.parent)
         self._lines: list[bytes] = []  # from `_durable` on
@@ -50,7 +52,7 @@ class Records:
 
     def _cut(self, keep_until: int) -> int:
         with self._path.open("rb") as lines:
-            kept = sum(len(line) for line in takewhile(lambda line: _step(line) <= keep_until, lines))
+            kept = sum(len(line) for line in takewhile(lambda line: step_of(line) <= keep_until, lines))
         os.ftruncate(self._file, kept)
         return kept
 
@@ -58,7 +60,7 @@ class Records:
         """Take back the records after `step`."""
         self._end = self._cut(step)
         self._durable = min(self._durable, self._end)
-        self._lines = [line for line in self._lines if _step(line) <= step]
+        self._lines = [line for line in self._lines if step_of(line) <= step]
         ends = accumulate((len(line) for line in self._lines), initial=self._durable)
         self._written = sum(end <= self._end for end in list(ends)[1:])
 
@@ -96,6 +98,8 @@ class Records:
     def _write(self, new: int = 0) -> bool:
         kept_back = self.pending - new
         try:
+            if os.fstat(self._file).st_nlink == 0:
+                self._begin_anew()
             while self.pending:
                 line = self._lines[self._written]
                 _write_at(self._file, line, self._end)
@@ -108,6 +112,13 @@ class Records:
             return False
         self._outage.end(kept_back)
         return True
+
+    def _begin_anew(self) -> None:
+        """Raises OSError where the directory is gone too."""
+        file = open_own(self._path, os.O_RDWR | os.O_CREAT)
+        log.warning(f"{self._path} was removed; the records before are lost, and those that follow are in a new file")
+        os.close(self._file)
+        self._file, self._end, self._durable, self._written = file, 0, 0, 0
 
 
 class WholeFiles:
@@ -144,12 +155,16 @@ def _write_at(file: int, content: bytes, offset: int) -> None:
         done += os.pwrite(file, content[done:], offset + done)
 
 
-def _step(line: bytes) -> float:
-    """The step of a record; infinite where a crash left no whole record."""
-    try:
-        return json.loads(line.decode())["step"] if line.endswith(b"\n") else math.inf
-    except ValueError:
+def step_of(line: bytes) -> float:
+    """The step of a record; infinite where the line is none: torn by a crash, or not of our making."""
+    if not line.endswith(b"\n"):
         return math.inf
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return math.inf
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if type(step) is int else math.inf
 
 
 def _finite(value: Any) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
@@ -141,7 +142,8 @@ class Tracker:
             records.rewind(step)
         self._wandb.rewind(step)
 
-    def trace(self, step: int, samples: list, chains: list) -> None:
+    def trace(self, step: int, samples: list[Any], chains: list[Any]) -> None:
+        assert self._trace is not None, "data.trace=false"
         self._trace.append({"step": step, "samples": samples, "chains": chains})
 
     def panels(self, step: int, samples: dict[str, Tensor]) -> None:
@@ -168,7 +170,8 @@ class Tracker:
 
     def close(self, exit_code: int) -> None:
         self._progress.close()
-        for file in (*self._records, self._samples):  # before W&B, which may take its time
+        files: list[Records | WholeFiles] = [*self._records, self._samples]
+        for file in files:  # before W&B, which may take its time
             file.close()
         self._wandb.finish(exit_code)
         hint = self._wandb.sync_hint()

@@ -5,12 +5,14 @@ import logging
 import math
 import netrc
 import os
+import re
 import secrets
 import shlex
 import shutil
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -21,12 +23,16 @@ import numpy as np
 from ebm.config import Config, TrackingConfig
 from ebm.errors import EXIT_STOPPED
 from ebm.runtime.files import replace
-from ebm.tracking.delivery import Artifacts, Handed, newest_samples, rows_between
+from ebm.tracking.delivery import CLOSED, Artifacts, Handed, newest_samples, number_part, rows_between
 
 log = logging.getLogger(__name__)
 
-CLOSED = "closed"  # a file in the directory of an offline part that nobody writes to any more
-MAX_WAITING = 10_000  # calls; W&B is given up on here, not memory
+# What may wait for W&B; beyond it, calls are left out there. Pictures and histograms may take half of it, and so are
+# the first to be left out.
+MAX_WAITING, MAX_BYTES = 10_000, 256 << 20
+BYTES_A_VALUE = 200  # of a row
+MAX_ID = 128
+ID = re.compile(r"[\w.-]{1,128}")
 UNSAFE = {"offline": 10.0, "online": 60.0}  # seconds a row is with the client before it is on the disk, or uploaded
 
 
@@ -37,15 +43,23 @@ class WandbRun:
     A thread starts the client and makes its calls, in order: the start takes `tracking.wandb_timeout` where the server
     does not answer, and a call may block for ever where the client's service process stalls.
 
-    A run that is resumed goes on as the same W&B run, and hands over what an earlier start, killed, did not."""
+    A run that is resumed goes on as the same W&B run, and hands over the rows that earlier starts did not deliver."""
 
     def __init__(self, config: Config, run_dir: Path, resume_step: int):
-        self._config, self._run_dir, self._resume_step, self._log_level = config, run_dir, resume_step, logging.WARNING
+        self._config, self._run_dir, self._resume_step = config, run_dir, resume_step
+        self._log_level = logging.WARNING
         self._timeout = config.tracking.wandb_timeout
         self._artifacts = Artifacts(run_dir, config.tracking.artifacts_gb)
         self._failures = self._left_out = 0
-        self._run, self._wandb, self._thread, self.mode = None, None, None, config.tracking.wandb
-        self._calls, self._started, self._uploaded = SimpleQueue(), threading.Event(), False
+        self._run: Any = None  # W&B's, which has no types
+        self._wandb: Any = None
+        self._handed: Handed | None = None  # there is one once the client has started
+        self._thread: threading.Thread | None = None
+        self.mode: str = config.tracking.wandb
+        self._calls: SimpleQueue[tuple[Callable[[], None] | None, int]] = SimpleQueue()
+        self._bytes, self._bytes_lock = 0, threading.Lock()  # of the arguments of calls in the queue
+        self._rows_left_out: SimpleQueue[int] = SimpleQueue()
+        self._started, self._uploaded = threading.Event(), False
         if self.mode == "disabled":
             return
         # Its telemetry would hold the exit of the process for 20 s where the server does not answer.
@@ -65,15 +79,18 @@ class WandbRun:
     def _work(self) -> None:
         self._run = self._start()
         self._started.set()
-        call = self._catch_up
+        call: Callable[[], None] | None = self._catch_up
+        size = 0
         while call is not None:
             if self._run is not None:
                 self._try(call)
             if self._run is not None and self.mode == "offline" and time.monotonic() > self._part_ends:
                 self._try(self._new_part)
-            call = self._calls.get()
+            with self._bytes_lock:
+                self._bytes -= size
+            call, size = self._calls.get()
 
-    def _start(self):
+    def _start(self) -> Any:
         try:
             return self._init()
         except Exception as error:  # the client raises many kinds; none may end a training run
@@ -85,7 +102,7 @@ class WandbRun:
             self._tell(f"W&B could not start ({_first_line(error)}); metrics.jsonl has everything")
             return None
 
-    def _init(self):
+    def _init(self) -> Any:
         wandb, tracking = self._wandb, self._config.tracking
         wandb.setup(wandb.Settings(silent=True))
         settings = {"init_timeout": self._timeout, "console": "off", "silent": True}
@@ -98,16 +115,21 @@ class WandbRun:
             settings=wandb.Settings(**settings))  # fmt: skip
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
-        self._handed = Handed(self._run_dir, run_id, UNSAFE[self.mode])
+        if self._handed is None:
+            self._handed = Handed(self._run_dir, run_id, UNSAFE[self.mode])
         self._part_ends = time.monotonic() + tracking.offline_part
-        if self.mode == "online":
+        if self.mode == "offline":
+            number_part(Path(run.dir).parent)
+        else:
             log.info(f"W&B: {run.url}")
         return run
 
     def _catch_up(self) -> None:
-        """Hand over the rows before this start that an earlier one did not."""
-        for row in rows_between(self._run_dir / "metrics.jsonl", self._handed.step, self._resume_step):
-            self._log_row(row)
+        """Hand over the rows before this start that no earlier one delivered."""
+        handed = self._delivered
+        for row in rows_between(self._run_dir / "metrics.jsonl", handed.first_lacking, self._resume_step):
+            if handed.lacks(row["step"]):
+                self._try(partial(self._log_row, row))
 
     def _new_part(self) -> None:
         """Close the offline file, which can be uploaded then, and go on in another."""
@@ -119,23 +141,28 @@ class WandbRun:
         if exit_code == EXIT_STOPPED:
             self._run.mark_preempting()  # there it counts as preempted till it goes on, not as failed
         self._run.finish(exit_code)
-        if self._complete:
-            self._handed.all_safe()
+        self._note_left_out()
+        self._delivered.all_safe()
         if self.mode == "offline":
             (Path(self._run.dir).parent / CLOSED).touch()
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        self._call(lambda: self._log_row({"step": step, **values}))
+        if not self._call(lambda: self._log_row({"step": step, **values}), BYTES_A_VALUE * (len(values) + 1)):
+            self._rows_left_out.put(step)
 
     def rewind(self, step: int) -> None:
         """Training went back to `step`; W&B keeps what it has, and of a step that comes again the last row counts."""
-        self._call(lambda: self._handed.rewind(step))
+        self._call(lambda: self._delivered.rewind(step))
 
     def log_images(self, step: int, pictures: dict[str, np.ndarray]) -> None:
-        self._call(lambda: self._log({"step": step} | {k: self._wandb.Image(p) for k, p in pictures.items()}))
+        size = sum(picture.nbytes for picture in pictures.values())
+        call = lambda: self._log({"step": step} | {k: self._wandb.Image(p) for k, p in pictures.items()})  # noqa: E731
+        self._call(call, size, MAX_BYTES // 2)
 
     def log_histograms(self, step: int, values: dict[str, np.ndarray]) -> None:
-        self._call(lambda: self._log({"step": step} | {k: self._wandb.Histogram(v) for k, v in values.items()}))
+        size = sum(value.nbytes for value in values.values())
+        call = lambda: self._log({"step": step} | {k: self._wandb.Histogram(v) for k, v in values.items()})  # noqa: E731
+        self._call(call, size, MAX_BYTES // 2)
 
     def alert(self, title: str, text: str, level: str) -> None:
         every = self._config.tracking.alert_every
@@ -156,25 +183,38 @@ class WandbRun:
         artifact.add_dir(str(self._artifacts.hold(name, files)), policy="immutable", skip_cache=True)
         self._run.log_artifact(artifact, aliases=["latest", name])
 
-    def _call(self, call: Callable[[], None]) -> None:
+    def _call(self, call: Callable[[], None], size: int = 0, most: int = MAX_BYTES) -> bool:
+        """Queue a call that holds `size` bytes, unless more than `most` would wait then. Whether it will be made."""
         if self._thread is None:
-            return
-        if self._calls.qsize() < MAX_WAITING:
-            self._calls.put(call)
-            return
+            return True
+        with self._bytes_lock:
+            fits = self._bytes + size <= most and self._calls.qsize() < MAX_WAITING
+            self._bytes += size if fits else 0
+        if fits:
+            self._calls.put((call, size))
+            return True
         self._left_out += 1
         if self._left_out == 1:
-            self._tell("W&B does not keep up: what comes now is left out there; metrics.jsonl has everything")
+            self._tell("W&B does not keep up: some of what comes is left out there; metrics.jsonl has everything")
+        return False
 
     @property
-    def _complete(self) -> bool:
-        """Whether W&B took all that this start gave it; else a later start hands it over again."""
-        return self._failures == self._left_out == 0
+    def _delivered(self) -> Handed:
+        assert self._handed is not None
+        return self._handed
+
+    def _note_left_out(self) -> None:
+        while not self._rows_left_out.empty():
+            self._delivered.miss(self._rows_left_out.get())
 
     def _log_row(self, row: dict[str, Any]) -> None:
-        self._log(row)
-        if self._complete:
-            self._handed.note(row["step"])
+        self._note_left_out()
+        try:
+            self._log(row)
+        except Exception:
+            self._delivered.miss(row["step"])
+            raise
+        self._delivered.note(row["step"])
 
     def _log(self, row: dict[str, Any]) -> None:
         self._run.log(row)
@@ -184,7 +224,7 @@ class WandbRun:
     def _try(self, call: Callable[[], Any]) -> None:
         try:
             call()
-        except Exception as error:
+        except Exception as error:  # of many kinds, and none may reach training
             self._failures += 1
             if self._failures == 1:
                 self._tell(f"W&B: {_first_line(error)}; training goes on, metrics.jsonl has everything")
@@ -195,8 +235,8 @@ class WandbRun:
         if self._thread is None:
             return
         self._started.wait(self._timeout)
-        self._calls.put(lambda: self._finish(exit_code))
-        self._calls.put(None)
+        self._calls.put((lambda: self._finish(exit_code), 0))
+        self._calls.put((None, 0))
         self._thread.join(self._timeout)
         ended = not self._thread.is_alive()
         if not ended:
@@ -235,24 +275,25 @@ class WandbRun:
         return f"not uploaded to W&B; to do so: wandb login && {command}"
 
 
-def _mode(tracking: TrackingConfig, wandb) -> str:
+def _mode(tracking: TrackingConfig, wandb: Any) -> str:
     """auto: online with a login, else offline; WANDB_MODE decides where it is set."""
     if tracking.wandb != "auto":
         return tracking.wandb
-    if os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
-        return os.environ["WANDB_MODE"]
+    mode = os.environ.get("WANDB_MODE")
+    if mode in ("online", "offline", "disabled"):
+        return mode
     settings = wandb.setup(wandb.Settings(silent=True)).settings
     return "online" if settings.api_key or _in_netrc(settings) else "offline"
 
 
-def _in_netrc(settings) -> bool:
+def _in_netrc(settings: Any) -> bool:
     """Whether `wandb login` left a key in the netrc file. The client itself would prompt, or ask the server."""
     hosts = [urlparse(settings.base_url).netloc]
     if settings.base_url == type(settings).model_fields["base_url"].default:
         hosts.append("api.wandb.ai")  # the public server, whatever name this version calls it by
     try:
         keys = netrc.netrc(os.environ.get("NETRC") or Path.home() / ".netrc")
-    except (OSError, netrc.NetrcParseError):
+    except (OSError, RuntimeError, netrc.NetrcParseError):  # RuntimeError: a user without a home directory
         return False
     return any(keys.authenticators(host) for host in hosts)
 
@@ -260,9 +301,13 @@ def _in_netrc(settings) -> bool:
 def _run_id(run_dir: Path) -> str:
     """The run's W&B id, made once and kept in RUN/wandb_id: a resumed run is the same W&B run."""
     path = run_dir / "wandb_id"
-    if not path.exists() or not path.read_text().strip():
-        replace(path, secrets.token_hex(4).encode())
-    return path.read_text().strip()
+    found = path.read_text(errors="replace")[: MAX_ID + 1].strip() if path.is_file() else ""
+    if not ID.fullmatch(found):
+        if found:
+            log.warning(f"{path} holds no W&B id; a new W&B run begins")
+        found = secrets.token_hex(4)
+        replace(path, found.encode())
+    return found
 
 
 def _first_line(error: Exception) -> str:

@@ -17,7 +17,8 @@ from wandb_reader import history
 from wandb_reader import records as wandb_records
 from wandb_server import StandIn
 
-from ebm.commands.sync import whole_records
+from ebm.commands.sync import QUIET, files_of, is_closed, parts_of, whole_records
+from ebm.tracking.delivery import number_part
 
 # A busy machine is slow now and then: not to be alerted of here.
 SETTINGS = {
@@ -42,7 +43,7 @@ def homes(tmp_path):
 
 def parts(run_dir: Path) -> list[Path]:
     """The run's W&B files, in the order in which they were begun."""
-    return sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"))
+    return [file for part in parts_of(run_dir / "wandb") for file in files_of(part)]
 
 
 def metric_rows(run_dir: Path) -> list[dict]:
@@ -182,17 +183,59 @@ def test_what_can_not_be_uploaded_stays(homes, tmp_path):
     assert "not uploaded (1 of 1 files)" in said and "wandb login" in said
 
 
-def test_the_file_under_way_waits(tmp_path):
-    from ebm.commands.sync import QUIET, is_closed
+def part_of(run_dir: Path, begun: str, content: bytes = b":W&B\xe7\xcf\x00") -> Path:
+    """An offline part, as a training begins it at a local time."""
+    part = run_dir / "wandb" / f"offline-run-{begun}-abc"
+    part.mkdir(parents=True)
+    (run_dir / "config.yaml").touch()
+    (part / "run-abc.wandb").write_bytes(content)
+    number_part(part)
+    return part
 
-    part = tmp_path / "offline-run-20260101_000000-abc"
-    part.mkdir()
-    (part / "run-abc.wandb").touch()
+
+def test_the_file_under_way_waits(tmp_path):
+    part = part_of(tmp_path, "20260101_000000")
     now = (part / "run-abc.wandb").stat().st_mtime
-    assert not is_closed(part, now, is_newest=True) and is_closed(part, now, is_newest=False)
-    assert is_closed(part, now + QUIET + 1, is_newest=True)
+    assert not is_closed(part, now, True, False) and is_closed(part, now, False, False)
+    assert is_closed(part, now + QUIET + 1, True, False)
+    assert not is_closed(part, now + QUIET + 1, True, True)  # a training that is suspended
     (part / "closed").touch()
-    assert is_closed(part, now, is_newest=True)
+    assert is_closed(part, now, True, True)
+    (part / "closed").unlink()
+    (part / "part").unlink()  # of a version that did not number them: the name alone says nothing
+    assert not is_closed(part, now, False, False)
+
+
+HALF_A_RECORD = b":W&B\xe7\xcf\x00" + struct.pack("<IHB", 0, 20, 1) + bytes(3)
+
+
+def test_the_file_under_way_is_not_cut_when_local_time_went_back(homes, tmp_path):
+    """In autumn the clock shows an hour twice: the part that is written to has the smaller name."""
+    before = part_of(tmp_path, "20261025_025900")
+    (before / "closed").touch()
+    under_way = part_of(tmp_path, "20261025_020100", HALF_A_RECORD)
+    assert parts_of(tmp_path / "wandb") == [before, under_way]
+    failing = StandIn("fails")
+    said = sync(failing, homes | {"WANDB_X_GRAPHQL_RETRY_MAX": "0"}, str(tmp_path), expect=1)
+    failing.close()
+    assert "not uploaded (1 of 1 files)" in said and str(before) in said
+    assert (under_way / "run-abc.wandb").read_bytes() == HALF_A_RECORD
+
+
+def test_links_are_not_followed(homes, server, tmp_path):
+    """What a link leads to is not the run's: it is neither cut nor emptied."""
+    outside = tmp_path / "outside"
+    outside.write_bytes(HALF_A_RECORD)
+    part = part_of(tmp_path / "run", "20260101_000000")
+    (part / "run-abc.wandb").unlink()
+    (part / "run-abc.wandb").symlink_to(outside)
+    (part / "closed").touch()
+    assert "0 files uploaded" in sync(server, homes, str(tmp_path / "run"))
+    lock = tmp_path / "run/wandb/sync.lock"
+    lock.unlink()
+    lock.symlink_to(outside)
+    assert "is a link" in sync(server, homes, str(tmp_path / "run"), expect=1)
+    assert outside.read_bytes() == HALF_A_RECORD
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(["nowhere"], 2), ([".", "--every", "0"], 2)])
