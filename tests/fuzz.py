@@ -39,10 +39,11 @@ from PIL import Image
 from ebm.config import HealthConfig, load_config, to_yaml
 from ebm.data import ShardReader, load_manifest
 from ebm.data.decode import encode_vector
-from ebm.data.manifest import check_files, index_shards, verify
+from ebm.data.indexing import index_shards
+from ebm.data.items import ArraySource
+from ebm.data.manifest import check_files, verify
 from ebm.data.order import Order
 from ebm.data.shards import write_shards
-from ebm.data.sources import ArraySource
 from ebm.errors import UserError
 from ebm.runtime import checkpoint
 from ebm.training.buffer import ReplayBuffer

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from ebm.config import MAX_BYTES, ImportConfig, load_config
 from ebm.data import ShardReader, load_manifest
-from ebm.data.manifest import check_files, index_shards
+from ebm.data.indexing import index_shards
+from ebm.data.manifest import check_files
 from ebm.data.tars import MAX_HEADER, read_block
 from ebm.energies import build_energy
 from ebm.errors import ConfigError, DataError

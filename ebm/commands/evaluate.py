@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ebm import evaluation
-from ebm.data.sources import known_density
+from ebm.data.toys import known_density
 from ebm.errors import ConfigError
 from ebm.evaluation.classifier import default_ruler_directory
 from ebm.evaluation.measures import MEASURES, OF_SOME_RUNS, Metrics, measure_ood, problem_with

@@ -10,10 +10,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 from urllib.parse import quote
 
 from ebm.data.transfer import WEB, Access, TransferError, fetch, scheme_of
@@ -21,7 +21,8 @@ from ebm.errors import ConfigError, DataError
 from ebm.runtime.files import locked
 
 WHOLE, PART, LOCK = ".tar", ".part", "lock"
-OURS = re.compile(r"[0-9a-f]{64}\.(tar|part)")  # files beside them are never removed
+OURS = re.compile(r"[0-9a-f]{64}\.(tar|part)")  # other files in the directory are never removed
+ABANDONED = 3600.0  # seconds after which an unchanged .part has no writer, on a file system without locks
 
 
 def default_directory() -> Path:
@@ -30,28 +31,35 @@ def default_directory() -> Path:
 
 @dataclass(frozen=True)
 class ShardCache:
-    """Up to `bytes` of shards below `directory`; the least recently used go first. A shard that is removed while it is
-    read stays readable to its reader, as files do."""
+    """Up to `bytes` of shards below `directory`; the least recently used are removed first. A reader keeps a shard that
+    is removed while it reads, as with any open file."""
 
     directory: Path
     bytes: int
 
     def prepare(self, largest: int) -> None:
-        """Make the directory. Raises ConfigError where a shard of `largest` bytes has no room or it is not ours."""
+        """Makes the directory. Raises ConfigError where a shard of `largest` bytes has no room, and where someone else
+        could put files there."""
         if largest > self.bytes:
             raise ConfigError(
                 f"data.cache_bytes={self.bytes} is below the largest shard, {largest} bytes; give room for two a stream"
             )
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = self.directory.stat()
+            named, found = self.directory.lstat(), self.directory.stat()
         except OSError as error:
             raise ConfigError(f"data.cache_dir={self.directory}: {error}; choose another directory") from error
-        if found.st_uid != os.getuid() or found.st_mode & stat.S_IWOTH:
-            raise ConfigError(f"data.cache_dir={self.directory}: others can write to it; choose another directory")
+        if named.st_uid != os.getuid() or found.st_uid != os.getuid():
+            what = "is a link of another user" if stat.S_ISLNK(named.st_mode) else "belongs to another user"
+            raise ConfigError(f"data.cache_dir={self.directory}: {what}; choose another directory")
+        if found.st_mode & (stat.S_IWOTH | stat.S_IWGRP):
+            raise ConfigError(
+                f"data.cache_dir={self.directory}: others can write to it; run `chmod go-w {self.directory}`, or "
+                "choose another directory"
+            )
 
     def open(self, sha256: str, size: int, fetch: Callable[[BinaryIO], None]) -> BinaryIO:
-        """The whole shard, from the cache, or written by `fetch`, which raises where it can't be had or verified."""
+        """Returns the open shard, from the cache or written by `fetch`, which raises where it can't get it."""
         whole, part = self.directory / (sha256 + WHOLE), self.directory / (sha256 + PART)
         try:
             while True:
@@ -60,7 +68,7 @@ class ShardCache:
                     return found
                 with locked(part) as file:
                     if not _is(part, file):
-                        continue  # another process fetched it, or gave it up, while this one waited
+                        continue  # another process fetched it or gave it up while this one waited
                     try:
                         if whole.exists():
                             part.unlink()
@@ -69,9 +77,8 @@ class ShardCache:
                         fetch(file)
                         file.flush()
                         os.fsync(file.fileno())
-                        found = open(part, "rb")  # noqa: SIM115 - once it has its name, others may remove it
-                        with locked(self.directory / LOCK):  # whoever counts must not miss it under both names
-                            os.replace(part, whole)
+                        found = open(part, "rb")  # noqa: SIM115 - before the rename, after which others may remove it
+                        self._publish(part, whole)
                         return found
                     except BaseException:
                         part.unlink(missing_ok=True)
@@ -85,8 +92,16 @@ class ShardCache:
     def discard(self, sha256: str) -> None:
         (self.directory / (sha256 + WHOLE)).unlink(missing_ok=True)
 
+    def _publish(self, part: Path, whole: Path) -> None:
+        with locked(self.directory / LOCK):  # a process that counts the bytes must not see the shard under both names
+            try:
+                os.replace(part, whole)
+            except FileNotFoundError:
+                if not whole.exists():  # without locks, another process may have fetched and renamed the same bytes
+                    raise
+
     def _reserve(self, file: BinaryIO, size: int) -> None:
-        """Make room for `size` bytes and take it; waits where all that is there is on its way in."""
+        """Makes room for `size` bytes and takes it; waits while other processes fill all of the cache."""
         while True:
             with locked(self.directory / LOCK):
                 if self._make_room(size, keep=os.fstat(file.fileno()).st_ino):
@@ -95,14 +110,20 @@ class ShardCache:
             time.sleep(0.05)
 
     def _make_room(self, size: int, keep: int) -> bool:
+        """Removes abandoned parts, then shards used longest ago, until `size` bytes fit. Returns whether they do."""
         shards, used = [], 0
         for path in self.directory.iterdir():
             if not OURS.fullmatch(path.name):
                 continue
             with suppress(FileNotFoundError):
                 found = path.stat()
-                if found.st_ino == keep or (path.suffix == PART and _abandoned(path)):
+                if found.st_ino == keep:
                     continue
+                if path.suffix == PART:
+                    with _without_writer(path) as abandoned:
+                        if abandoned:
+                            path.unlink(missing_ok=True)
+                            continue
                 used += found.st_size
                 if path.suffix == WHOLE:
                     shards.append((found.st_mtime_ns, found.st_size, path))
@@ -114,30 +135,12 @@ class ShardCache:
         return used + size <= self.bytes
 
 
-def verified(body: Iterator[bytes], size: int, sha256: str, file: BinaryIO | None = None) -> None:
-    """Read a body to its end, and write it to `file`. Raises TransferError where it is not what the manifest says."""
-    digest, received = hashlib.sha256(), 0
-    if file is not None:
-        file.seek(0)
-    for piece in body:
-        received += len(piece)
-        if received > size:
-            raise TransferError(f"has more than the {size} bytes that the manifest says")
-        digest.update(piece)
-        if file is not None:
-            file.write(piece)
-    if received != size:
-        raise TransferError(f"ended after {received} of {size} bytes")
-    if digest.hexdigest() != sha256:
-        raise TransferError(f"sha256 is {digest.hexdigest()}, the manifest says {sha256}: changed, there or on its way")
-
-
 def _open_whole(path: Path, size: int) -> BinaryIO | None:
     try:
         file = open(path, "rb")  # noqa: SIM115
     except FileNotFoundError:
         return None
-    if os.fstat(file.fileno()).st_size != size:  # damage on the disk
+    if os.fstat(file.fileno()).st_size != size:  # the disk lost a part of it
         file.close()
         path.unlink(missing_ok=True)
         return None
@@ -154,20 +157,42 @@ def _is(path: Path, file: BinaryIO) -> bool:
         return False
 
 
-def _abandoned(part: Path) -> bool:
-    """Remove a .part that no process writes."""
-    with open(part, "r+b") as file:
+@contextmanager
+def _without_writer(part: Path) -> Iterator[bool]:
+    """Whether no process writes a .part; if so, none can begin to until the context ends."""
+    with open(part, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return False
-        part.unlink(missing_ok=True)
-        return True
+            yield False
+            return
+        except OSError:  # a file system without locks: only the age can tell
+            yield time.time() - os.fstat(file.fileno()).st_mtime > ABANDONED
+            return
+        yield True
+
+
+def verified(body: Iterator[bytes], size: int, sha256: str, file: BinaryIO | None = None) -> None:
+    """Reads a body to its end and writes it to `file`. Raises TransferError where it differs from the manifest."""
+    digest, received = hashlib.sha256(), 0
+    if file is not None:
+        file.seek(0)
+    for piece in body:
+        received += len(piece)
+        if received > size:
+            raise TransferError(f"has more than the {size} bytes that the manifest says")
+        digest.update(piece)
+        if file is not None:
+            file.write(piece)
+    if received != size:
+        raise TransferError(f"ended after {received} of {size} bytes")
+    if digest.hexdigest() != sha256:
+        raise TransferError(f"sha256 is {digest.hexdigest()}, the manifest says {sha256}: changed, there or on its way")
 
 
 @dataclass(frozen=True)
 class Remote:
-    """`url`: of the directory, with a slash at its end."""
+    """A directory of shards with a URL. `url` ends with a slash."""
 
     url: str
     access: Access
@@ -184,7 +209,7 @@ class Remote:
         return self.url + (quote(name) if scheme_of(self.url) in WEB else name)
 
     def open(self, name: str, size: int, sha256: str) -> BinaryIO:
-        """The whole shard, verified, from the cache or into it. Raises DataError naming its URL."""
+        """Returns the open shard, verified, through the cache. Raises DataError naming its URL."""
 
         def receive(file: BinaryIO) -> None:
             fetch(self.url_of(name), self.access, lambda body: verified(body, size, sha256, file))
@@ -192,29 +217,37 @@ class Remote:
         return self.cache.open(sha256, size, receive)
 
     def verify(self, name: str, size: int, sha256: str) -> None:
-        """Fetch a shard without keeping it. Raises DataError where it is not what the manifest says."""
+        """Fetches a shard without keeping it. Raises DataError where it differs from the manifest."""
         fetch(self.url_of(name), self.access, lambda body: verified(body, size, sha256))
+
+
+class Wanted(NamedTuple):
+    """A shard as the manifest has it: the arguments of `Remote.open`."""
+
+    name: str
+    size: int
+    sha256: str
 
 
 @dataclass
 class Prefetch:
-    """Shards asked for ahead of time, one after the other in a thread, once: the reader that then misses one tries
-    again, and says why. Pickles as long as it has not begun."""
+    """Fetches shards into the cache ahead of time, one after the other in a thread, each once. Where that fails, the
+    reader tries again and reports why. Can be pickled before its first call."""
 
-    wanted: queue.SimpleQueue | None = field(default=None, compare=False)
+    wanted: "queue.SimpleQueue[Wanted] | None" = field(default=None, compare=False)
 
-    def __call__(self, manifest, shards: Iterable[int]) -> None:
+    def __call__(self, remote: Remote, shards: Iterable[Wanted]) -> None:
         if self.wanted is None:
             self.wanted = queue.SimpleQueue()
-            threading.Thread(target=self._run, args=(manifest,), daemon=True).start()
+            once = replace(remote, access=replace(remote.access, retries=0))
+            threading.Thread(target=_fetch_all, args=(once, self.wanted), daemon=True).start()
         for shard in shards:
             self.wanted.put(shard)
 
-    def _run(self, manifest) -> None:
-        once = replace(manifest.directory, access=replace(manifest.directory.access, retries=0))
-        manifest = manifest.model_copy(update={"directory": once})
-        while True:
-            try:
-                manifest.open(manifest.shards[self.wanted.get()]).close()
-            except DataError:
-                continue
+
+def _fetch_all(remote: Remote, wanted: "queue.SimpleQueue[Wanted]") -> None:
+    while True:
+        try:
+            remote.open(*wanted.get()).close()
+        except DataError:  # the reader meets it again, with its retries
+            continue

@@ -1,34 +1,35 @@
-"""The manifest: which shards there are, how many samples each holds, and where to find them inside.
+"""The manifest: which shards there are, how many samples each holds, where they begin, and what they were made from.
 
 webdataset alone can neither be resumed inside a shard nor notice missing samples; counts, offsets and checksums can.
 """
 
-import glob
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import Annotated, BinaryIO, Literal
+from typing import Annotated, BinaryIO, Literal, Self
 from urllib.parse import unquote, urlsplit
 
-from braceexpand import braceexpand
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 from tqdm import tqdm
 
 from ebm.data.cache import Remote
-from ebm.data.tars import BLOCK, MAX_BYTES, scan_shard
+from ebm.data.tars import BLOCK, MAX_BYTES, Grouping
 from ebm.data.transfer import Access, TransferError, check_url, fetch, scheme_of
 from ebm.errors import ConfigError, DataError
 from ebm.runtime.files import replace, sync_directory
 
+log = logging.getLogger(__name__)
 FILE_NAME = "manifest.json"
 MAX_MANIFEST = 1 << 28  # bytes
 
 
 class Shard(BaseModel):
-    """One tar. `offsets[i]`: byte where sample 64 i begins; `crc32[i]`: of the bytes from there to the next offset."""
+    """One tar. `offsets[i]`: byte where sample 64 i begins; `crc32[i]`: of the bytes from there to the next offset.
+    `labels`: the samples' classes where their .cls members do not have them; -1 for none."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
@@ -37,6 +38,7 @@ class Shard(BaseModel):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     offsets: tuple[int, ...]
     crc32: tuple[Annotated[int, Field(ge=0, lt=1 << 32)], ...]
+    labels: tuple[Annotated[int, Field(ge=-1, lt=10**9)], ...] | None = None
 
     @field_validator("name")
     @classmethod
@@ -47,7 +49,7 @@ class Shard(BaseModel):
         return name
 
     @model_validator(mode="after")
-    def _blocks(self):
+    def _blocks(self) -> Self:
         sizes = [stop - start for start, stop in pairwise((*self.offsets, self.bytes))]
         if len(sizes) != -(-self.samples // BLOCK) or min(sizes) <= 0 or self.offsets[0] < 0:
             raise ValueError(f"{self.name}: offsets must rise from 0 on to the size, one for every {BLOCK} samples")
@@ -55,17 +57,57 @@ class Shard(BaseModel):
             raise ValueError(f"{self.name}: {BLOCK} samples of {max(sizes)} bytes, more than {MAX_BYTES}")
         if len(self.crc32) != len(self.offsets):
             raise ValueError(f"{self.name}: there must be as many crc32 as offsets")
+        if self.labels is not None and len(self.labels) != self.samples:
+            raise ValueError(f"{self.name}: there must be as many labels as samples")
         return self
 
 
+class Origin(BaseModel):
+    """What shards were made from. `source`: as in data.source, paths made absolute; `fingerprint`: a hash of the names
+    and sizes of its files, None where the name says it all; `options`: the conversion's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    source: str
+    split: str
+    samples: int | None = None
+    fingerprint: str | None = None
+    options: dict[str, str | int | float] = {}
+
+    def __str__(self) -> str:
+        count = f", {self.samples} samples" if self.samples is not None else ""
+        return f"{self.source} (split {self.split}{count})"
+
+
+class LeftOut(BaseModel):
+    """Files or samples that are not in the shards, or that the reader passes over: why, how many, and the first."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    reason: str
+    count: PositiveInt
+    first: str
+
+    def __str__(self) -> str:
+        return f"{self.count} {self.reason} (first: {self.first})"
+
+
 class Manifest(BaseModel):
-    """The shards in `directory`. `shape`: (C, H, W) of the images or (D,) of the vectors; `num_classes`: None without
-    labels."""
+    """The shards in `directory`.
+
+    `shape`: (C, H, W) of the images or (D,) of the vectors. `num_classes`: None without labels. `classes`: their names
+    in order, where they have names. `root`: where the shards are, if not beside the manifest. `dots`, `image`: how
+    members make samples (tars.Grouping).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     version: Literal[2] = 2
     shape: tuple[PositiveInt, ...]
     num_classes: PositiveInt | None = None
+    classes: tuple[str, ...] | None = None
+    source: Origin | None = None
+    left_out: tuple[LeftOut, ...] = ()
+    root: str | None = None
+    dots: Literal["first", "last"] = "first"
+    image: str | None = None
     shards: tuple[Shard, ...] = Field(min_length=1)
     directory: Path | Remote = Field(exclude=True)
 
@@ -77,10 +119,14 @@ class Manifest(BaseModel):
         return shape
 
     @model_validator(mode="after")
-    def _unique(self):
+    def _consistent(self) -> Self:
         names = [shard.name for shard in self.shards]
         if len(set(names)) != len(names):
             raise ValueError("a shard is listed twice")
+        if self.classes is not None and len(self.classes) != self.num_classes:
+            raise ValueError(f"classes: {len(self.classes)} names for num_classes={self.num_classes}")
+        if self.root is not None and (isinstance(self.directory, Remote) or not Path(self.root).is_absolute()):
+            raise ValueError("root: must be an absolute path, of a manifest that is a local file")
         return self
 
     @property
@@ -88,30 +134,48 @@ class Manifest(BaseModel):
         return sum(shard.samples for shard in self.shards)
 
     @property
-    def remote(self) -> bool:
-        return isinstance(self.directory, Remote)
+    def grouping(self) -> Grouping:
+        return Grouping(self.dots, self.image)
+
+    @property
+    def remote(self) -> Remote | None:
+        """The URL's directory; None for local shards."""
+        return self.directory if isinstance(self.directory, Remote) else None
+
+    @property
+    def local(self) -> Path:
+        """The directory of local shards."""
+        assert isinstance(self.directory, Path), "remote shards have no path"
+        return self.directory if self.root is None else Path(self.root)
+
+    @property
+    def identity(self) -> str:
+        """A hash of the shards' contents, in order: the same wherever they lie."""
+        text = json.dumps([self.shape, [[shard.sha256, shard.labels] for shard in self.shards]])
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def path(self, shard: Shard) -> Path | str:
         """A shard's path, or its URL."""
-        return self.directory.url_of(shard.name) if self.remote else self.directory / shard.name
+        return self.remote.url_of(shard.name) if self.remote else self.local / shard.name
 
     def open(self, shard: Shard) -> BinaryIO:
         """Raises OSError where a local shard can't be opened, DataError where another can't be fetched."""
         if self.remote:
-            return self.directory.open(shard.name, shard.bytes, shard.sha256)
-        return open(self.path(shard), "rb")
+            return self.remote.open(shard.name, shard.bytes, shard.sha256)
+        return open(self.local / shard.name, "rb")
 
     def reopen(self, shard: Shard) -> BinaryIO:
-        """`open`, of a shard with a URL past the cache, where it may have been damaged."""
+        """Like `open`, but fetches a shard with a URL again: its copy in the cache may be damaged."""
         if self.remote:
-            self.directory.cache.discard(shard.sha256)
+            self.remote.cache.discard(shard.sha256)
         return self.open(shard)
 
-    def save(self) -> Path:
-        """Write manifest.json, atomically."""
-        target = self.directory / FILE_NAME
-        replace(target, f"{self.model_dump_json()}\n".encode())
-        sync_directory(self.directory)
+    def save(self, target: Path | None = None) -> Path:
+        """Writes manifest.json atomically, or `target`. Returns its path."""
+        assert isinstance(self.directory, Path), "a remote manifest is written where its shards are"
+        target = target or self.directory / FILE_NAME
+        replace(target, f"{self.model_dump_json(exclude_none=True)}\n".encode())
+        sync_directory(target.parent)
         return target
 
 
@@ -120,7 +184,7 @@ def is_remote(path: str | Path) -> bool:
 
 
 def manifest_path(path: str | Path) -> Path:
-    """A local directory's manifest, or the manifest itself."""
+    """The manifest in a local directory, or the manifest itself."""
     path = str(path)
     if path.startswith("pipe:"):
         raise ConfigError(f"{path}: shards are never read from a program; give a path or a URL")
@@ -130,14 +194,14 @@ def manifest_path(path: str | Path) -> Path:
 
 
 def load_manifest(path: str | Path, access: Access | None = None) -> Manifest:
-    """The manifest of a directory of shards, or the file itself: a path or a URL. Raises DataError, and ConfigError for
-    a URL that `access` (default: Access()) does not allow."""
+    """The manifest of a directory of shards, or the file itself: a path or a URL. It can be pickled, so that one rank
+    reads it for all. Raises DataError, and ConfigError for a URL that `access` (default: Access()) does not allow."""
     if is_remote(path):
         return _remote_manifest(str(path), access or Access())
     file = manifest_path(path)
     try:
         with open(file, "rb") as stream:
-            text = stream.read(MAX_MANIFEST + 1)
+            text = stream.read(min(os.fstat(stream.fileno()).st_size, MAX_MANIFEST) + 1)
     except FileNotFoundError as error:
         raise DataError(
             f"no shards in {file.parent}: there is no {file.name}. Write shards with `python -m ebm shard --source "
@@ -165,8 +229,8 @@ def _remote_manifest(place: str, access: Access) -> Manifest:
             if len(text) > MAX_MANIFEST:
                 raise TransferError(f"larger than {MAX_MANIFEST} bytes, which no manifest is", final=True)
         try:
-            return _parse(text, directory)
-        except (ValueError, RecursionError) as error:  # a body cut short, where the server gave no length
+            return _parse(bytes(text), directory)
+        except (ValueError, RecursionError) as error:  # perhaps a body cut short, where the server gave no length
             raise TransferError(_reason(error)) from error
 
     return fetch(url, access, receive)
@@ -188,23 +252,51 @@ def _reason(error: Exception) -> str:
     return f"not a manifest ({error})"
 
 
-def check_files(manifest: Manifest) -> None:
-    """Every shard is there and has the manifest's size. Raises DataError; takes no longer than a listing. Shards with a
-    URL are verified as they come: here, only that the cache can hold the largest."""
+def prepare_cache(manifest: Manifest) -> None:
+    """Makes this node's cache for shards with a URL. Raises ConfigError where it can't hold the largest of them."""
     if manifest.remote:
-        manifest.directory.cache.prepare(max(shard.bytes for shard in manifest.shards))
+        manifest.remote.cache.prepare(max(shard.bytes for shard in manifest.shards))
+
+
+def check_files(manifest: Manifest, on_error: Literal["fail", "skip"] = "fail", max_skipped: float = 1.0) -> None:
+    """Every local shard is there and has the manifest's size. Takes as long as a listing; in a job of many ranks one
+    does it for all. Shards with a URL are verified as they come: here, only the cache is prepared.
+
+    Raises DataError naming the first shard that differs. With `on_error="skip"` it warns of each, and raises where
+    their samples are more than the share `max_skipped` of all.
+    """
+    prepare_cache(manifest)
+    if manifest.remote:
         return
+    lost, wrong = 0, []
     for shard in manifest.shards:
-        path = manifest.path(shard)
-        try:
-            found = path.stat().st_size
-        except OSError as error:
-            raise DataError(f"{path}: listed in {FILE_NAME}, but can't be found ({error.strerror})") from error
-        if found != shard.bytes:
-            raise DataError(
-                f"{path}: has {found} bytes, {FILE_NAME} says {shard.bytes}; copy or write it again, or, "
-                f"if it was changed on purpose, run `python -m ebm index {manifest.directory}`"
-            )
+        problem = _file_problem(manifest, shard)
+        if problem is None:
+            continue
+        if on_error == "fail":
+            raise DataError(problem)
+        wrong.append(problem)
+        lost += shard.samples
+        log.warning("passed over: %s", problem)
+    if lost > max_skipped * manifest.samples:
+        raise DataError(
+            f"{len(wrong)} shards are missing or damaged, with {lost} of {manifest.samples} samples, more than the "
+            f"share data.max_skipped={max_skipped}. The first: {wrong[0]}"
+        )
+
+
+def _file_problem(manifest: Manifest, shard: Shard) -> str | None:
+    path = manifest.local / shard.name
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        return f"{path}: listed in {FILE_NAME}, but can't be found ({error.strerror})"
+    if found == shard.bytes:
+        return None
+    return (
+        f"{path}: has {found} bytes, {FILE_NAME} says {shard.bytes}; copy or write it again, or, "
+        f"if it was changed on purpose, run `python -m ebm index {manifest.directory}`"
+    )
 
 
 def verify(manifest: Manifest, progress: bool = False) -> None:
@@ -213,58 +305,10 @@ def verify(manifest: Manifest, progress: bool = False) -> None:
         check_files(manifest)
     for shard in tqdm(manifest.shards, desc="verifying", unit="shard", disable=None if progress else True):
         if manifest.remote:
-            manifest.directory.verify(shard.name, shard.bytes, shard.sha256)
+            manifest.remote.verify(shard.name, shard.bytes, shard.sha256)
             continue
-        path = manifest.path(shard)
+        path = manifest.local / shard.name
         with open(path, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != shard.sha256:
             raise DataError(f"{path}: sha256 is {found}, {FILE_NAME} says {shard.sha256}; copy or write it again")
-
-
-def index_shards(where: str | Path, progress: bool = False) -> Manifest:
-    """Scan shards made elsewhere and write their manifest beside them, over one that is there.
-
-    `where`: a directory, or a pattern (`*`, `?`, `{000..099}`). Raises DataError naming what can't be used.
-    """
-    if is_remote(where):
-        raise ConfigError(f"{where}: index the shards where they are, and upload {FILE_NAME} beside them")
-    paths = find_shards(str(where))
-    directory = Path(os.path.commonpath([path.parent for path in paths]))
-    bar = tqdm(paths, desc="indexing", unit="shard", disable=None if progress else True)
-    names = [path.relative_to(directory).as_posix() for path in paths]
-    manifest = assemble(directory, names, [scan_shard(path) for path in bar])
-    manifest.save()
-    return manifest
-
-
-def find_shards(where: str) -> list[Path]:
-    patterns = [f"{glob.escape(where)}/*.tar"] if Path(where).is_dir() else list(braceexpand(where))
-    paths = sorted({Path(p) for pattern in patterns for p in glob.glob(pattern)})
-    missing = [p for p in patterns if not glob.glob(p)]
-    if missing:
-        raise DataError(f"no shards: nothing matches {missing[0]}; give a directory of .tar files or a pattern")
-    return paths
-
-
-def assemble(directory: Path, names: list[str], scans: list) -> Manifest:
-    """A manifest of scanned shards; all their first images must have one shape. Raises DataError."""
-    for name, scan in zip(names, scans, strict=True):
-        if scan.shape != scans[0].shape:
-            raise DataError(
-                f"{directory / name} begins with a sample of {scan.shape}, {names[0]} with {scans[0].shape} (channels, "
-                "height, width, or values of a vector): all must have one shape; write images with --size"
-            )
-    labelled = all(scan.unlabelled == 0 for scan in scans)
-    shards = [
-        Shard(
-            name=name, **{field: getattr(scan, field) for field in ("samples", "bytes", "sha256", "offsets", "crc32")}
-        )
-        for name, scan in zip(names, scans, strict=True)
-    ]
-    return Manifest(
-        shape=scans[0].shape,
-        num_classes=1 + max(scan.max_label for scan in scans) if labelled else None,
-        shards=shards,
-        directory=directory,
-    )

@@ -1,26 +1,24 @@
 """The resumable reader: batches that are a pure function of (seed, stream, position), decoded in worker processes."""
 
-import atexit
-import multiprocessing
 from collections import deque
 from collections.abc import Iterator, Sequence
-from functools import partial
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from ebm.config import DataConfig
-from ebm.data.manifest import Manifest, check_files, load_manifest
+from ebm.data.manifest import Manifest, check_files, load_manifest, prepare_cache
 from ebm.data.order import Order, Window
-from ebm.data.samples import Decoded, SampleReader, WindowDataset
+from ebm.data.samples import Decoded, Request, SampleReader, WindowDecoder
 from ebm.data.transfer import Access
+from ebm.data.workers import Workers
 from ebm.errors import DataError
-from ebm.runtime.process import init_worker, worker_context
 
 MAX_PIXELS = DataConfig.model_fields["max_pixels"].default
+PART = 1 << 25  # bytes of decoded samples that travel together
 MAX_SKIPPED = DataConfig.model_fields["max_skipped"].default
 
 
@@ -52,6 +50,10 @@ class ShardReader:
     with its values as JSON has them, goes on exactly there, whatever its workers and world size. `per_stream`: samples
     of each stream a batch. `on_error="skip"` passes over unreadable samples and tells of each, and raises DataError
     where they are more than `max_skipped` of a stream's epoch; `"fail"` raises at the first, naming shard and key.
+    `pin_memory`: batches in page-locked memory, from which copies to a GPU need no wait.
+
+    The files are not looked for here (manifest.check_files does that, once for all ranks). A worker that is killed ends
+    the iteration with a DataError.
     """
 
     def __init__(
@@ -70,20 +72,23 @@ class ShardReader:
         max_skipped: float = MAX_SKIPPED,
         max_pixels: int = MAX_PIXELS,
         num_classes: int | None = None,
+        pin_memory: bool = False,
     ):
+        prepare_cache(manifest)
         self.manifest, self.streams, self.per_stream = manifest, list(streams), per_stream
         self.order = Order([s.samples for s in manifest.shards], seed=seed, num_streams=num_streams, window=window)
         self.positions = {v: Position(*(positions or {}).get(v, ())) for v in self.streams}
         self.max_skipped = max_skipped
-        # Up to where windows were given to the workers.
-        self._asked = {v: position.samples for v, position in self.positions.items()}
         self._ready: dict[int, deque[Decoded]] = {v: deque() for v in self.streams}
         reader = SampleReader(manifest, tuple(shape), max_pixels, num_classes)
-        self._loader = make_loader(
-            WindowDataset(reader, self.order, on_error), self._windows(), workers, len(self.streams) + 1
-        )
-        self._decoded: Iterator[Decoded | DataError] | None = None
-        self._kill = partial(_kill, [])
+        self.num_workers, self.pin_memory = workers, pin_memory
+        self._decoder = WindowDecoder(reader, self.order, on_error)
+        self._workers: Workers | None = None
+        self._part_size = max(1, PART // reader.sample_bytes)
+        # One more than the streams: where an epoch is shorter than a window, all need a new one at the same step.
+        self._ahead = len(self.streams) + workers if workers else 1
+        self._asked: deque[tuple[Request, int]] = deque()
+        self._requests = self._plan()
 
     @property
     def epoch(self) -> float:
@@ -101,44 +106,61 @@ class ShardReader:
                 images.append(torch.from_numpy(part.images))
                 labels.append(torch.from_numpy(part.labels))
                 keys += [(stream, key) for key in part.keys]
-        return Batch(torch.cat(images), torch.cat(labels), keys, errors)
+        return Batch(self._joined(images), self._joined(labels), keys, errors)
+
+    def _joined(self, parts: list[Tensor]) -> Tensor:
+        """The one copy that a batch takes, to pinned memory where asked."""
+        if not self.pin_memory:
+            return torch.cat(parts)
+        size = sum(len(part) for part in parts)
+        return torch.cat(parts, out=torch.empty(size, *parts[0].shape[1:], dtype=parts[0].dtype, pin_memory=True))
 
     def close(self) -> None:
-        """End the workers. The positions stay valid, unless `next` raised."""
-        self._decoded = self._loader = None
-        self._kill()
-        atexit.unregister(self._kill)
+        """Ends the workers. The positions stay valid, unless `next` raised."""
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
 
-    def _windows(self) -> Iterator[Window]:
-        """What to decode next: a window of the stream that has the fewest samples ahead.
+    def _plan(self) -> Iterator[tuple[Request, int]]:
+        """Yields what to decode next, and the worker for it: a part of a window of the stream with the fewest samples
+        ahead.
 
-        Drawn by the loader as it goes, so streams that skip samples, and need their windows sooner, get them.
+        It is asked as the reader goes, so that streams which skip samples get their windows sooner. The parts of a
+        window are dealt to all workers, each of which reads all of it.
         """
+        asked = {v: position.samples for v, position in self.positions.items()}
+        parts: dict[int, Iterator[tuple[Request, int, int]]] = {v: iter(()) for v in self.streams}
+        worker = 0
         while True:
-            stream = min(self.streams, key=lambda v: (self._asked[v] - self.positions[v].samples, v))
-            window = self.order.window(stream, self._asked[stream])
-            self._asked[stream] = self.order.end(window)
-            yield window
-
-    def _start(self) -> None:
-        others = set(multiprocessing.active_children())
-        self._decoded = iter(self._loader)
-        # A process that ends without close() would wait for ever for workers that ignore SIGTERM.
-        self._kill = partial(_kill, list(set(multiprocessing.active_children()) - others))
-        atexit.register(self._kill)
+            stream = min(self.streams, key=lambda v: (asked[v] - self.positions[v].samples, v))
+            following = next(parts[stream], None)
+            if following is None:
+                window = self.order.window(stream, asked[stream])
+                count, size = window.stop - window.start - window.first, self._part_size
+                number = -(-count // size)
+                step = min(max(self.num_workers, 1), number)
+                parts[stream] = iter(_parts(window, number, size, step, worker))
+                worker += step
+                continue
+            request, place, samples = following
+            asked[stream] += samples
+            yield request, place % max(self.num_workers, 1)
 
     def _receive(self) -> None:
-        if self._decoded is None:
-            self._start()
-        try:
-            part = next(self._decoded)
-        except RuntimeError as error:
-            if "worker" not in str(error) or "exited unexpectedly" not in str(error):
-                raise
-            raise DataError(f"{error}. Out of memory? Lower data.window or data.workers") from error
+        """Takes the oldest part that was asked for, and asks for another."""
+        if self.num_workers and self._workers is None:
+            self._workers = Workers(self._decoder, self.num_workers)
+        while len(self._asked) < self._ahead:
+            request, worker = next(self._requests)
+            if self._workers is not None:
+                self._workers.ask(worker, request)
+            self._asked.append((request, worker))
+        request, worker = self._asked.popleft()
+        part, images = self._workers.take(worker) if self._workers is not None else self._decoder(request)
         if isinstance(part, DataError):
             raise part
-        self._ready[part.stream].append(part)
+        assert images is not None, "a part comes with its images"
+        self._ready[part.stream].append(part._replace(images=images))
 
     def _take(self, stream: int) -> Iterator[tuple[Decoded, int]]:
         """The stream's next `per_stream` samples, in parts, each with the stream's position after it."""
@@ -178,48 +200,31 @@ def _split(part: Decoded, n: int) -> tuple[Decoded, Decoded]:
     return head, part._replace(**{name: getattr(part, name)[n:] for name in fields})
 
 
-def make_loader(dataset: WindowDataset, windows: Iterator[Window], workers: int, ahead: int) -> DataLoader:
-    """Decodes `windows` in order, `ahead` of them before they are asked for: where an epoch is shorter than a window,
-    all streams need one at the same step. Arrays travel through pipes: /dev/shm is 64 MiB in many containers."""
-    options = {}
-    if workers:
-        options = {
-            "multiprocessing_context": worker_context(),
-            "prefetch_factor": -(-ahead // workers),
-            "worker_init_fn": init_worker,
-        }
-    return DataLoader(
-        dataset,
-        sampler=windows,
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        generator=torch.Generator(),  # the loader draws a seed for its workers: not from the global generator
-        **options,
-    )
-
-
-def _kill(workers: list) -> None:
-    for worker in workers:
-        if worker.is_alive():
-            worker.kill()
-
-
-def _as_it_is(value):
-    return value
+def _parts(window: Window, number: int, size: int, step: int, worker: int) -> Iterator[tuple[Request, int, int]]:
+    """(request, worker, samples) of each part of a window."""
+    count = window.stop - window.start - window.first
+    for part in range(number):
+        yield Request(window, part, size, step), worker + part % step, min(size, count - part * size)
 
 
 def read_all(
-    shards, shape: tuple[int, ...], *, batch: int = 1024, max_pixels: int = MAX_PIXELS, access: Access | None = None
+    shards: str | Path | Manifest,
+    shape: tuple[int, ...],
+    *,
+    batch: int = 1024,
+    max_pixels: int = MAX_PIXELS,
+    access: Access | None = None,
+    check: bool = True,
 ) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
-    """Every sample once, in the shards' order: (images (m, C, H, W) uint8 or vectors (m, D) float32, labels (m,) int64,
-    keys), m <= batch.
+    """Yields every sample once, in the shards' order: (images (m, C, H, W) uint8 or vectors (m, D) float32, labels
+    (m,) int64, keys), m <= batch.
 
-    `shards`: a directory, a manifest.json (a path or a URL, as `access` allows), or a Manifest. Raises DataError at the
-    first sample that can't be read.
+    `shards`: a directory, a manifest.json (a path or a URL, as `access` allows), or a Manifest. `check`: look first
+    whether all files are there. Raises DataError at the first sample that can't be read.
     """
     manifest = shards if isinstance(shards, Manifest) else load_manifest(shards, access)
-    check_files(manifest)
+    if check:
+        check_files(manifest)
     reader = SampleReader(manifest, tuple(shape), max_pixels)
     for shard, entry in enumerate(manifest.shards):
         for start in range(0, entry.samples, batch):

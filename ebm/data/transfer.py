@@ -1,18 +1,20 @@
-"""Bytes from afar: over http(s) by the standard library, from an object store through fsspec; bounded and retried.
+"""Transfers: http(s) by the standard library, object stores through fsspec, with time limits and retries.
 
-A body arrives in a thread of its own, since not all that can hang (name lookup, TLS, headers, a library's own loop)
-takes a time limit; whoever reads gives up when a MiB takes too long, and leaves the thread to end by itself.
+Each body is received in a thread of its own, because some calls that can hang (name lookup, TLS, a library's own loop)
+accept no time limit. The reader gives up when one MiB takes too long and leaves the thread to end by itself.
 """
 
 import http.client
 import queue
 import re
+import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TypeVar
+from urllib.error import URLError
 from urllib.parse import urljoin, urlsplit
 from urllib.request import HTTPHandler, HTTPSHandler, OpenerDirector, ProxyHandler, Request
 
@@ -26,12 +28,13 @@ MAX_REDIRECTS = 5
 MAX_WAIT = 30.0  # seconds between two tries
 WORTH_ANOTHER_TRY = (408, 425, 429)  # of the client's errors; all of the server's are
 T = TypeVar("T")
+Arrival = bytes | Exception | None  # a piece, what went wrong, or the end
 
 
 @dataclass(frozen=True)
 class Access:
-    """How shards on other machines may be had, and where they are kept. The fields are DataConfig's; `wait`: seconds
-    before the first retry, doubled for each that follows."""
+    """How shards on other machines are read, and where they are kept. The fields are those of DataConfig; `wait` is the
+    pause in seconds before the first retry, doubled for each further one."""
 
     schemes: tuple[str, ...] = DataConfig.model_fields["schemes"].default
     cache_dir: str | None = DataConfig.model_fields["cache_dir"].default
@@ -47,7 +50,7 @@ class Access:
 
 
 class TransferError(Exception):
-    """One try failed. `final`: another would too."""
+    """One try failed. `final`: another try would fail in the same way."""
 
     def __init__(self, reason: str, final: bool = False):
         super().__init__(reason)
@@ -61,7 +64,7 @@ def scheme_of(place: str) -> str | None:
 
 
 def check_url(url: str, access: Access) -> None:
-    """Raises ConfigError where a URL is not of a kind that is allowed."""
+    """Raises ConfigError unless `url` is a plain URL with an allowed scheme."""
     scheme, parts = scheme_of(url), urlsplit(url)
     if scheme not in WEB and scheme not in access.schemes:
         raise ConfigError(
@@ -76,9 +79,9 @@ def check_url(url: str, access: Access) -> None:
 
 
 def fetch(url: str, access: Access, receive: Callable[[Iterator[bytes]], T]) -> T:
-    """What `receive` makes of a body, which it is given in pieces, from the start at each try.
+    """Returns `receive(body)`, where `body` yields the bytes at `url` in pieces. Each try starts a new body.
 
-    It raises TransferError where the body is not what it should be. Raises DataError naming URL, reason and remedy.
+    `receive` raises TransferError where the body is not as expected. Raises DataError naming URL, reason and remedy.
     """
     reason, tries = "", 0
     while tries <= access.retries:
@@ -96,11 +99,12 @@ def fetch(url: str, access: Access, receive: Callable[[Iterator[bytes]], T]) -> 
     raise DataError(f"{url}: {reason}{times}. Check the URL, the server and the network, then run the command again")
 
 
-def pieces(url: str, access: Access) -> Iterator[bytes]:
-    """The body at a URL. Raises TransferError, also where a MiB of it, or its end, takes longer than the timeout."""
-    arrived, left = queue.Queue(maxsize=8), threading.Event()
+def pieces(url: str, access: Access) -> Generator[bytes, None, None]:
+    """Yields the body at a URL. Raises TransferError, also where one MiB or the end takes longer than the timeout."""
+    arrived: queue.Queue[Arrival] = queue.Queue(maxsize=8)
+    left = threading.Event()
 
-    def put(item) -> None:
+    def put(item: Arrival) -> None:
         while not left.is_set():
             try:
                 return arrived.put(item, timeout=0.1)
@@ -115,7 +119,7 @@ def pieces(url: str, access: Access) -> Iterator[bytes]:
                     if left.is_set():
                         return
             put(None)
-        except Exception as error:  # raised where it is waited for
+        except Exception as error:  # raised again in the reader's thread
             put(error)
 
     threading.Thread(target=pump, daemon=True).start()
@@ -125,7 +129,8 @@ def pieces(url: str, access: Access) -> Iterator[bytes]:
         left.set()
 
 
-def _timely(arrived: queue.Queue, timeout: float) -> Iterator[bytes]:
+def _timely(arrived: "queue.Queue[Arrival]", timeout: float) -> Iterator[bytes]:
+    """Yields the pieces. Raises what the receiving thread ran into, and TransferError where a MiB is overdue."""
     received, due, deadline = 0, PIECE, time.monotonic() + timeout
     while True:
         try:
@@ -137,21 +142,33 @@ def _timely(arrived: queue.Queue, timeout: float) -> Iterator[bytes]:
         if isinstance(item, TransferError):
             raise item
         if isinstance(item, Exception):
-            raise TransferError(f"{type(item).__name__}: {item}".rstrip(": ")) from item
+            raise _failure(item) from item
         received += len(item)
         if received >= due:
             due, deadline = received + PIECE, time.monotonic() + timeout
         before = time.monotonic()
         yield item
-        deadline += time.monotonic() - before  # what the reader took is not the sender's delay
+        deadline += time.monotonic() - before  # the time that the reader took is not the sender's delay
 
 
-def _open(url: str, timeout: float) -> Iterator[bytes]:
+def _failure(error: Exception) -> TransferError:
+    """A certificate that does not check is final: a retry would see the same one."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            reason = f"the server's certificate can't be verified ({cause.verify_message}); if you trust the server, "
+            return TransferError(reason + "name the file of its authority in SSL_CERT_FILE", final=True)
+        reason_of = cause.reason if isinstance(cause, URLError) else None  # urllib keeps the cause there
+        cause = reason_of if isinstance(reason_of, BaseException) else cause.__cause__ or cause.__context__
+    return TransferError(f"{type(error).__name__}: {error}".rstrip(": "))
+
+
+def _open(url: str, timeout: float) -> Generator[bytes, None, None]:
     return _web_body(url, timeout) if scheme_of(url) in WEB else _store_body(url)
 
 
-def _web_body(url: str, timeout: float) -> Iterator[bytes]:
-    with _response(url, 2 * timeout) as response:  # for a thread that was left: its reader gives up before
+def _web_body(url: str, timeout: float) -> Generator[bytes, None, None]:
+    with _response(url, 2 * timeout) as response:  # ends a thread whose reader gave up earlier
         missing = response.length  # None where the server does not say
         while missing != 0:
             piece = response.read1(PIECE if missing is None else min(PIECE, missing))
@@ -164,13 +181,13 @@ def _web_body(url: str, timeout: float) -> Iterator[bytes]:
 
 
 def _response(url: str, timeout: float) -> http.client.HTTPResponse:
-    """After redirects, which may lead to http and https alone, and never from https to http."""
+    """The response after redirects, which may lead to http and https alone, and never from https to http."""
     opener = OpenerDirector()  # urllib's default one also opens files and ftp
     for handler in (ProxyHandler(), HTTPHandler(), HTTPSHandler()):
         opener.add_handler(handler)
     for _ in range(MAX_REDIRECTS + 1):
         request = Request(url, headers={"User-Agent": "ebm", "Accept-Encoding": "identity"})
-        response = opener.open(request, timeout=timeout)
+        response: http.client.HTTPResponse = opener.open(request, timeout=timeout)
         if response.status == 200:
             return response
         response.close()
@@ -184,7 +201,7 @@ def _response(url: str, timeout: float) -> http.client.HTTPResponse:
     raise TransferError(f"redirects more than {MAX_REDIRECTS} times", final=True)
 
 
-def _store_body(url: str) -> Iterator[bytes]:
+def _store_body(url: str) -> Generator[bytes, None, None]:
     import fsspec
 
     try:

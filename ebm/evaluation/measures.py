@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ebm.data.sources import DENSITIES, known_density
+from ebm.data.toys import DENSITIES, known_density
 from ebm.errors import ConfigError, DataError, UserError
 from ebm.evaluation import trust
 from ebm.evaluation.frechet import Comparison, as_metrics, compare, named

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 HALF_WIDTH = 12.0  # of the square that is integrated over
-CELLS = 480  # a side: cells of .05, far below the width of any mode of the densities in `ebm.data.sources`
+CELLS = 480  # a side: cells of .05, far below the width of any mode of the densities in `ebm.data.toys`
 
 
 class Density(NamedTuple):

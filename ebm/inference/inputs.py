@@ -12,11 +12,13 @@ from torch import Tensor
 
 from ebm.config import Config
 from ebm.data import Access, load_manifest
-from ebm.data.decode import IMAGE_SUFFIXES, show
+from ebm.data.conversion import Conversion
+from ebm.data.decode import IMAGE_SUFFIXES, show, to_uint8
+from ebm.data.folders import FileSource
+from ebm.data.items import Source
 from ebm.data.manifest import is_remote
 from ebm.data.reader import read_all
-from ebm.data.shards import Conversion
-from ebm.data.sources import FileSource, Source, open_source
+from ebm.data.sources import open_source
 from ebm.errors import DataError
 from ebm.inference.images import load_array
 
@@ -104,7 +106,7 @@ class Fitting:
         self.changed: Counter[str] = Counter()
 
     def __call__(self, array: np.ndarray, name: str) -> np.ndarray:
-        found = (array.shape[-1], *array.shape[:-1])
+        array, found = to_uint8(array), (array.shape[-1], *array.shape[:-1])
         if found == self.shape:
             return array
         if array.ndim != 3 or len(self.shape) != 3 or self.shape[0] not in (1, 3) or self.shape[1] != self.shape[2]:

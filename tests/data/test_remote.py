@@ -21,10 +21,11 @@ from ebm.__main__ import main
 from ebm.config import load_config
 from ebm.data import Access, ShardReader, load_manifest
 from ebm.data.cache import LOCK, ShardCache, locked
-from ebm.data.manifest import MAX_MANIFEST, check_files, index_shards, verify
+from ebm.data.indexing import index_shards
+from ebm.data.items import ArraySource
+from ebm.data.manifest import MAX_MANIFEST, check_files, verify
 from ebm.data.reader import read_all
 from ebm.data.shards import ensure_shards, write_shards
-from ebm.data.sources import ArraySource
 from ebm.errors import ConfigError, DataError
 from ebm.streams import owned_streams
 

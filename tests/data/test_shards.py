@@ -13,10 +13,12 @@ from PIL import Image
 
 from ebm.__main__ import main
 from ebm.data import load_manifest
-from ebm.data.manifest import Manifest, index_shards, verify
+from ebm.data.indexing import index_shards
+from ebm.data.items import ArraySource
+from ebm.data.manifest import Manifest, verify
 from ebm.data.reader import read_all
 from ebm.data.shards import ensure_shards, write_shards
-from ebm.data.sources import ArraySource, open_source
+from ebm.data.sources import open_source
 from ebm.errors import DataError
 
 PHOTO = np.random.default_rng(1).integers(0, 256, (24, 36, 3), dtype=np.uint8)
@@ -51,7 +53,7 @@ def test_bytes_do_not_depend_on_the_workers(tmp_path):
     assert one.shards == two.shards
     for shard in one.shards:
         assert one.path(shard).read_bytes() == two.path(shard).read_bytes()
-    assert sorted(os.listdir(tmp_path / "two")) == ["manifest.json", *(s.name for s in two.shards)]
+    assert sorted(os.listdir(tmp_path / "two")) == [".lock", "manifest.json", *(s.name for s in two.shards)]
 
 
 def test_index_of_foreign_shards_equals_the_written_manifest(tmp_path):
@@ -93,7 +95,7 @@ def test_foreign_tar_with_folders_upper_case_and_other_members(tmp_path):
 @pytest.mark.parametrize(
     "members, message",
     [
-        ({"a.txt": b"x"}, "key a has no image"),
+        ({"a.txt": b"x"}, "key a: has no image"),
         ({"a.png": b"x"}, "key a: not a readable image"),
         ({"a.png": png(), "a.cls": b"-1"}, "key a: .cls is b'-1'"),
         ({}, "holds no samples"),

@@ -1,0 +1,272 @@
+"""Manifests for shards made elsewhere: which members make a sample, what its label is, and what is passed over."""
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from braceexpand import braceexpand
+from tqdm import tqdm
+
+from ebm.data.decode import show
+from ebm.data.labels import Label, LabelTable, numbered
+from ebm.data.manifest import FILE_NAME, LeftOut, Manifest, Origin, Shard, is_remote, load_manifest
+from ebm.data.tars import BY_FIRST_DOT, Grouping, Scan, scan_shard
+from ebm.errors import ConfigError, DataError
+
+UNFINISHED = ".unfinished"  # a directory of shards that are being written
+SHOWN = 20  # problems that a message lists
+
+
+class Scanned(NamedTuple):
+    """A readable shard: its name in the manifest, and what is in it."""
+
+    name: str
+    scan: Scan
+
+
+def index_shards(
+    where: str | Path,
+    progress: bool = False,
+    *,
+    labels: LabelTable | None = None,
+    label: str | None = None,
+    grouping: Grouping = BY_FIRST_DOT,
+    on_error: Literal["fail", "skip"] = "fail",
+    out: str | Path | None = None,
+) -> Manifest:
+    """Scans shards made elsewhere and writes their manifest beside them, replacing one that is there, or to `out`.
+
+    Args:
+        where: a directory, or a pattern (`*`, `?`, `{000..099}`).
+        labels: classes by key; else from the members that `label` names (tars.read_label; default `cls`).
+        on_error: `skip` leaves out shards that can't be read, and counts the samples that a reader with
+            data.on_error=skip will pass over.
+
+    Raises DataError with a list of what can't be used, and the option that settles what is ambiguous.
+    """
+    if is_remote(where):
+        raise ConfigError(f"{where}: index the shards where they are, and upload {FILE_NAME} beside them")
+    paths = find_shards(str(where))
+    directory = Path(os.path.commonpath([path.parent for path in paths]))
+    target = _target(directory, out)
+    before = _classes_before(target)
+    bar = tqdm(paths, desc="indexing", unit="shard", disable=None if progress else True)
+    found, bad = _scan_all(bar, directory, grouping, "none" if labels else label or "cls")
+    if bad and on_error == "fail":
+        raise DataError(_listed(bad, "shards can't be used", "mend or remove them, or give --on-error skip"))
+    if not found:
+        raise DataError(_listed(bad, "shards can't be used", "none is left"))
+    left_out = [LeftOut(reason="shards that can't be read", count=len(bad), first=bad[0])] if bad else []
+    manifest = assemble(
+        directory,
+        found,
+        grouping=grouping,
+        labels=labels,
+        label=label,
+        on_error=on_error,
+        left_out=left_out,
+        classes_before=before,
+        root=None if target.parent.resolve() == directory.resolve() else str(directory.resolve()),
+    )
+    manifest.model_copy(update={"directory": target.parent}).save(target)
+    return manifest if manifest.root is None else load_manifest(target)
+
+
+def find_shards(where: str) -> list[Path]:
+    """The .tar files in a directory or that match a pattern, sorted. Raises DataError."""
+    patterns = [f"{glob.escape(where)}/*.tar"] if Path(where).is_dir() else list(braceexpand(where))
+    paths = sorted({Path(p) for pattern in patterns for p in glob.glob(pattern)})
+    missing = [p for p in patterns if not glob.glob(p)]
+    if missing:
+        packed = sorted(p for end in ("*.tar.gz", "*.tgz") for p in glob.glob(f"{glob.escape(where)}/{end}"))
+        hint = f" ({len(packed)} are gzip'd, such as {packed[0]}; unpack them: `gunzip {where}/*.gz`)" if packed else ""
+        raise DataError(f"no shards: nothing matches {missing[0]}; give a directory of .tar files or a pattern{hint}")
+    for path in paths:
+        if (path.parent / UNFINISHED).exists():
+            raise DataError(
+                f"{path.parent / UNFINISHED}: shards are being written here, or a command that wrote them was killed; "
+                f"run that command again, which goes on where it was, or remove {path.parent}"
+            )
+    return paths
+
+
+def _target(directory: Path, out: str | Path | None) -> Path:
+    """Where the manifest goes; checked before the scan, which may take hours. Raises DataError."""
+    target = directory / FILE_NAME if out is None else Path(out)
+    target = target / FILE_NAME if target.is_dir() else target
+    if target.suffix != ".json":
+        raise DataError(f"--out {target}: must be a directory that is there, or a file that ends in .json")
+    if not os.access(target.parent, os.W_OK):
+        there = "can't be written to" if target.parent.exists() else "is not there"
+        raise DataError(f"{target.parent}: {there}; give --out FILE.json, and data.shards=FILE.json to train")
+    return target
+
+
+def _classes_before(target: Path) -> tuple[str, ...] | None:
+    """Class names that a manifest which is there has: the shards themselves hold only numbers."""
+    try:
+        return load_manifest(target).classes
+    except DataError:  # there is none, or it is what this command mends
+        return None
+
+
+def _scan_all(
+    paths: "Sequence[Path] | tqdm[Path]", directory: Path, grouping: Grouping, label: str
+) -> tuple[list[Scanned], list[str]]:
+    found, bad = [], []
+    for path in paths:
+        try:
+            found.append(Scanned(path.relative_to(directory).as_posix(), scan_shard(path, grouping, label)))
+        except DataError as error:
+            bad.append(str(error))
+    return found, bad
+
+
+def assemble(
+    directory: Path,
+    found: Sequence[Scanned],
+    *,
+    grouping: Grouping = BY_FIRST_DOT,
+    labels: LabelTable | None = None,
+    label: str | None = None,
+    on_error: Literal["fail", "skip"] = "fail",
+    left_out: Sequence[LeftOut] = (),
+    classes: Sequence[str] | None = None,
+    classes_before: Sequence[str] | None = None,
+    source: Origin | None = None,
+    root: str | None = None,
+) -> Manifest:
+    """The manifest of scanned shards. Raises DataError where samples can't be used, differ in shape or lack labels."""
+    _refuse_ambiguous(directory, found)
+    bad = [f"{directory / name}: key {key}: {reason}" for name, scan in found for key, reason, _ in scan.problems]
+    if bad and on_error == "fail":
+        raise DataError(_listed(bad, "samples can't be used", _remedy(directory)))
+    left_out = list(left_out)
+    if bad:
+        left_out.append(LeftOut(reason="samples that can't be read", count=len(bad), first=bad[0]))
+    for why in dict.fromkeys(why for _, scan in found for why in scan.others):
+        members = [member for _, scan in found for member in scan.others.get(why, [])]
+        left_out.append(LeftOut(reason=f"members that are in no sample: {why}", count=len(members), first=members[0]))
+    shape = _shape(directory, found, on_error, left_out)
+    numbers, names = _numbers(directory, found, labels, label, on_error, left_out)
+    written = label in (None, "cls") and labels is None  # the reader finds them in the .cls members
+    labelled = [number for part in numbers for number in part if number is not None]
+    count, known = None, None
+    if labelled:
+        given = names or classes or classes_before
+        count = 1 + max(labelled)
+        known = tuple(given) if given is not None and len(given) >= count else None  # else names of other classes
+        count = count if known is None else len(known)
+    shards = [
+        Shard(
+            name=name,
+            **{field: getattr(scan, field) for field in ("samples", "bytes", "sha256", "offsets", "crc32")},
+            labels=None if written or not labelled else tuple(-1 if n is None else n for n in part),
+        )
+        for (name, scan), part in zip(found, numbers, strict=True)
+    ]
+    return Manifest(
+        shape=shape,
+        num_classes=count,
+        classes=known,
+        source=source,
+        left_out=tuple(left_out),
+        root=root,
+        dots=grouping.dots,
+        image=grouping.image,
+        shards=tuple(shards),
+        directory=directory,
+    )
+
+
+def _refuse_ambiguous(directory: Path, found: Sequence[Scanned]) -> None:
+    several = [(name, p) for name, scan in found for p in scan.problems if p.kind == "ambiguous"]
+    if several:
+        name, problem = several[0]
+        raise DataError(
+            f"{len(several)} samples have several images; the first: {directory / name}: key {problem.key} "
+            f"{problem.reason}. Name the one to use by its suffix (--image SUFFIX), or, where dots are part of the "
+            "keys, give --dots last"
+        )
+
+
+def _shape(directory: Path, found: Sequence[Scanned], on_error: str, left_out: list[LeftOut]) -> tuple[int, ...]:
+    """The shape of all samples; with on_error=skip the most frequent, and the others are counted. Raises DataError."""
+    shapes: Counter[tuple[int, ...]] = Counter()
+    firsts: dict[tuple[int, ...], str] = {}
+    for name, scan in found:
+        shapes.update(scan.shapes)
+        for shape, key in scan.firsts.items():
+            firsts.setdefault(shape, f"{directory / name}, key {key}")
+    if not shapes:
+        raise DataError(f"{directory}: no sample has an image or a vector that can be read")
+    (most, _), *others = shapes.most_common()
+    if not others:
+        return most
+    if on_error == "fail":
+        said = "; ".join(f"{n} of {show(shape)} (first: {firsts[shape]})" for shape, n in shapes.most_common(SHOWN))
+        raise DataError(
+            f"samples differ in shape (channels x height x width, or values of a vector): {said}. All must have one: "
+            f"write them anew with `python -m ebm shard --source shards:{directory} --size N --out DIR` (and --rgb or "
+            "--grayscale), or give --on-error skip to keep the most frequent"
+        )
+    rest = sum(n for _, n in others)
+    left_out.append(LeftOut(reason=f"samples that are not {show(most)}", count=rest, first=firsts[others[0][0]]))
+    return most
+
+
+def _numbers(
+    directory: Path,
+    found: Sequence[Scanned],
+    labels: LabelTable | None,
+    label: str | None,
+    on_error: str,
+    left_out: list[LeftOut],
+) -> tuple[list[list[int | None]], tuple[str, ...] | None]:
+    """(class numbers by shard, class names). Raises DataError where some samples have a label and others none."""
+    values: list[list[Label | None]] = [
+        [labels.of(key) for key in scan.keys] if labels is not None else list(scan.labels) for _, scan in found
+    ]
+    flat = [value for part in values for value in part]
+    missing = [
+        f"{directory / name}: key {key}"
+        for (name, scan), part in zip(found, values, strict=True)
+        for key, value in zip(scan.keys, part, strict=True)
+        if value is None
+    ]
+    if label is not None and label != "none" and labels is None and len(missing) == len(flat):
+        suffixes = Counter(suffix for _, scan in found for suffix in scan.suffixes)
+        raise DataError(f"--label {label}: no sample has it; members are .{', .'.join(suffixes)}")
+    if labels is not None and len(missing) == len(flat):
+        raise DataError(f"labels {labels.path}: has none of the {len(flat)} keys, such as {found[0].scan.keys[0]!r}")
+    if missing and len(missing) < len(flat):
+        if on_error == "fail":
+            raise DataError(
+                f"{len(missing)} of {len(flat)} samples have no label; the first: {missing[0]}. Give --label none to "
+                "take all as unlabelled, or --on-error skip, and data.on_error=skip to train on the others"
+            )
+        left_out.append(LeftOut(reason="samples without a label", count=len(missing), first=missing[0]))
+    numbers, classes = numbered(flat)
+    parts, at = [], 0
+    for part in values:
+        parts.append(numbers[at : at + len(part)])
+        at += len(part)
+    return parts, classes
+
+
+def _listed(problems: Sequence[str], what: str, remedy: str) -> str:
+    """One problem as it is, or a list of them."""
+    if len(problems) == 1:
+        return f"{problems[0]}. {remedy[0].upper()}{remedy[1:]}"
+    more = f"\n... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    return f"{len(problems)} {what}; {remedy}:\n" + "\n".join(problems[:SHOWN]) + more
+
+
+def _remedy(directory: Path) -> str:
+    return (
+        f"write good ones with `python -m ebm shard --source shards:{directory} --on-error skip --out DIR`, or give "
+        "--on-error skip, and data.on_error=skip to train"
+    )
