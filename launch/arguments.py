@@ -10,9 +10,8 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from ebm.config import load_config
 from ebm.errors import ConfigError, UserError
@@ -34,12 +33,12 @@ def main() -> int:
     return 0
 
 
-def line_of_task(environment) -> list[str]:
+def line_of_task(environment: Mapping[str, str]) -> list[str]:
     """This array task's overrides; none outside a sweep. Raises ConfigError."""
     if not environment.get("EBM_SWEEP"):
         return []
     lines, task = sweep(environment["EBM_SWEEP"]), environment.get("SLURM_ARRAY_TASK_ID", "")
-    if not task.isdigit() or int(task) >= len(lines):
+    if not task.isdecimal() or int(task) >= len(lines):
         raise ConfigError(
             f"SLURM_ARRAY_TASK_ID={task!r}: {environment['EBM_SWEEP']} has {len(lines)} lines; submit with "
             f"--array=0-{len(lines) - 1}"

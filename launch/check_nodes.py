@@ -14,14 +14,17 @@ import ipaddress
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
+import tomllib
 from collections import defaultdict
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 PROJECT = Path(__file__).absolute().parent.parent
 MIN_FREE_GB = float(os.environ.get("EBM_MIN_FREE_GB", 5))  # where checkpoints go
@@ -29,7 +32,7 @@ MAX_SKEW = 10.0  # seconds; what it costs to notice more is nothing, and logs th
 EXIT_UNFIT, EXIT_UNANSWERED = 2, 75
 
 
-def report(run: str, token: str, head: str) -> dict:
+def report(run: str, token: str, head: str) -> dict[str, Any]:
     """About this node: who it is, and all that must be equal or good enough."""
     return {
         "node": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
@@ -37,12 +40,14 @@ def report(run: str, token: str, head: str) -> dict:
         "shared": _read(Path(run) / token) == token,
         "free_gb": shutil.disk_usage(run).free / 1e9 if Path(run).is_dir() else 0.0,
         "head": _addresses(head),
-        "equal": {"code": code(), "python": platform.python_version(), "gpus": _gpus(), **_packages()},
+        "gpus_of_job": int(os.environ.get("SLURM_GPUS_ON_NODE") or 0),
+        "gpus_seen": len(_gpus()),
+        "equal": {"code": code(), "python": platform.python_version(), "gpus": _gpu_text(_gpus()), **_packages()},
         "clock": time.time(),
     }
 
 
-def compare(reports: list[dict], since: float, now: float) -> list[str]:
+def compare(reports: list[dict[str, Any]], since: float, now: float) -> list[str]:
     """What is wrong with the nodes, a sentence each. The reports were made between `since` and `now`, here's time."""
     problems = []
     for r in reports:
@@ -52,6 +57,9 @@ def compare(reports: list[dict], since: float, now: float) -> list[str]:
         elif r["free_gb"] < MIN_FREE_GB:
             problems.append(f"{node}: {r['free_gb']:.1f} GB free in the run directory, below {MIN_FREE_GB:g} GB "
                             "(EBM_MIN_FREE_GB)")  # fmt: skip
+        if r["gpus_seen"] < r["gpus_of_job"]:
+            problems.append(f"{node}: the job has {r['gpus_of_job']} GPUs there, nvidia-smi shows {r['gpus_seen']}; "
+                            "have its driver looked at, or give the container its GPUs (--nv, --gpus all)")  # fmt: skip
         skew = max(since - r["clock"], r["clock"] - now, 0.0)
         if skew > MAX_SKEW:
             problems.append(f"{node}: its clock is off by {skew:.0f} s or more; have its time service looked at")
@@ -63,7 +71,7 @@ def compare(reports: list[dict], since: float, now: float) -> list[str]:
     return problems + _differences(reports)
 
 
-def _differences(reports: list[dict]) -> list[str]:
+def _differences(reports: list[dict[str, Any]]) -> list[str]:
     found = []
     for name in sorted({name for r in reports for name in r["equal"]}):
         nodes = defaultdict(list)
@@ -88,8 +96,9 @@ def code() -> str:
 
 
 def _packages() -> dict[str, str]:
-    """Versions of what requirements.txt asks for."""
-    names = [line.split(">")[0].strip() for line in (PROJECT / "requirements.txt").read_text().splitlines() if line]
+    """Versions of what pyproject.toml asks for."""
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    names = [re.split(r"[^\w.-]", requirement)[0] for requirement in project["dependencies"]]
     versions = {}
     for name in names:
         try:
@@ -99,14 +108,18 @@ def _packages() -> dict[str, str]:
     return versions
 
 
-def _gpus() -> str:
-    """Names and driver, such as "8 x NVIDIA H100, 550.54"."""
+def _gpus() -> list[str]:
+    """Name and driver of each GPU, such as "NVIDIA H100, 550.54"."""
     try:
         query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        lines = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
+        return subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
-        return "none"
-    return " and ".join(f"{lines.count(line)} x {line}" for line in sorted(set(lines))) or "none"
+        return []
+
+
+def _gpu_text(gpus: list[str]) -> str:
+    """Such as "8 x NVIDIA H100, 550.54"."""
+    return " and ".join(f"{gpus.count(gpu)} x {gpu}" for gpu in sorted(set(gpus))) or "none"
 
 
 def _addresses(head: str) -> list[str]:

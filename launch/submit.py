@@ -16,12 +16,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).absolute().parent.parent), str(Path(__file__).absolute().parent)]
+from arguments import sweep
 
-from arguments import sweep  # noqa: E402
-
-from ebm.config import Config, check_same_run, load_config  # noqa: E402
-from ebm.errors import ConfigError, UserError  # noqa: E402
+from ebm.config import Config, check_same_run, load_config
+from ebm.errors import ConfigError, UserError
 
 PROJECT = Path(__file__).absolute().parent.parent
 SCRIPT = PROJECT / "launch" / "train.sbatch"
@@ -34,7 +32,8 @@ def main() -> int:
         command, environment = job(options)
         if options.dry_run:
             settings = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
-            print(f"{SCRIPT.read_text()}\n# {' '.join(settings)} {shlex.join(command)}")
+            line = f"{' '.join(settings)} {shlex.join(command)}".replace("\n", "\n# ")  # all of it stays a comment
+            print(f"{SCRIPT.read_text()}\n# {line}")
             return 0
         return submit(command, environment)
     except UserError as error:
@@ -62,7 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print the script and the command, and submit nothing")
     parser.add_argument("--config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # options also after key=value
 
 
 def positive(text: str) -> int:
@@ -78,7 +77,7 @@ def job(options: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
     configs = [load_config(options.config, options.overrides + line) for line in lines]
     ranks = options.gpus or options.cpu_ranks or 1
     for config in configs:
-        check(config, options.nodes, ranks)
+        check(config, options.nodes, ranks, on_gpus=options.gpus is not None)
     run_dirs = [Path(config.run.dir).absolute() for config in configs]
     for i, run_dir in enumerate(run_dirs):
         if run_dir in run_dirs[:i]:
@@ -106,12 +105,19 @@ def job(options: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
         environment |= {"EBM_SWEEP": str(Path(options.sweep).absolute())}
     else:
         command += [f"--job-name={run_dirs[0].name}", f"--output={run_dirs[0]}/logs/%j.out"]
-    config = ["--config", options.config] if options.config else []
-    return [*command, *options.sbatch, str(SCRIPT), *config, *options.overrides], environment
+    arguments = ["--config", options.config] if options.config else []
+    if options.gpus and all(config.train.device == "auto" for config in configs):
+        arguments.append("train.device=cuda")  # a node whose GPUs can't be used ends the job, and does not train slowly
+    return [*command, *options.sbatch, str(SCRIPT), *arguments, *options.overrides], environment
 
 
-def check(config: Config, nodes: int, ranks: int) -> None:
+def check(config: Config, nodes: int, ranks: int, on_gpus: bool) -> None:
     """Raises ConfigError where the job would only find out when it starts."""
+    if (config.train.device == "cpu" and on_gpus) or (config.train.device == "cuda" and not on_gpus):
+        raise ConfigError(
+            f"train.device={config.train.device} does not go with a job {'with' if on_gpus else 'without'} --gpus; "
+            "change one of them"
+        )
     if config.data.streams % (nodes * ranks):
         raise ConfigError(
             f"data.streams={config.data.streams} is not divisible by {nodes} nodes x {ranks} ranks = {nodes * ranks}; "

@@ -9,13 +9,14 @@ import sys
 import time
 
 import pytest
-from runs import ROOT
+from runs import ROOT, environment
 
 sys.path.insert(0, str(ROOT / "launch"))
 import arguments
 import check_nodes
 import submit
 
+from ebm.config import load_config, to_yaml
 from ebm.errors import ConfigError
 
 
@@ -43,10 +44,69 @@ def test_dry_run_prints_the_script_and_a_command_that_a_shell_reads_back(monkeyp
     script, _, line = said.rstrip().rpartition("\n# ")
     assert code == 0 and script + "\n" == (ROOT / "launch/train.sbatch").read_text() + "\n"
     words = shlex.split(line)
-    assert words[-2:] == [odd, "data.workers=3"] and words[-3] == str(ROOT / "launch/train.sbatch")
+    assert words[-3:] == ["train.device=cuda", odd, "data.workers=3"]
+    assert words[-4] == str(ROOT / "launch/train.sbatch")
     wanted = "--nodes=2 --gpus-per-node=2 --time=4:00:00 --signal=B:USR1@300 --cpus-per-task=8 --qos=long"
     variables = {"EBM_RANKS_PER_NODE=2", "EBM_CONTAINER=apptainer exec --nv i.sif", "EBM_PYTHON=python"}
     assert variables | set(wanted.split()) <= set(words)
+
+
+def test_scripts_of_launch_run_from_anywhere(tmp_path):
+    """By the package that is installed (here: on PYTHONPATH), without changing the path themselves."""
+    for script in ("submit.py", "arguments.py"):
+        assert "sys.path" not in (ROOT / "launch" / script).read_text()
+    command = [sys.executable, str(ROOT / "launch/submit.py"), "--time", "60", "--dry-run", f"run.dir={tmp_path}/run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0 and "sbatch --nodes=1" in done.stdout, done.stderr
+
+
+def test_a_newline_does_not_leave_the_comment(monkeypatch, capsys, tmp_path):
+    marker = tmp_path / "marker"
+    injected = f"tracking.name=a\ntouch {marker}\n"
+    code, said, _ = run_submit(monkeypatch, capsys, "--time", "60", "--dry-run", f"run.dir={tmp_path}/run", injected)
+    assert code == 0
+    subprocess.run(["bash", "-n"], input=said, text=True, check=True)
+    after = said.partition("\n# EBM_PROJECT=")[2]
+    assert after and all(line.startswith("#") or not line for line in after.splitlines()[1:])
+    (tmp_path / "odd.yaml").write_text(to_yaml(load_config()).replace("runs/digits", f'"{tmp_path}/a\\nb"'))
+    code, _, error = run_submit(
+        monkeypatch, capsys, "--time", "60", "--dry-run", "--config", str(tmp_path / "odd.yaml")
+    )
+    assert code == 2 and "run.dir" in error and "control characters" in error
+
+
+def test_devices_that_do_not_go_together(monkeypatch, capsys, tmp_path):
+    job = ["--time", "60", "--dry-run", f"run.dir={tmp_path}/run"]
+    for options in (["--gpus", "1", "train.device=cpu"], ["--cpu-ranks", "1", "train.device=cuda"]):
+        code, _, error = run_submit(monkeypatch, capsys, *job, *options)
+        assert code == 2 and "train.device=" in error and "--gpus" in error
+
+
+CRASHED = """
+run={run}; max_crashes=5
+fail() {{ exit 9; }}
+requeue() {{ echo "requeued: $1"; }}
+{function}
+crashed why
+"""
+
+
+@pytest.mark.parametrize(
+    ("content", "count"),
+    [("none 2", 3), ("none 08", 9), ("none x[$(touch {run}/marker)]", 1), ("none $(touch {run}/marker)", 1),
+     ("step_00000010 4", 1), ("none -3", 1), ("none 99999999999999999999", 1), ("", 1)],
+)  # fmt: skip
+def test_the_count_of_crashes_is_a_number_or_nothing(tmp_path, content, count):
+    """RUN/crashes is read by a shell whose arithmetic would run a command that stands in it."""
+    script = (ROOT / "launch/train.sbatch").read_text()
+    function = "crashed() {" + script.partition("crashed() {")[2].partition("\n}\n")[0] + "\n}"
+    (tmp_path / "crashes").write_text(content.format(run=tmp_path) + "\n")
+    done = subprocess.run(
+        ["bash", "-c", CRASHED.format(run=tmp_path, function=function)], capture_output=True, text=True
+    )
+    assert not (tmp_path / "marker").exists()
+    assert (tmp_path / "crashes").read_text() == f"none {count}\n", done.stderr
+    assert done.returncode == (9 if count > 5 else 0)
 
 
 def test_what_the_job_would_find_out_is_refused(monkeypatch, capsys, tmp_path):
@@ -54,8 +114,6 @@ def test_what_the_job_would_find_out_is_refused(monkeypatch, capsys, tmp_path):
     (tmp_path / "done/DONE").touch()
     (tmp_path / "twice.txt").write_text(f"run.dir={tmp_path}/a optim.lr=1e-4\nrun.dir={tmp_path}/a optim.lr=2e-4\n")
     (tmp_path / "open.txt").write_text("run.dir='runs/a\n")
-    from ebm.config import load_config, to_yaml
-
     (tmp_path / "other").mkdir()
     (tmp_path / "other/config.yaml").write_text(to_yaml(load_config(None, [f"run.dir={tmp_path / 'other'}"])))
     hour, fresh = ["--time", "60"], f"run.dir={tmp_path / 'fresh'}"
@@ -113,6 +171,7 @@ def test_nodes_that_fit_and_nodes_that_do_not(tmp_path, monkeypatch):
         ({"clock": since - 60}, "n2: its clock is off by 60 s"),
         ({"shared": False}, "n2 does not see this run directory"),
         ({"free_gb": 0.0}, "n2: 0.0 GB free"),
+        ({"gpus_of_job": 8, "gpus_seen": 7}, "n2: the job has 8 GPUs there, nvidia-smi shows 7"),
         ({"head": []}, "n2 can't resolve the head node's address"),
         ({"host": "other", "head": ["127.0.1.1"]}, "n2 takes the head node's address for its own (127.0.1.1)"),
     ):
@@ -124,7 +183,7 @@ def test_another_copy_of_the_code_is_noticed(tmp_path):
     """By the real commands, with a changed file; and a node that does not answer is not one that does not fit."""
     for name in ("ebm", "launch"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("train.py", "requirements.txt"):
+    for name in ("train.py", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "token").write_text("token")
     environment = os.environ | {"EBM_MIN_FREE_GB": "0.000001"}
