@@ -3,9 +3,9 @@ default sizes are those of the config (ebm.config.energies)."""
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Unpack
+from typing import Any, Unpack
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from ebm.config.energies import ResNetConfig, WideResNetConfig
@@ -13,6 +13,60 @@ from ebm.energies.base import require_batch
 from ebm.energies.networks import HeadOptions, NetworkEnergy, NetworkOptions, make_activation, sum_over
 
 RESNET, WIDE_RESNET = ResNetConfig(), WideResNetConfig()
+
+
+def halve(h: Tensor) -> Tensor:
+    """Means over windows of 2x2 pixels side by side, (B, C, H, W) -> (B, C, ceil(H / 2), ceil(W / 2)). At an odd size
+    the last windows take the mean of the pixels that exist.
+
+    This is `avg_pool2d(h, 2, ceil_mode=True)`, whose gradient inductor computes wrongly at odd sizes (torch 2.11 to
+    2.14), and whose own backward kernel for channels-last tensors took a quarter of a chain's time on a GPU.
+    """
+    means: Tensor = _Halve.apply(h)
+    return means
+
+
+class _Halve(torch.autograd.Function):
+    """Linear; its derivative is the adjoint map, `_Spread`, so both can be differentiated any number of times."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        ctx.size = rows, columns = h.shape[2:]
+        means = h[:, :, ::2, ::2] * 0.25
+        means[..., : columns // 2].add_(h[:, :, ::2, 1::2], alpha=0.25)
+        means[:, :, : rows // 2].add_(h[:, :, 1::2, ::2], alpha=0.25)
+        means[:, :, : rows // 2, : columns // 2].add_(h[:, :, 1::2, 1::2], alpha=0.25)
+        return _double_edges(means, rows, columns)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # torch's own signature: one gradient an output
+        spread: Tensor = _Spread.apply(*grads, *ctx.size)
+        return spread
+
+
+class _Spread(torch.autograd.Function):
+    """Gives each pixel its share of the value of its window: the adjoint of `_Halve` for images of rows x columns."""
+
+    @staticmethod
+    def forward(ctx: Any, means: Tensor, rows: int, columns: int) -> Tensor:
+        shares = _double_edges(means * 0.25, rows, columns).permute(0, 2, 3, 1)  # channels last, as the copy below is
+        b, h, w, c = shares.shape
+        lines = shares[:, :, :, None].expand(b, h, w, 2, c).reshape(b, h, 1, 2 * w * c)
+        pixels = lines.expand(b, h, 2, 2 * w * c).reshape(b, 2 * h, 2 * w, c)
+        return pixels[:, :rows, :columns].contiguous().permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return halve(*grads), None, None
+
+
+def _double_edges(quarters: Tensor, rows: int, columns: int) -> Tensor:
+    """Doubles in place what was divided by the four pixels of a window, where an edge at an odd size has fewer."""
+    if columns % 2:
+        quarters[..., -1] *= 2
+    if rows % 2:
+        quarters[:, :, -1] *= 2
+    return quarters
 
 
 class ResidualBlock(nn.Module):
@@ -67,7 +121,7 @@ class ResNetEnergyFunction(NetworkEnergy):
         for stage in self.stages:
             h = stage(h)
             if min(h.shape[2:]) > 1:
-                h = F.avg_pool2d(h, 2, ceil_mode=True)
+                h = halve(h)
         return sum_over(self.activation(h), (2, 3))
 
 
