@@ -104,7 +104,7 @@ def forwards(config) -> float:
         case "score_matching":
             products = math.prod(config.data.shape) if loss.method == "exact" else loss.num_projections
             of_states, of_gradients = 0, 1 + products
-        case "denoising":
+        case "denoising" | "multilevel_denoising" | "equilibrium":
             of_states, of_gradients = 0, 1
         case "noise_contrastive":
             of_states = 1 + loss.ratio

@@ -222,6 +222,23 @@ LOSSES = {
             ("torch.cdist(b, a).square()", "torch.cdist(b, a)"),
         ],
     ),
+    "equilibrium": Loss(
+        "flow_matching",
+        ("equilibrium_matching",),
+        "equilibrium",
+        [
+            ("gradient + scale * (x_pos - x0)", "gradient - scale * (x_pos - x0)"),
+            ("(x_pos - x0)", "(x0 - x_pos)"),
+            ("(x_pos - x0)", "(x_pos + x0)"),
+            ("torch.lerp(x0, x_pos, t)", "torch.lerp(x_pos, x0, t)"),
+            ("gradient_scale * ((1 - t)", "((1 - t)"),
+            ("(1 - t) / (1 - decay_start)", "t / (1 - decay_start)"),
+            ("/ (1 - decay_start)", "/ decay_start"),
+            ("clamp_max(1)", "clamp_min(1)"),
+            (".square().mean()", ".square().sum()"),
+            ("loss + l2 *", "loss - l2 *"),
+        ],
+    ),
     "jem": Loss(
         "contrastive",
         ("marginal", "joint_energy"),
@@ -259,8 +276,9 @@ def run_tests(root: Path, names: str) -> int:
     with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
         code = pytest.main(["-x", "-q", "-n0", "-p", "no:cacheprovider", *TESTS, "-k", names])
     assert Path(sys.modules["ebm"].__file__).is_relative_to(root), "the tests took another copy of the package"
-    for name in list(sys.modules):
-        if name.split(".")[0] in ("ebm", "conftest", "gaussians") or name.startswith("test_losses"):
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)  # a namespace or built-in module has none
+        if file is not None and name != "__main__" and Path(file).is_relative_to(root):
             del sys.modules[name]
     sys.path[:] = [path for path in sys.path if not Path(path).is_relative_to(root)]
     return int(code)

@@ -150,6 +150,19 @@ class MultilevelDenoisingConfig(WithoutChains):
         return self
 
 
+class EquilibriumConfig(WithoutChains):
+    """Equilibrium matching (Wang & Du 2025): gradient descent on the energy leads from noise to data, but exp(-E) is
+    not their density; set data.noise_std=0."""
+
+    kind: Literal["equilibrium"] = "equilibrium"
+    of_scores: ClassVar[bool] = True
+    temperature: ClassVar[float] = 1.0
+    gradient_scale: float = Field(4.0, gt=0, description="length of the gradient, as a multiple of data minus noise")
+    decay_start: float = Field(
+        0.8, ge=0, lt=1, description="share of the way from noise to data after which the gradient falls to 0"
+    )
+
+
 class NoiseContrastiveConfig(WithoutChains):
     """Noise contrastive estimation (Gutmann & Hyvarinen 2010)."""
 
@@ -191,6 +204,7 @@ LossConfig = Annotated[
         | EnergyDiscrepancyConfig
         | RecoveryConfig
         | EnergyMatchingConfig
+        | EquilibriumConfig
         | JEMConfig,
         Field(discriminator="kind"),
     ],

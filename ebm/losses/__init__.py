@@ -10,7 +10,7 @@ from ebm.losses.contrastive import (
     tilted,
 )
 from ebm.losses.factory import loss_of
-from ebm.losses.flow_matching import energy_matching
+from ebm.losses.flow_matching import energy_matching, equilibrium_matching
 from ebm.losses.noise_contrastive import GaussianNoise, UniformNoise, energy_discrepancy, noise_contrastive
 from ebm.losses.output import LossOutput, energy_l2, gradient_penalty, interpolate
 from ebm.losses.score_matching import (
@@ -30,6 +30,7 @@ __all__ = [
     "energy_discrepancy",
     "energy_l2",
     "energy_matching",
+    "equilibrium_matching",
     "gradient_penalty",
     "implicit_score_matching",
     "improved_contrastive_divergence",

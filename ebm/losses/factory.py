@@ -14,7 +14,7 @@ from ebm.losses.contrastive import (
     marginal,
     recovery_likelihood,
 )
-from ebm.losses.flow_matching import energy_matching
+from ebm.losses.flow_matching import energy_matching, equilibrium_matching
 from ebm.losses.noise_contrastive import GaussianNoise, UniformNoise, energy_discrepancy, noise_contrastive
 from ebm.losses.output import LossOutput, gradient_penalty, interpolate
 from ebm.losses.score_matching import (
@@ -76,6 +76,8 @@ def objective_of(config: kinds.LossConfig) -> Callable[..., LossOutput]:
             return recovery_likelihood
         case kinds.EnergyMatchingConfig():
             return _with(energy_matching, config, "flow_weight", "contrastive_weight", "floor", "trim")
+        case kinds.EquilibriumConfig():
+            return _with(equilibrium_matching, config, "gradient_scale", "decay_start")
         case kinds.ScoreMatchingConfig(method="sliced"):
             names = ("num_projections", "variance_reduction", "temperature")
             return _with(sliced_score_matching, config, *names)

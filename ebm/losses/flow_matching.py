@@ -1,5 +1,5 @@
-"""Energy matching: a potential whose gradient flow carries noise to data, and whose Boltzmann density is then trained
-near the data (Balcerak et al. 2025)."""
+"""Potentials whose gradient carries noise to data: energy matching, whose Boltzmann density is then trained near the
+data (Balcerak et al. 2025), and equilibrium matching (Wang & Du 2025)."""
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -81,3 +81,33 @@ def pairing(x0: Tensor, x1: Tensor, parts: int = 1) -> Tensor:
     cost = torch.cdist(b, a).square().cpu().numpy()
     rows = [torch.from_numpy(linear_sum_assignment(c)[1]) + i * size for i, c in enumerate(cost)]
     return torch.cat(rows).to(x0.device)
+
+
+def equilibrium_matching(
+    energy: Energy,
+    x_pos: Tensor,
+    x_neg: Tensor | None = None,
+    *,
+    gradient_scale: float = 4.0,
+    decay_start: float = 0.8,
+    l2: float = 0.0,
+    y_pos: Tensor | None = None,
+    y_neg: Tensor | None = None,
+    generator: Generators = None,
+) -> LossOutput:
+    """mean |dE/dx(x_t) + c(t) (x1 - x0)|**2 / D, with data x1, x0 ~ N(0, I), x_t = (1 - t) x0 + t x1, t ~ U(0, 1).
+
+    Equilibrium matching (Wang & Du 2025, with the truncated decay of their table 2): c(t) = gradient_scale until
+    t = decay_start, and then falls linearly to 0 at t = 1, so that the gradient vanishes at the data and gradient
+    descent on E, from anywhere, ends there. E knows no time. It has its minima at the data, but exp(-E) is not their
+    density. `x_neg` and `y_neg` are not used.
+    """
+    x0 = normal_(torch.empty_like(x_pos), generator)
+    t = per_state(uniform_(x_pos.new_empty(len(x_pos)), generator), x_pos)
+    x_t = torch.lerp(x0, x_pos, t).detach().requires_grad_(True)
+    e, gradient = energy_and_gradient(energy, x_t, y_pos)
+    scale = gradient_scale * ((1 - t) / (1 - decay_start)).clamp_max(1)
+    loss = (gradient + scale * (x_pos - x0)).square().mean()
+    if l2:
+        loss = loss + l2 * energy_l2(e)
+    return output(loss)

@@ -456,6 +456,22 @@ def test_floor_ends_the_gradient():
     assert torch.autograd.grad(below, w)[0].item() == 0
 
 
+def test_equilibrium_matching_written_out():
+    energy, x1, g = Network(), normal(6, 2), seeded(7)
+    x0 = torch.randn(6, 2, dtype=torch.float64, generator=g)
+    t = torch.empty(6, dtype=torch.float64).uniform_(generator=g)
+    x_t = (1 - t[:, None]) * x0 + t[:, None] * x1
+    c = torch.tensor([3.0 if time < 0.6 else 3.0 * (1 - time) / 0.4 for time in t.tolist()], dtype=torch.float64)
+    assert 0 < (c < 3).sum() < 6
+    score, _ = score_and_jacobian(energy, x_t, 1.0)
+    loss = (score - c[:, None] * (x1 - x0)).square().sum(1).mean() / 2  # over the two components
+    loss = loss + 0.1 * energy(x_t).square().mean()
+    output = losses.equilibrium_matching(energy, x1, gradient_scale=3.0, decay_start=0.6, l2=0.1, generator=seeded(7))
+    torch.testing.assert_close(output.loss, loss)
+    torch.testing.assert_close(gradients(output.loss, energy), gradients(loss, energy))
+    assert (output.e_pos, output.e_neg, output.terms) == (None, None, {})
+
+
 def test_noise_of_the_flow_s_chain():
     """None before flow_end, then a temperature that rises to its value at time 1 (Balcerak et al. 2025, eq. 10)."""
     config = LangevinConfig(

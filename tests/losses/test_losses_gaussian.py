@@ -178,6 +178,47 @@ def test_energy_matching_after_the_flow():
     assert_found(energy, epsilon * PRECISION, tolerance=0.003)
 
 
+class Bumps(nn.Module):
+    """An energy on the line whose slope is a sum of Gaussian bumps, with free heights."""
+
+    def __init__(self, low: float, high: float, num: int):
+        super().__init__()
+        self.centres, self.width = torch.linspace(low, high, num, dtype=torch.float64), (high - low) / (num - 1)
+        self.heights = nn.Parameter(torch.zeros(num, dtype=torch.float64))
+
+    def forward(self, x):
+        integrals = torch.erf((x - self.centres) / (2**0.5 * self.width)) * self.width * (math.pi / 2) ** 0.5
+        return integrals @ self.heights
+
+
+def test_equilibrium_matching_of_a_gaussian():
+    """Its slope is the mean of -c(t) (x1 - x0) over what led to a state: in closed form at each t, then over t."""
+    mean, std, energy = 1.5, 0.5, Bumps(-3.5, 3.5, 22)
+    data = mean + std * standard(30_000, 1)
+
+    def gradient(heights):
+        with torch.no_grad():
+            energy.heights.copy_(heights)
+        loss = losses.equilibrium_matching(energy, data, generator=seeded(1)).loss
+        return torch.autograd.grad(loss, energy.heights)[0]
+
+    zero, units = torch.zeros_like(energy.heights), torch.eye(22, dtype=torch.float64)
+    right = -gradient(zero)  # the loss is quadratic in the heights: its minimum is a linear system
+    matrix = torch.stack([gradient(unit) + right for unit in units])
+    with torch.no_grad():
+        energy.heights.copy_(torch.linalg.lstsq(matrix, right, rcond=1e-6).solution)
+    x = torch.linspace(-2, 2.5, 46, dtype=torch.float64)[:, None].requires_grad_(True)
+    (slope,) = torch.autograd.grad(energy(x).sum(), x)
+    x, t = x.detach(), (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    variance = t**2 * std**2 + (1 - t) ** 2
+    velocity = mean + (t * std**2 - (1 - t)) / variance * (x - t * mean)
+    density = (-((x - t * mean) ** 2) / (2 * variance)).exp() / variance.sqrt()
+    c = 4 * torch.minimum(torch.ones(()), 5 * (1 - t))
+    expected, weight = -(density * c * velocity).sum(1) / density.sum(1), density.sum(1) / density.sum()
+    error = (weight * (slope[:, 0] - expected).square()).sum().sqrt()
+    assert error < 0.03 * (weight * expected.square()).sum().sqrt()
+
+
 class TwoClasses(nn.Module):
     """E(x, y) = (x - mean_y)' precision (x - mean_y) / 2 + bias_y"""
 

@@ -73,6 +73,11 @@ KINDS = {
         losses.energy_matching,
         {"flow_weight": 0.5, "contrastive_weight": 0.3, "floor": 0.2, "trim": 0.3},
     ),
+    "equilibrium": (
+        {"gradient_scale": 3.0, "decay_start": 0.7},
+        losses.equilibrium_matching,
+        {"gradient_scale": 3.0, "decay_start": 0.7},
+    ),
 }
 JEM = {
     "jem": ({"contrastive_weight": 0.4}, losses.joint_energy, {"contrastive_weight": 0.4, "l2": 0.1}),

@@ -39,6 +39,7 @@ VARIANTS = {
     "sliced": ["loss.kind=score_matching", "loss.method=sliced", "energy.num_classes=10"],
     "denoising": ["loss.kind=denoising", "loss.sigma=0.3", "train.accumulate=2"],
     "multilevel_denoising": ["loss.kind=multilevel_denoising", "energy.num_classes=10", "train.accumulate=2"],
+    "equilibrium": ["loss.kind=equilibrium"],
     "noise_contrastive": ["loss.kind=noise_contrastive", "loss.noise=uniform"],
     "energy_discrepancy": ["loss.kind=energy_discrepancy", "loss.num_samples=4"],
     "recovery": ["loss.kind=recovery", "sampler.temperature=1", "sampler.step_size=0.002", "train.accumulate=2"],
