@@ -17,6 +17,7 @@ import time
 from itertools import islice
 from pathlib import Path
 from statistics import median
+from typing import Self
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -141,7 +142,7 @@ class Decoders:
             pipe.send(True)
         return self.number / max(pipe.recv() for pipe in self.pipes)
 
-    def __enter__(self) -> "Decoders":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_) -> None:

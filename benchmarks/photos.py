@@ -64,7 +64,7 @@ def measure(run: Path) -> dict:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     late = [r for r in records if r["step"] > 100]
     weights = checkpoint.read_tensors(checkpoint.checkpoints(run / "checkpoints")[-1], "model")
-    sigmas = {name: sigma for name, sigma in singular_values(weights)}
+    sigmas = dict(singular_values(weights))
     result = {
         "steps": records[-1]["step"],
         "seconds": round(sum(r["perf/step_s"] * 10 for r in records), 1),

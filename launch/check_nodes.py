@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 PROJECT = Path(__file__).absolute().parent.parent
-MIN_FREE_GB = float(os.environ.get("EBM_MIN_FREE_GB", 5))  # where checkpoints go
+MIN_FREE_GB = float(os.environ.get("EBM_MIN_FREE_GB", "5"))  # where checkpoints go
 MAX_SKEW = 10.0  # seconds; what it costs to notice more is nothing, and logs that disagree cost days
 EXIT_UNFIT, EXIT_UNANSWERED = 2, 75
 

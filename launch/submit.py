@@ -148,7 +148,7 @@ def submit(command: list[str], environment: dict[str, str]) -> int:
     output = Path(next(option for option in command if option.startswith("--output=")).partition("=")[2])
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+        done = subprocess.run(command, check=False, env=os.environ | environment, capture_output=True, text=True)
     except FileNotFoundError as error:
         raise ConfigError("there is no sbatch here: submit from a login node, or use --dry-run") from error
     except OSError as error:

@@ -18,7 +18,7 @@ from ebm.__main__ import main
 from ebm.training import loop as trainer
 
 FAULT = json.loads(os.environ["EBM_FAULT"])
-HERE = FAULT.get("rank") in (None, int(os.environ.get("RANK", 0)))
+HERE = FAULT.get("rank") in (None, int(os.environ.get("RANK", "0")))
 FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
 
 

@@ -121,6 +121,6 @@ def last_step(run_dir: Path) -> int:
 
 def final_hashes(run_dir: Path) -> dict[str, str]:
     """sha256 of each file of the newest checkpoint: weights, EMA, optimizer, chains, state."""
-    newest = sorted((run_dir / "checkpoints").glob("step_????????"))[-1]
+    newest = max((run_dir / "checkpoints").glob("step_????????"))
     manifest = json.loads((newest / "manifest.json").read_text())
     return {"step": newest.name} | {name: entry["sha256"] for name, entry in manifest["files"].items()}

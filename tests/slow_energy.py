@@ -7,7 +7,8 @@ import torch
 
 from ebm.energies import BaseEnergyFunction
 
-SECONDS = float(os.environ.get("EBM_TEST_SECONDS", 0))  # a forward; not part of the run's config, and changes no result
+# Seconds a forward takes. It is not part of the run's config, and changes no result.
+SECONDS = float(os.environ.get("EBM_TEST_SECONDS", "0"))
 
 
 class SlowEnergy(BaseEnergyFunction):

@@ -37,7 +37,7 @@ def all_keys() -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    rank = int(os.environ.get("RANK", 0))
+    rank = int(os.environ.get("RANK", "0"))
     configure_logging(rank)
     try:
         config = load_config(arguments.config, arguments.overrides)

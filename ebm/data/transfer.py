@@ -107,7 +107,8 @@ def pieces(url: str, access: Access) -> Generator[bytes, None, None]:
     def put(item: Arrival) -> None:
         while not left.is_set():
             try:
-                return arrived.put(item, timeout=0.1)
+                arrived.put(item, timeout=0.1)
+                return
             except queue.Full:
                 continue
 

@@ -14,7 +14,7 @@ import shutil
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import torch
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
@@ -105,7 +105,7 @@ class Saver:
         self._written: dict[str, Entry] = {}
         self._error: Exception | None = None
 
-    def __enter__(self) -> "Saver":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

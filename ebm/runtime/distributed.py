@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -73,7 +73,7 @@ class World:
         self.device: torch.device = self._accelerator.device
         self.is_main: bool = self._accelerator.is_main_process
         self.precision = config.mixed_precision
-        launched = int(os.environ.get("WORLD_SIZE", 1))
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
         if self.size != launched:
             raise ConfigError(
                 f"{launched} processes were launched, but this one sees a group of {self.size}: they "
@@ -101,7 +101,7 @@ class World:
 
     def idle_cores(self) -> str | None:
         """How to use them, where half of this node's cores or more have nothing to do."""
-        cores, ranks = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cores, ranks = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         busy = ranks * torch.get_num_threads()
         if self.device.type != "cpu" or 2 * busy > cores:
             return None
@@ -249,7 +249,7 @@ class _Exchanges:
         self._problem: Exception | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> "_Exchanges":
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -298,7 +298,7 @@ def _backend(config: TrainConfig, device: torch.device) -> str:
     """Of the ranks' exchanges of gradients."""
     if config.backend == "nccl" and device.type != "cuda":
         raise ConfigError("train.backend=nccl needs a GPU, and the run is on the CPU; use gloo or auto")
-    local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if device.type == "cuda" and config.backend != "gloo" and local > gpus:
         raise ConfigError(
             f"{local} ranks on a machine with {gpus} GPU{'s' if gpus > 1 else ''}: nccl needs one a rank; launch as "

@@ -220,7 +220,7 @@ class RunDirectory:
                 f"  python -m ebm report {self.path}"
             )
         elif code == EXIT_STOPPED:
-            if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):  # the launcher takes this for a failure
+            if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):  # the launcher takes this for a failure
                 with suppress(OSError):  # what is left then is a start that goes on
                     self.stop_file.touch()
             log.info(f"stopped at step {step}, checkpoint in {self.checkpoints}/; the same command goes on from there")
@@ -228,4 +228,4 @@ class RunDirectory:
 
 def _restarts() -> int:
     """How often an elastic launcher (--max-restarts) has started this process again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

@@ -5,7 +5,7 @@ import signal
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 from ebm.runtime.process import STOP_SIGNALS
 
@@ -23,7 +23,7 @@ class StopRequest:
         self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ or "RANK" in os.environ else None
         self._previous: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> "StopRequest":
+    def __enter__(self) -> Self:
         for number in STOP_SIGNALS:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # nohup: the end of the terminal is nothing to this run

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import IO
+from typing import IO, Self
 
 from ebm.runtime.process import signals_blocked
 
@@ -59,7 +59,7 @@ class Watchdog:
         """Have `stalled(seconds)` called, in another thread, when there was no beat for `after` seconds."""
         self._stalled, self._stall_after = stalled, after
 
-    def __enter__(self) -> "Watchdog":
+    def __enter__(self) -> Self:
         self.beat()
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, daemon=True)

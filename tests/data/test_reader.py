@@ -99,7 +99,7 @@ def test_resuming_after_any_batch_goes_on_exactly_there(shards):
         positions.append(dict(whole.positions))
         batches.append(next(whole))
     assert whole.epoch > 2
-    for k in range(0, 30):
+    for k in range(30):
         resumed = reader(shards, [0, 1, 2, 3], positions=positions[k])
         for expected in batches[k : k + 2]:
             found = next(resumed)
@@ -116,7 +116,9 @@ def test_resuming_on_another_world_size_with_workers(shards):
     halves[1].close()
 
 
-@pytest.mark.parametrize("n, num_streams, per_stream, window", [(1437, 4, 32, 512), (101, 8, 16, 7), (9, 8, 5, 64)])
+@pytest.mark.parametrize(
+    ("n", "num_streams", "per_stream", "window"), [(1437, 4, 32, 512), (101, 8, 16, 7), (9, 8, 5, 64)]
+)
 def test_uneven_sizes(tmp_path, n, num_streams, per_stream, window):
     manifest = make(tmp_path, n, max(1, n // 3))
     one = reader(manifest, list(range(num_streams)), num_streams=num_streams, per_stream=per_stream, window=window)

@@ -8,6 +8,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 import fsspec
@@ -88,7 +89,7 @@ def test_a_manifest_over_http_is_the_local_one(server, access, local):
     assert load_manifest(f"file://{local.directory}", access) == local
 
 
-@pytest.mark.parametrize("workers, room", [(0, SHARDS), (0, 2), (2, 2)])
+@pytest.mark.parametrize(("workers", "room"), [(0, SHARDS), (0, 2), (2, 2)])
 def test_batches_positions_and_resuming_are_those_of_local_shards(server, access, local, workers, room):
     """Two ranks that share a cache, with room for two shards or all, over two epochs and resumed in the middle."""
     largest = max(shard.bytes for shard in local.shards)
@@ -234,8 +235,7 @@ def test_a_fault_that_passes_is_tried_again_and_one_that_stays_names_the_shard(s
     server.faults[local.shards[1].name] = [fault, "always"]
     one = reader(manifest, range(STREAMS), on_error="skip", max_skipped=0.9)
     with pytest.raises(DataError, match=rf"{server.url}shard-000001.tar: ({REASONS[fault]}).* \(3 tries; more with"):
-        for _ in range(20):
-            next(one)
+        list(islice(one, 20))
     wait_for(lambda: not [name for name in files(access) if name.endswith(".part")])
 
 
@@ -301,7 +301,7 @@ def test_redirects_lead_to_the_web_alone(server, access, local, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "url, words",
+    ("url", "words"),
     [
         ("s3://bucket/set", "data.schemes=[s3]"),
         ("memory://bucket/set", "data.schemes="),

@@ -93,7 +93,7 @@ def test_foreign_tar_with_folders_upper_case_and_other_members(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "members, message",
+    ("members", "message"),
     [
         ({"a.txt": b"x"}, "key a: has no image"),
         ({"a.png": b"x"}, "key a: not a readable image"),

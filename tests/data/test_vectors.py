@@ -55,7 +55,7 @@ def test_every_vector_comes_back_bit_for_bit(tmp_path):
     assert [key for part in keys for key in part] == [f"{i:06d}" for i in range(300)]
 
 
-@pytest.mark.parametrize("world, workers", [(1, 0), (2, 1)])
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 1)])
 def test_every_vector_once_an_epoch_beside_its_key(tmp_path, world, workers):
     manifest, seen = make(tmp_path, samples_per_shard=110), {}
     for rank in range(world):
@@ -96,7 +96,7 @@ def test_samples_with_both_are_read_as_data_shape_says(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "shape, reason",
+    ("shape", "reason"),
     [
         ((4,), r"vector has 5 values, data.shape is \[4\]; set data.shape=\[5\]"),
         ((3, 8, 8), r"has no image, but a vector, and data.shape is \[3, 8, 8\]; set data.shape=\[D\]"),
@@ -196,7 +196,7 @@ def test_arrays_that_are_no_vectors(tmp_path, array):
 
 
 @pytest.mark.parametrize(
-    "override, words",
+    ("override", "words"),
     [
         (["data.shape=[0]"], ("data.shape=[0]", "positive")),
         (["data.shape=[2,2]"], ("data.shape=[2, 2]", "three positive numbers", "one")),
@@ -220,7 +220,7 @@ def test_files_of_the_commands(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "array, shape, reason",
+    ("array", "shape", "reason"),
     [
         (VECTORS, (4,), r"float32 \(300, 5\), but the run's samples are float32 vectors \(N, 4\)"),
         (VECTORS.astype(np.float64), (5,), "float64"),

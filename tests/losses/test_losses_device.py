@@ -78,7 +78,7 @@ def test_traffic_with_the_host_is_noticed(operation):
     assert traffic.found
 
 
-@pytest.mark.parametrize("kind, options", CASES)
+@pytest.mark.parametrize(("kind", "options"), CASES)
 def test_a_loss_has_no_traffic_with_the_host(kind, options):
     loss = computed(kind, options | NO_WAIT.get(kind, {}), Classifier())
     with HostTraffic() as traffic:
@@ -87,7 +87,7 @@ def test_a_loss_has_no_traffic_with_the_host(kind, options):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("kind, options", CASES)
+@pytest.mark.parametrize(("kind", "options"), CASES)
 def test_a_loss_never_waits_for_the_device(kind, options):
     energy = Classifier().cuda()
     loss = computed(kind, options | NO_WAIT.get(kind, {}), energy, "cuda")
@@ -99,7 +99,7 @@ def test_a_loss_never_waits_for_the_device(kind, options):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("kind, options", CASES)
+@pytest.mark.parametrize(("kind", "options"), CASES)
 def test_gradients_inside_a_loss_are_never_float16(kind, options, monkeypatch):
     """No loss scale reaches them. The energy whose gradient is taken runs without float16 autocast too."""
     energy, inner = Classifier().float(), []

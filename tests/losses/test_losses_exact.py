@@ -50,7 +50,7 @@ def last_steps(energy, x, draws, step_size, noise_scale, grad_clamp, bounds, bou
 
 
 @pytest.mark.parametrize(
-    "kl_steps, grad_clamp, bounds, boundary",
+    ("kl_steps", "grad_clamp", "bounds", "boundary"),
     [
         (1, None, None, "clamp"),
         (2, None, None, "clamp"),
@@ -273,7 +273,7 @@ def test_denoising_of_a_gaussian():
 
 
 @pytest.mark.parametrize(
-    "noise, density",
+    ("noise", "density"),
     [
         (GaussianNoise(0.3, 0.7), torch.distributions.Normal(0.3, 0.7)),
         (UniformNoise(-2.0, 3.0), torch.distributions.Uniform(-2, 3)),

@@ -54,7 +54,7 @@ def test_improved_contrastive_divergence():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize(
-    "loss, settings",
+    ("loss", "settings"),
     [
         (losses.implicit_score_matching, {"trace": "exact"}),
         (losses.implicit_score_matching, {"trace": "hutchinson", "num_projections": 2}),

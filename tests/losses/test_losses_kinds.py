@@ -287,7 +287,7 @@ def test_energy_matching_is_the_flow_alone_at_first():
 
 
 @pytest.mark.parametrize(
-    "values, message",
+    ("values", "message"),
     [
         ({"kind": "denoising", "num_sigmas": 3}, "Extra inputs"),
         ({"kind": "multilevel_denoising", "sigma_min": 0.2}, "must lie between sigma_min=0.2 and sigma_max=1.2"),

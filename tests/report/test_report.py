@@ -5,7 +5,7 @@ import json
 import re
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
+import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from io import BytesIO
 
@@ -120,12 +120,12 @@ def test_its_pictures_are_pictures(trained):
         if kind == "png":
             assert Image.open(BytesIO(content)).width > 100
         else:
-            tree = ElementTree.fromstring(content)
+            tree = ET.fromstring(content)
             links = [v for e in tree.iter() for k, v in e.attrib.items() if k.endswith("href")]
             assert tree.tag.endswith("svg") and all(link.startswith("#") for link in links)
     steps = [picture["alt"] for picture in page.pictures if picture["alt"].startswith("samples")]
     assert steps == ["samples, step 30", "samples, step 20", "samples, step 10"]
-    drawn = len({key for key in records(trained / "metrics.jsonl")[0]})
+    drawn = len(set(records(trained / "metrics.jsonl")[0]))
     assert kinds["png"] == 3 and 10 <= kinds["svg+xml"] <= drawn
 
 

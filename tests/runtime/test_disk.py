@@ -12,7 +12,7 @@ from runs import Run, command, final_hashes, finish, records
 from ebm.data.shards import ensure_shards
 from ebm.runtime import checkpoint
 
-PLACES = int(os.environ.get("EBM_PLACES", 6))  # the acceptance figure is measured with 20
+PLACES = int(os.environ.get("EBM_PLACES", "6"))  # the acceptance figure is measured with 20
 SETTINGS = {"train__steps": 100_000, "checkpoint__every": 10, "sampler__num_steps": 5, "optim__decay_start": 1.0}
 
 

@@ -22,7 +22,7 @@ from ebm.runtime.distributed import World
 from ebm.runtime.run_directory import RunDirectory
 
 SETTINGS = {"train__steps": 120, "sampler__num_steps": 5, "health__max_restarts": 1000}
-KILLS, STOPS = int(os.environ.get("EBM_KILLS", 4)), int(os.environ.get("EBM_STOPS", 2))
+KILLS, STOPS = int(os.environ.get("EBM_KILLS", "4")), int(os.environ.get("EBM_STOPS", "2"))
 
 
 @pytest.fixture(scope="module")

@@ -53,5 +53,5 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, code, goes_on):
         with locked(tmp_path / "lock"):
             pass
     else:
-        with pytest.raises(OSError), locked(tmp_path / "lock"):
+        with pytest.raises(OSError, match=os.strerror(code)), locked(tmp_path / "lock"):
             pass

@@ -95,7 +95,7 @@ def test_metrics_have_the_keys_that_dashboards_rely_on(reference):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_at_random_ends_bit_identical(digits, tmp_path, ranks):
     """SIGKILL to all processes at random moments; EBM_KILLS of them (3; the acceptance figure is measured with 10)."""
-    wanted = int(os.environ.get("EBM_KILLS", 3))
+    wanted = int(os.environ.get("EBM_KILLS", "3"))
     settings = {"train__steps": 250, "data__workers": 1, "sampler__num_steps": 5}
     finish(command(ranks, tmp_path / "whole", digits, **settings), tmp_path / "log")
     rng, kills = random.Random(ranks), 0
