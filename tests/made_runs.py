@@ -26,6 +26,7 @@ def make_run(directory: Path, *settings: str, chains: Tensor | None = None, labe
             if labels is not None:
                 files[f"stream_{v:04d}"]["labels"] = labels.chunk(config.data.streams)[v]
     alone = SimpleNamespace(is_main=True, barrier=lambda: None, raise_together=lambda _: None, gather=lambda v: [v])
+    (directory / "checkpoints").mkdir(parents=True)
     saver = checkpoint.Saver(directory / "checkpoints", alone)
     counts = dict.fromkeys(("skipped_samples", "skipped_steps", "skipped_in_row", "reset_chains"), 0)
     monitor = DivergenceMonitor(config.health).state()

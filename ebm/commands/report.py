@@ -3,14 +3,14 @@
 import argparse
 import logging
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
 from ebm import report
-from ebm.data import Access
-from ebm.data.reader import read_all
 from ebm.errors import ConfigError, DataError, UserError
+from ebm.evaluation.sets import read_evaluation_data
 from ebm.inference.images import to_states
 from ebm.inference.run import TrainedRun, open_run
 from ebm.runtime.files import replace
@@ -53,8 +53,11 @@ def energies_of(path: Path, num: int, device: str | None = None) -> tuple[dict[s
         return {}, "Left out (--energies 0)."
     try:
         trained = open_run(path, device)
-        places = {"training": trained.config.data.shards, "held out": trained.config.evaluate.shards}
-        found = {name: first_states(place, trained, num) for name, place in places.items() if place is not None}
+        config = trained.config
+        found = {"training": states_of(trained, "train", num)}
+        if config.evaluate.shards is not None:
+            found["held out"] = states_of(trained, "test", num)
+        places = {"training": config.data.shards, "held out": config.evaluate.shards}
         absent = [f"{name} ({places[name]})" for name, x in found.items() if x is None]
         states = {name: x for name, x in found.items() if x is not None}
         if trained.persistent is not None:
@@ -71,18 +74,10 @@ def energies_of(path: Path, num: int, device: str | None = None) -> tuple[dict[s
     return energies, note + "".join(f"; can't be read: {name}" for name in absent)
 
 
-def first_states(shards: str, trained: TrainedRun, num: int) -> torch.Tensor | None:
-    """Up to `num` states (n, *shape), of the first samples of their shards; None, and logged, where the shards can't
-    be read."""
-    data, found = [], 0
-    config = trained.config.data
+def states_of(trained: TrainedRun, split: Literal["train", "test"], num: int) -> torch.Tensor | None:
+    """Up to `num` states (n, *shape) of training or held-out data; None, and logged, where it can't be read."""
     try:
-        for samples, _, _ in read_all(shards, config.shape, batch=min(num, 1024), access=Access.of(config)):
-            data.append(samples)
-            found += len(samples)
-            if found >= num:
-                break
+        return to_states(read_evaluation_data(trained.config, split, num)[0])
     except DataError as error:
         log.warning("%s", error)
         return None
-    return to_states(torch.cat(data)[:num]) if data else None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ebm.config import Config, DataConfig
 from ebm.data import Access, load_manifest
-from ebm.data.manifest import is_remote, manifest_path
+from ebm.data.manifest import check_files, is_remote, manifest_path
 from ebm.data.reader import read_all
 from ebm.data.samples import SampleReader
 from ebm.errors import DataError
@@ -202,6 +202,7 @@ def read_spread(shards: str, data: DataConfig, most: int) -> tuple[Tensor, Tenso
         images, labels = (torch.cat([block[part] for block in blocks]) for part in (0, 1))  # type: ignore[misc]
         return images, labels
     log.info("%s: %d of %d samples are used, evenly from all shards", shards, most, manifest.samples)
+    check_files(manifest)
     reader = SampleReader(manifest, tuple(data.shape), data.max_pixels)
     decoded = []
     for shard, entry in enumerate(manifest.shards):

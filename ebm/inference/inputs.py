@@ -37,12 +37,14 @@ def read_inputs(place: str, config: Config, split: str = "", batch: int = 1024) 
     """The samples of `place`: a directory or URL of shards, a manifest.json, a folder of images, an image file, a .npy
     file, or a source as `python -m ebm shard --source` has them, of which `split` is read.
 
-    Images of another size or with other channels than the run's become its own: resized to the shorter side, the centre
-    square of it; that is logged. Raises DataError where something can't be read, or has another shape that can't
-    become the run's. Nothing is written.
+    Images of another size or with other channels than the run's are made to fit: the centre square, resized; that is
+    logged. A .npy file must have the run's shape, `npy:FILE` need not. Raises DataError where something can't be read,
+    or can't be made to fit. Nothing is written.
     """
     shape, path = tuple(config.data.shape), Path(place)
-    if is_remote(place) or path.name == "manifest.json" or (path / "manifest.json").is_file():
+    if ":" in place and not is_remote(place) and not path.exists():
+        yield from _of_source(open_source(place, split or "test"), shape, batch)
+    elif is_remote(place) or path.name == "manifest.json" or (path / "manifest.json").is_file():
         yield from _of_shards(place, config, batch)
     elif path.suffix == ".npy":
         rows = load_array(path, shape)

@@ -11,15 +11,21 @@ from io import BytesIO
 
 import numpy as np
 import pytest
+import torch
+from made_runs import VECTORS, make_run
 from PIL import Image
 from runs import ROOT, command, environment, finish, records
 
 from ebm.__main__ import main as ebm
+from ebm.commands.report import energies_of
 from ebm.config import load_config, to_yaml
-from ebm.data.shards import ensure_shards
+from ebm.data.shards import ensure_shards, write_shards
+from ebm.data.sources import open_source
+from ebm.inference.run import open_run
 from ebm.report import METRICS, metric_of
 from ebm.report.figures import MAX_POINTS, thinned
 from ebm.report.page import number
+from ebm.training.divergence import drift
 
 VOID = {"img", "meta", "br", "link", "input", "hr"}
 
@@ -192,6 +198,76 @@ def test_many_points_are_thinned_and_no_spike_is_lost():
     assert len(kept) <= MAX_POINTS + 2 and (np.diff(kept) > 0).all()
     assert dict(zip(kept, shown, strict=True))[123.0] == 7.0 and shown.min() == -7.0
     assert thinned(steps[:10], values[:10])[0] is not None
+
+
+WRONG = ("[[1], {}, 3]", '{"step": "x", "starts": [], "values": 7, "lengths": {}}', "[" * 5000, "null",
+         '"text"', "1e999", '[{"from": "a", "to": null}, {"from": 1, "to": 2, "reason": {"a": []}}]',
+         '{"step": 1, "values": {"a": [], "b": true, "length/1": "x", "c": 1e308}, "lengths": [1, "2", -3, null]}',
+         '{"step": -1, "starts": true, "reason": 5}', '{"step": 1, "starts": 1e3, "reason": null}')  # fmt: skip
+
+
+@pytest.mark.parametrize("content", WRONG)
+def test_records_of_wrong_types_are_passed_over(tmp_path, content):
+    """(They ended the report with a traceback.)"""
+    run = write_run(tmp_path / "run", [{"step": 1, "train/loss": 2.0}])
+    for name in ("rollbacks", "attempts", "evaluation"):
+        (run / f"{name}.json").write_text(content)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(content + "\n")
+    assert report(run, "--energies", "0").values["train/loss", "last"] == "2"
+
+
+def test_pictures_that_are_none(tmp_path):
+    """Of the formats that Pillow knows some start programs, and a small file may hold a picture of gigabytes."""
+    run = write_run(tmp_path / "run", [{"step": 1}])
+    (run / "samples").mkdir()
+    Image.new("L", (9, 9)).save(run / "samples/step_00000001.png", format="eps")
+    Image.new("L", (9, 9)).save(run / "samples/step_00000002.png", format="gif")
+    Image.new("1", (20_000, 20_000)).save(run / "samples/step_00000003.png")
+    Image.new("1", (9_000, 9_000)).save(run / "samples/step_00000004.png")
+    assert not [p for p in report(run, "--energies", "0").pictures if p["alt"].startswith("samples")]
+
+
+def test_energies_of_vectors_are_those_of_the_vectors(tmp_path):
+    """(They went through the scaling of images, from 256 levels to [-1, 1].)"""
+    x = 3 + torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "x.npy", x.numpy())
+    write_shards(open_source(f"npy:{tmp_path}/x.npy"), tmp_path / "shards", progress=False)
+    settings = [*VECTORS, "data.shape=[2]", "sampler.bounds=null", f"data.shards={tmp_path}/shards"]
+    run = make_run(tmp_path / "run", *settings, "loss.negatives=noise")
+    energies, note = energies_of(run, 1000)
+    assert note == "Averaged weights of step 1" and list(energies) == ["training"]
+    np.testing.assert_allclose(energies["training"], open_run(run).energy(x).numpy(), rtol=1e-5)
+
+
+def test_shards_are_opened_with_the_runs_access(tmp_path):
+    """(Without data.schemes, retries and the rest of the config.)"""
+    import fsspec
+
+    ensure_shards(str(tmp_path / "shards"), "digits", "test")
+    files = fsspec.filesystem("memory")
+    for file in (tmp_path / "shards").iterdir():
+        files.pipe(f"/set/{file.name}", file.read_bytes())
+    settings = [
+        "data.shards=memory://set",
+        "data.schemes=[memory]",
+        "data.source=null",
+        f"data.cache_dir={tmp_path}/cache",
+    ]
+    run = make_run(tmp_path / "run", *settings, "loss.negatives=noise", "energy.features=[4,8]", "evaluate.shards=null")
+    energies, note = energies_of(run, 100)
+    assert len(energies["training"]) == 100, note
+
+
+@pytest.mark.parametrize("sampler", [
+    ["sampler.kind=hmc", "sampler.step_size=0.1"], ["sampler.kind=mala", "sampler.step_size=0.02"],
+    ["sampler.step_size=10", "sampler.step_size_end=1", "sampler.schedule=linear"],
+], ids=["hmc", "mala", "schedule"])  # fmt: skip
+def test_the_healthy_gradient_is_that_of_the_drifts_limit(sampler):
+    """(For HMC the report's was 20 times off, and it knew of no schedule.)"""
+    config = load_config(None, sampler)
+    _, high = metric_of("sampler/grad_norm").bounds(config, {})
+    assert drift(high, config.sampler, config.data.shape) == pytest.approx(config.health.max_drift)
 
 
 # docs/monitoring.md
