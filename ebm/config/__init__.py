@@ -12,7 +12,7 @@ from ebm.config.loading import (
     validate,
 )
 from ebm.config.losses import ContrastiveConfig
-from ebm.config.samplers import HMCConfig, LangevinConfig, MALAConfig, SamplerConfig, TemperingConfig
+from ebm.config.samplers import HMCConfig, LangevinConfig, MALAConfig, NoiseLevelsConfig, SamplerConfig, TemperingConfig
 from ebm.config.sections import (
     Config,
     DataConfig,
@@ -37,6 +37,7 @@ __all__ = [
     "LangevinConfig",
     "MALAConfig",
     "MLPConfig",
+    "NoiseLevelsConfig",
     "ObjectStore",
     "OptimConfig",
     "ResNetConfig",

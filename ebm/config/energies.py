@@ -9,9 +9,26 @@ from ebm.config.section import Section, kind_by_default
 SPECTRAL_NORM = "constrain the largest singular value of every layer's weight to 1 (Miyato et al. 2018)"
 
 
+class NoiseRangeConfig(Section):
+    """The noise levels of an energy E(x, t) of data with noise; the lowest is the one that is scored and sampled."""
+
+    sigma_min: float = Field(0.1, gt=0, description="standard deviation of the least noise, in units of x")
+    sigma_max: float = Field(3.0, gt=0, description="of the most: above the spread of the data, which it must cover")
+    data_std: float = Field(0.7, gt=0, description="about the standard deviation of the data")
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        if not self.sigma_min < self.sigma_max:
+            raise ValueError(f"sigma_min={self.sigma_min:g} must be below sigma_max={self.sigma_max:g}")
+        return self
+
+
 class NetworkConfig(Section):
     """What all networks share."""
 
+    noise_conditional: NoiseRangeConfig | None = Field(
+        None, description="take the noise level as a further input: E(x, t) of data with noise; null: E(x)"
+    )
     spectral_norm: bool = Field(False, description=SPECTRAL_NORM)
     num_classes: int | None = Field(
         None, ge=2, description="number of classes of a class-conditional energy E(x, y); null: no classes"

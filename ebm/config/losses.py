@@ -163,6 +163,30 @@ class EquilibriumConfig(WithoutChains):
     )
 
 
+class DualScoreMatchingConfig(ObjectiveConfig):
+    """Dual score matching over noise levels (Guth et al. 2025), and after the warm-up contrastive divergence of the
+    joint density of states and levels as well (Zhang et al. 2023). Needs energy.noise_conditional and
+    sampler.kind=noise_levels; it adds the noise itself."""
+
+    kind: Literal["dual_score_matching"] = "dual_score_matching"
+    temperature: ClassVar[float] = 1.0
+    contrastive_weight: float = Field(
+        0.0,
+        ge=0,
+        description="weight of E(x_pos, t) - E(x_neg, t) with persistent chains over the levels; 0: none",
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps of dual score matching alone, before chains are run")
+
+    @property
+    def negatives(self) -> Negatives | None:
+        """Where the chains start: in the replay buffer, if there are any."""
+        return "persistent" if self.contrastive_weight else None
+
+    def negatives_at(self, step: int) -> Negatives | None:
+        """Where the chains of a step start; None where the step needs no chains."""
+        return None if step <= self.warmup_steps else self.negatives
+
+
 class NoiseContrastiveConfig(WithoutChains):
     """Noise contrastive estimation (Gutmann & Hyvarinen 2010)."""
 
@@ -205,6 +229,7 @@ LossConfig = Annotated[
         | RecoveryConfig
         | EnergyMatchingConfig
         | EquilibriumConfig
+        | DualScoreMatchingConfig
         | JEMConfig,
         Field(discriminator="kind"),
     ],

@@ -237,7 +237,59 @@ class TemperingConfig(MetropolisConfig):
         return (self.num_steps + 1) * self.levels
 
 
+class NoiseLevelsConfig(ChainConfig):
+    """Chains over the noise levels of an energy E(x, t) in training; fresh chains are annealed through the levels, then
+    sample the lowest by MALA."""
+
+    kind: Literal["noise_levels"] = "noise_levels"
+    adapt: ClassVar[bool] = False
+    temperature: ClassVar[float] = 1.0
+    bounds: None = Field(None, description="noisy states are free")
+    start: Literal["normal"] = Field("normal", description="N(0, 1), scaled to the highest level")
+    num_steps: int = Field(6, ge=1, description="moves of state and level a training step")
+    step_size: float = Field(
+        0.002, gt=0, description="of MALA at the lowest level, at most a fifth of its variance; elsewhere in proportion"
+    )
+    sigma_min: float = Field(0.1, gt=0, description="lowest level; as energy.noise_conditional has it")
+    sigma_max: float = Field(3.0, gt=0, description="highest level; as energy.noise_conditional has it")
+    num_levels: int = Field(32, ge=2, description="levels that chains move over, evenly spaced in log")
+    anneal_steps: int = Field(200, ge=1, description="steps from the highest to the lowest level before a fresh chain")
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        if not self.sigma_min < self.sigma_max:
+            raise ValueError(f"sigma_min={self.sigma_min:g} must be below sigma_max={self.sigma_max:g}")
+        return self
+
+    def scaled(self, factor: float) -> Self:
+        """This sampler with its step size times `factor`. The test keeps the density whatever the step is."""
+        return self.model_copy(update={"step_size": self.step_size * factor})
+
+    @property
+    def last_step_size(self) -> float:
+        """The factor of dE/dx in a chain's last step at the lowest level."""
+        return self.step_size
+
+    @property
+    def implied_temperature(self) -> float:
+        """T of exp(-E / T), which is sampled exactly."""
+        return self.temperature
+
+    @property
+    def evaluations(self) -> int:
+        """Gradients of the energy that a chain takes: one for the state and one for the level, each step."""
+        return 2 * self.num_steps + 1
+
+    @property
+    def log_variances(self) -> tuple[float, ...]:
+        """The levels, ascending and evenly spaced."""
+        low, high = 2 * math.log(self.sigma_min), 2 * math.log(self.sigma_max)
+        return tuple(low + (high - low) * k / (self.num_levels - 1) for k in range(self.num_levels))
+
+
 SamplerConfig = Annotated[
-    Annotated[LangevinConfig | MALAConfig | HMCConfig | TemperingConfig, Field(discriminator="kind")],
+    Annotated[
+        LangevinConfig | MALAConfig | HMCConfig | TemperingConfig | NoiseLevelsConfig, Field(discriminator="kind")
+    ],
     kind_by_default("langevin"),
 ]

@@ -6,9 +6,9 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ebm.config.energies import EnergyConfig, ResNetConfig
+from ebm.config.energies import EnergyConfig, NetworkConfig, ResNetConfig
 from ebm.config.losses import ContrastiveConfig, LossConfig
-from ebm.config.samplers import LangevinConfig, SamplerConfig
+from ebm.config.samplers import LangevinConfig, NoiseLevelsConfig, SamplerConfig
 from ebm.config.section import Section
 
 
@@ -361,6 +361,31 @@ class Config(Section):
             )
         return self
 
+    def _check_noise_levels(self) -> None:
+        """Raises ValueError unless all that knows of noise levels, or nothing, is there."""
+        levels = self.energy.noise_conditional if isinstance(self.energy, NetworkConfig) else None
+        sampler = self.sampler
+        parts = (levels is not None, isinstance(sampler, NoiseLevelsConfig), self.loss.kind == "dual_score_matching")
+        if any(parts) and not all(parts):
+            raise ValueError(
+                "energy.noise_conditional, sampler.kind=noise_levels and loss.kind=dual_score_matching go together: "
+                f"energy.kind={self.energy.kind} with noise_conditional={levels}, sampler.kind={sampler.kind} and "
+                f"loss.kind={self.loss.kind}; set all three, or none"
+            )
+        if levels is None or not isinstance(sampler, NoiseLevelsConfig):
+            return
+        ours, theirs = (levels.sigma_min, levels.sigma_max), (sampler.sigma_min, sampler.sigma_max)
+        if ours != theirs:
+            raise ValueError(
+                f"the energy has noise of {ours} (energy.noise_conditional.sigma_min, sigma_max) and the sampler of "
+                f"{theirs}; set sampler.sigma_min and sigma_max to the energy's"
+            )
+        if self.data.noise_std:
+            raise ValueError(
+                f"data.noise_std={self.data.noise_std:g} beside loss.kind=dual_score_matching, which adds the noise of "
+                "its levels itself; set data.noise_std=0"
+            )
+
     @model_validator(mode="after")
     def _kinds_go_together(self) -> Self:
         loss, sampler = self.loss, self.sampler
@@ -374,6 +399,7 @@ class Config(Section):
             raise ValueError("loss.kind=jem trains a classifier: set energy.num_classes to the number of classes")
         if loss.kind in ("improved_contrastive", "energy_matching") and sampler.kind != "langevin":
             raise ValueError(f"loss.kind={loss.kind} goes with sampler.kind=langevin, not {sampler.kind}")
+        self._check_noise_levels()
         flows = isinstance(sampler, LangevinConfig) and sampler.schedule == "flow" and sampler.start == "normal"
         if loss.kind == "energy_matching" and not flows:
             raise ValueError(

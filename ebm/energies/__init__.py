@@ -18,6 +18,7 @@ from ebm.energies.networks import (
     NetworkEnergy,
     TransformerEnergyFunction,
 )
+from ebm.energies.noise_conditional import NoiseConditionalEnergy, split_noise_level, with_noise_level
 from ebm.energies.resnet import ResNetEnergyFunction, WideResNetEnergyFunction
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "MLPEnergyFunction",
     "MixtureEnergy",
     "NetworkEnergy",
+    "NoiseConditionalEnergy",
     "PixelGraphEnergyFunction",
     "PointGraphEnergyFunction",
     "ResNetEnergyFunction",
@@ -43,4 +45,6 @@ __all__ = [
     "chain_dtype",
     "marginal_energy",
     "mixture",
+    "split_noise_level",
+    "with_noise_level",
 ]

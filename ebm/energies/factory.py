@@ -22,6 +22,7 @@ from ebm.energies.networks import (
     NetworkEnergy,
     TransformerEnergyFunction,
 )
+from ebm.energies.noise_conditional import PLANES, NoiseConditionalEnergy
 from ebm.energies.resnet import ResNetEnergyFunction, WideResNetEnergyFunction
 from ebm.errors import ConfigError
 from ebm.streams import derive_seed
@@ -58,7 +59,11 @@ def _network(config: Network, shape: tuple[int, ...], key: str) -> BaseEnergyFun
     """The network of the section that `key` names."""
     if isinstance(config, sections.ImportConfig):
         return _imported(config, key)
-    settings = config.model_dump(exclude={"kind"})
+    if config.noise_conditional is not None:
+        plain = config.model_copy(update={"noise_conditional": None})
+        network = _network(plain, (shape[0] + PLANES, *shape[1:]), key)
+        return NoiseConditionalEnergy(network, shape, **config.noise_conditional.model_dump())
+    settings = config.model_dump(exclude={"kind", "noise_conditional"})
     where = f"{key}.kind={config.kind} with data.shape={list(shape)}"
     if isinstance(config, sections.MLPConfig):
         return MLPEnergyFunction(math.prod(shape), **settings)

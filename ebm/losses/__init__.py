@@ -12,6 +12,7 @@ from ebm.losses.contrastive import (
 from ebm.losses.factory import loss_of
 from ebm.losses.flow_matching import energy_matching, equilibrium_matching
 from ebm.losses.noise_contrastive import GaussianNoise, UniformNoise, energy_discrepancy, noise_contrastive
+from ebm.losses.noise_levels import at_noise_levels, dual_score_matching
 from ebm.losses.output import LossOutput, energy_l2, gradient_penalty, interpolate
 from ebm.losses.score_matching import (
     denoising_score_matching,
@@ -25,8 +26,10 @@ __all__ = [
     "GaussianNoise",
     "LossOutput",
     "UniformNoise",
+    "at_noise_levels",
     "contrastive_divergence",
     "denoising_score_matching",
+    "dual_score_matching",
     "energy_discrepancy",
     "energy_l2",
     "energy_matching",

@@ -16,6 +16,7 @@ from ebm.losses.contrastive import (
 )
 from ebm.losses.flow_matching import energy_matching, equilibrium_matching
 from ebm.losses.noise_contrastive import GaussianNoise, UniformNoise, energy_discrepancy, noise_contrastive
+from ebm.losses.noise_levels import dual_score_matching
 from ebm.losses.output import LossOutput, gradient_penalty, interpolate
 from ebm.losses.score_matching import (
     denoising_score_matching,
@@ -51,6 +52,8 @@ def loss_of(config: kinds.LossConfig) -> Callable[..., LossOutput]:
         if isinstance(config, kinds.ImprovedContrastiveConfig):
             assert chain is not None
             settings |= _last_step(chain)
+        if isinstance(config, kinds.DualScoreMatchingConfig) and chain is not None:
+            settings["log_variances"] = chain["log_variances"]
         plain = objective(energy, x_pos, x_neg, **settings)
         if not config.gradient_penalty:
             return plain
@@ -88,6 +91,8 @@ def objective_of(config: kinds.LossConfig) -> Callable[..., LossOutput]:
             return _with(denoising_score_matching, config, "sigma", "temperature")
         case kinds.MultilevelDenoisingConfig():
             return _with(multilevel_denoising, config, "sigma", "sigma_min", "sigma_max", "temperature")
+        case kinds.DualScoreMatchingConfig():
+            return _with(dual_score_matching, config, "contrastive_weight")
         case kinds.NoiseContrastiveConfig():
             return _with(partial(noise_contrastive, noise=_noise(config)), config, "ratio")
         case kinds.EnergyDiscrepancyConfig():

@@ -10,6 +10,7 @@ from ebm.samplers.factory import (
     chains_of_lengths,
     cold_states,
     fresh_chains,
+    negative_states,
     sampler_of,
     schedule,
     settings_of,
@@ -18,6 +19,7 @@ from ebm.samplers.factory import (
 from ebm.samplers.gibbs import GibbsInfo, class_flips, within_gibbs
 from ebm.samplers.langevin import langevin
 from ebm.samplers.metropolis import MetropolisInfo, adapted, hmc, mala
+from ebm.samplers.noise_levels import NoiseLevelsInfo, annealed, noise_levels
 from ebm.samplers.tempering import TemperingInfo, tempering
 
 __all__ = [
@@ -28,10 +30,12 @@ __all__ = [
     "LangevinDynamics",
     "MetropolisAdjustedLangevin",
     "MetropolisInfo",
+    "NoiseLevelsInfo",
     "ParallelTempering",
     "TemperingInfo",
     "adapted",
     "advance",
+    "annealed",
     "can_be_continued",
     "chain_shape",
     "chains_of_lengths",
@@ -41,6 +45,8 @@ __all__ = [
     "hmc",
     "langevin",
     "mala",
+    "negative_states",
+    "noise_levels",
     "sampler_of",
     "schedule",
     "settings_of",

@@ -7,17 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ebm.config import LangevinConfig, SamplerConfig
+from ebm.config import LangevinConfig, NoiseLevelsConfig, SamplerConfig
 from ebm.config.samplers import noise_scale_of
+from ebm.energies.noise_conditional import split_noise_level, with_noise_level
 from ebm.samplers.base import ChainInfo
 from ebm.samplers.engine import Engine
 from ebm.samplers.langevin import langevin
 from ebm.samplers.metropolis import MetropolisInfo, hmc, mala
+from ebm.samplers.noise_levels import NoiseLevelsInfo, annealed, noise_levels
 from ebm.samplers.tempering import TemperingInfo, tempering
 from ebm.streams import generator, start_
 
 STRETCH = 100  # steps of `chains_of_lengths` between two calls of `moved`
-Sampler = Callable[..., tuple[Tensor, ChainInfo | MetropolisInfo | TemperingInfo]]
+Sampler = Callable[..., tuple[Tensor, ChainInfo | MetropolisInfo | TemperingInfo | NoiseLevelsInfo]]
 
 
 def sampler_of(
@@ -36,6 +38,10 @@ def sampler_of(
     settings: dict[str, Any] = {
         "num_steps": config.num_steps if num_steps is None else num_steps,
         "step_size": config.step_size if step_size is None else step_size,
+    }
+    if config.kind == "noise_levels":
+        return noise_levels, settings | {"log_variances": config.log_variances}
+    settings |= {
         "bounds": config.bounds,
         "boundary": config.boundary,
     }
@@ -49,18 +55,30 @@ def sampler_of(
 
 def chain_shape(config: SamplerConfig, shape: Sequence[int]) -> tuple[int, ...]:
     """The shape of one chain's state, where a sample has `shape`: (levels, *shape) for `tempering`, which moves a
-    replica a temperature; `shape` itself for all others."""
+    replica a temperature; one plane more, of the noise level, for `noise_levels`; `shape` itself for all others."""
+    if config.kind == "noise_levels":
+        return (shape[0] + 1, *shape[1:])
     return tuple(shape) if config.levels == 1 else (config.levels, *shape)
 
 
 def with_replicas(config: SamplerConfig, x: Tensor) -> Tensor:
     """States (B, *chain_shape) in which all replicas of a chain are at `x` (B, *shape)."""
+    if config.kind == "noise_levels":
+        return with_noise_level(x, x.new_full((len(x),), config.log_variances[0]))
     return x if config.levels == 1 else x.unsqueeze(1).expand(-1, config.levels, *x.shape[1:]).contiguous()
 
 
 def cold_states(config: SamplerConfig, x: Tensor) -> Tensor:
     """The states (B, *shape) that sample the energy at the sampler's own temperature, of chains (B, *chain_shape)."""
+    if config.kind == "noise_levels":
+        return split_noise_level(x)[0]
     return x if config.levels == 1 else x[:, 0]
+
+
+def negative_states(config: SamplerConfig, x: Tensor) -> Tensor:
+    """The states of the negative phase, of chains (B, *chain_shape): those of `noise_levels` keep their levels, since
+    the joint density of states and levels is trained; of others, `cold_states`."""
+    return x if config.kind == "noise_levels" else cold_states(config, x)
 
 
 def sampler_in_use(config: SamplerConfig, adapted_step: float | None, scale: float) -> SamplerConfig:
@@ -118,7 +136,10 @@ def advance(
     generator: Sequence[torch.Generator],
 ) -> Tensor:
     """States (B, *shape) after `num_steps` steps from `x` (B, *shape). With `tempering` all replicas of a chain start
-    at `x`, and the states of the cold ones are returned."""
+    at `x`, and the states of the cold ones are returned. With `noise_levels` it is MALA at the lowest level."""
+    if isinstance(config, NoiseLevelsConfig):
+        steps = {"num_steps": num_steps, "step_size": config.step_size}
+        return engine(mala, x, *labels, generator=generator, **steps)[0]
     sampler, settings = sampler_of(config, num_steps)
     states, _ = engine(sampler, with_replicas(config, x), *labels, generator=generator, **settings)
     return cold_states(config, states)
@@ -179,11 +200,11 @@ def chains_of_lengths(
     for first in range(0, len(groups), at_once):
         numbers = groups[first : first + at_once]
         y = () if labels is None else (labels[first * group : (first + len(numbers)) * group],)
-        x, noise = _start(config, shape, numbers, group, seed, device)
+        x, noise = _start(engine, config, shape, y, numbers, group, seed, device)
         done = 0
         for length in lengths:
             if done and not can_be_continued(config):
-                x, noise = _start(config, shape, numbers, group, seed, device)
+                x, noise = _start(engine, config, shape, y, numbers, group, seed, device)
                 done = 0
             while done < length:
                 steps = min(length - done, STRETCH) if can_be_continued(config) else length
@@ -203,14 +224,22 @@ def can_be_continued(config: SamplerConfig) -> bool:
 
 
 def _start(
+    engine: Engine,
     config: SamplerConfig,
     shape: Sequence[int],
+    labels: Sequence[Tensor],
     numbers: Sequence[int],
     group: int,
     seed: int,
     device: torch.device | str,
 ) -> tuple[Tensor, list[torch.Generator]]:
-    """The initial states of the groups `numbers` of fresh chains, and the generators of their noise."""
+    """The initial states of the groups `numbers` of fresh chains, and the generators of their noise. Those of
+    `noise_levels` are annealed through the levels, in `anneal_steps` that do not count as the chain's."""
     start, noise = ([generator(seed, purpose, n, device=device) for n in numbers] for purpose in ("start", "chain"))
     x = torch.empty(len(numbers) * group, *shape, device=device)
-    return start_(x, start, config.start_range), noise
+    x = start_(x, start, config.start_range)
+    if isinstance(config, NoiseLevelsConfig):
+        low, high = config.log_variances[0], config.log_variances[-1]
+        settings = {"num_steps": config.anneal_steps, "step_size": config.step_size, "log_variances": (low, high)}
+        x = engine(annealed, x * math.exp(high / 2), *labels, generator=noise, **settings)[0]
+    return x, noise

@@ -6,11 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ebm.config import Config
+from ebm.config import Config, NoiseLevelsConfig
 from ebm.config.losses import RecoveryConfig
 from ebm.data.augment import augment
 from ebm.energies import FoldedEnergy
-from ebm.losses import marginal, noisy, tilted
+from ebm.losses import at_noise_levels, marginal, noisy, tilted
 from ebm.samplers.factory import with_replicas
 from ebm.streams import StreamGenerators, start_
 from ebm.training.buffer import Draw, ReplayBuffer
@@ -41,7 +41,8 @@ def initial_states(
     """Where the chains of a step start; None for an objective that needs no chains at this step.
 
     Chains of a class-conditional energy have the classes of the data, one chain a datum: the gradient then vanishes
-    where the energy is right, whatever the shares of the classes.
+    where the energy is right, whatever the shares of the classes. Chains over noise levels start at noisy data of all
+    levels, which is where they are to stay.
     """
     loss, negatives = config.loss, config.loss.negatives_at(step)
     if negatives is None:
@@ -57,6 +58,10 @@ def initial_states(
         draw = buffer.draw(per_stream, step, config.buffer.reinit_prob, config.buffer.reinit_spread, y_pos)
         flip, crop = config.buffer.augment_flip, config.buffer.augment_crop
         x = augment(draw.x, random("augment_chains", step), flip, crop) if flip or crop else draw.x
+        if isinstance(config.sampler, NoiseLevelsConfig):
+            born = draw.fresh | (buffer.age[draw.rows] == 0)
+            noisy_data = at_noise_levels(x_pos, config.sampler.log_variances, random("start", step))
+            x = torch.where(born.view(-1, *[1] * (x.ndim - 1)), noisy_data, x)
         return Start(x, draw.labels, draw=draw)
     x = with_replicas(config.sampler, x_pos)
     if negatives == "data":

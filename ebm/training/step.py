@@ -14,7 +14,7 @@ from ebm.losses import LossOutput
 from ebm.runtime.distributed import World
 from ebm.runtime.process import one_thread, to_device
 from ebm.samplers.base import mean_info, saturated
-from ebm.samplers.factory import cold_states
+from ebm.samplers.factory import negative_states
 from ebm.streams import StreamGenerators
 from ebm.training.buffer import Draw
 from ebm.training.negatives import initial_states
@@ -55,7 +55,7 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
         if start is not None:
             extra = map(take, start.extra_inputs)
             x, info = state.engine(sampler, take(start.x), *extra, generator=chain_noise, **settings)
-            x_neg, y_neg = cold_states(config.sampler, x), optional(take, start.labels)
+            x_neg, y_neg = negative_states(config.sampler, x), optional(take, start.labels)
             chains.append(x)
             infos.append(info)
         labels = {"y_pos": optional(take, y_pos), "y_neg": y_neg}

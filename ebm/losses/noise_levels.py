@@ -1,0 +1,72 @@
+"""Dual score matching, and contrastive divergence of the joint density of states and noise levels."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ebm.energies.noise_conditional import conditioned_on_noise, with_noise_level
+from ebm.losses.output import LossOutput, energies, energy_and_gradient, energy_l2, output
+from ebm.streams import Generators, normal_, uniform_
+
+
+def dual_score_matching(
+    energy: nn.Module,
+    x_pos: Tensor,
+    x_neg: Tensor | None = None,
+    *,
+    contrastive_weight: float = 0.0,
+    log_variances: Sequence[float] = (),
+    l2: float = 0.0,
+    y_pos: Tensor | None = None,
+    y_neg: Tensor | None = None,
+    generator: Generators = None,
+) -> LossOutput:
+    """mean_D |sqrt(t) dE/dx - z|^2 + ((1 - mean_D z^2) / 2 - (1 / D) dE/d log t)^2 at x + sqrt(t) z, of E(x, t).
+
+    Guth, Kadkhodaie & Simoncelli (2025), eq. 9: both the score and the change with the noise's variance t are matched,
+    so that E(., t) is -log p_t up to one constant for all levels: the weights of far modes, which the score at one
+    level hardly sees, follow from the levels at which they overlap. log t is uniform over the energy's range.
+
+    With chains `x_neg`, states that carry their levels (`ebm.samplers.noise_levels`), `contrastive_weight` times
+    mean E(x + sqrt(t) z, t) - mean E(x_neg) is added, t uniform over `log_variances`: the gradient of the likelihood
+    of the joint density of states and levels (Zhang, Tan & Ou 2023, eq. 9).
+    """
+    conditional = conditioned_on_noise(energy)
+    level = uniform_(x_pos.new_empty(len(x_pos)), generator, *conditional.log_variances)
+    x, z = _with_noise(x_pos, level, generator)
+    e_pos, gradient = energy_and_gradient(energy, with_noise_level(x, level).requires_grad_(True), y_pos)
+    in_x, in_level = gradient[:, :-1], gradient[:, -1:].flatten(1).sum(1)
+    scores = (_over(level / 2, x).exp() * in_x - z).flatten(1).square().mean(1)
+    changes = ((1 - z.flatten(1).square().mean(1)) / 2 - in_level / x[0].numel()).square()
+    loss = scores.mean() + changes.mean()
+    terms = {"score": scores.mean(), "level": changes.mean()}
+    if x_neg is None:
+        return output(loss if not l2 else loss + l2 * energy_l2(e_pos), e_pos, **terms)
+    noisy = at_noise_levels(x_pos, log_variances, generator)
+    e_pos, e_neg = energies(energy, [noisy, x_neg.detach()], [y_pos, y_neg])
+    contrast = e_pos.mean() - e_neg.mean()
+    loss = loss + contrastive_weight * contrast
+    if l2:
+        loss = loss + l2 * energy_l2(e_pos, e_neg)
+    return output(loss, e_pos, e_neg, **terms, contrast=contrast)
+
+
+def at_noise_levels(x: Tensor, log_variances: Sequence[float], generator: Generators = None) -> Tensor:
+    """Data `x` with noise of a level drawn for each datum, and that level in a further plane: a draw of the joint
+    density of states and levels. `log_variances` ascend evenly."""
+    low, spacing, highest = log_variances[0], log_variances[1] - log_variances[0], len(log_variances) - 1
+    indices = uniform_(x.new_empty(len(x)), generator, 0, highest + 1).floor().clamp(max=highest)
+    level = low + spacing * indices
+    return with_noise_level(_with_noise(x, level, generator)[0], level)
+
+
+def _with_noise(x: Tensor, level: Tensor, generator: Generators) -> tuple[Tensor, Tensor]:
+    """x + sqrt(t) z and z, for log variances `level` (B,)."""
+    z = normal_(torch.empty_like(x), generator)
+    return x + _over(level / 2, x).exp() * z, z
+
+
+def _over(values: Tensor, x: Tensor) -> Tensor:
+    """`values` (B,) in a shape that multiplies `x` (B, ...)."""
+    return values.view(-1, *[1] * (x.ndim - 1))

@@ -1,0 +1,131 @@
+"""Chains over noise levels: the level is part of the state, so that chains cross between modes through the noise.
+
+Both functions take the energy E(z) of states that carry their level log t along (`ebm.energies.noise_conditional`).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ebm.energies.noise_conditional import split_noise_level, with_noise_level
+from ebm.samplers.base import Energy, dense, describe, evaluate
+from ebm.samplers.metropolis import MetropolisInfo, State, begin, comes_about, select, transition
+from ebm.streams import Generators, uniform_
+
+
+class NoiseLevelsInfo(NamedTuple):
+    """What happened in a chain. Each value is a float32 scalar on the chain's device, a mean over the batch."""
+
+    grad_norm: Tensor  # norm of dE/dx at the last state
+    displacement: Tensor  # norm of x_K - x_0
+    saturated: Tensor  # 0: there are no bounds
+    acceptance: Tensor  # acceptance probability of the moves of x, mean over the steps
+    level_acceptance: Tensor  # acceptance probability of the moves of the level, 0 beyond the ends
+    level: Tensor  # mean of the last level, 0 for the lowest and 1 for the highest: .5 where all are visited alike
+
+
+def noise_levels(
+    energy: Energy,
+    z: Tensor,
+    *,
+    num_steps: int,
+    step_size: float,
+    log_variances: Sequence[float],
+    grad_scale: float = 1.0,
+    generator: Generators = None,
+) -> tuple[Tensor, NoiseLevelsInfo]:
+    """Simulated tempering over noise levels: samples the joint density p(x, t) ~ exp(-E(x, t)) over the levels exactly.
+
+    Each step is one of MALA in x, then a proposal of the next level in the chain's direction, accepted with probability
+    min(1, exp(E(x, t) - E(x, t'))). A chain keeps its direction until a proposal is rejected, then turns (Sakai &
+    Hukushima 2016): it sweeps over the levels where plain proposals would diffuse. Directions are drawn at the start.
+    The levels are visited as E weighs them, alike where E(., t) is normalised (Zhang, Tan & Ou 2023 train it so).
+
+    Args:
+        energy: E of states (B, C + 1, H, W) or (B, D + 1), float32 (B,).
+        z: states with their levels, which must be among `log_variances`.
+        step_size: of MALA at the lowest level, a number; at the others it is in proportion to their variance.
+        log_variances: the levels, ascending and evenly spaced.
+
+    Returns the states after the last step, with their levels, and NoiseLevelsInfo.
+    """
+    first, level = split_noise_level(z.detach())
+    low, spacing = log_variances[0], log_variances[1] - log_variances[0]
+    index = ((level - low) / spacing).round()
+    highest = len(log_variances) - 1
+    draws = uniform_(torch.empty_like(level), generator)
+    direction = torch.where(draws < 0.5, -1.0, 1.0)
+    state = begin(_at(energy, level), dense(first), grad_scale)
+    accepted, moved = level.new_zeros(()), level.new_zeros(())
+    for _ in range(num_steps):
+        state, probability = _move(energy, state, level, step_size, low, grad_scale, generator)
+        accepted += probability.mean()
+        proposed = index + direction
+        inside = (proposed >= 0) & (proposed <= highest)
+        proposed = proposed.clamp(0, highest)
+        new_level = low + spacing * proposed
+        candidate = State(state.x, *evaluate(_at(energy, new_level), state.x, grad_scale))
+        log_ratio = state.energy - candidate.energy
+        probability = torch.where(inside & ~log_ratio.isnan(), log_ratio.clamp(max=0).exp(), 0.0)
+        chosen = comes_about(probability, generator)
+        moved += probability.mean()
+        state = select(chosen, candidate, state)
+        index, level = torch.where(chosen, proposed, index), torch.where(chosen, new_level, level)
+        direction = torch.where(chosen, direction, -direction)
+    described, steps = describe(first, state.x, state.grad, None), max(num_steps, 1)
+    info = NoiseLevelsInfo(*described, accepted / steps, moved / steps, (index / max(highest, 1)).mean())
+    return with_noise_level(state.x, level), info
+
+
+def annealed(
+    energy: Energy,
+    x: Tensor,
+    *,
+    num_steps: int,
+    step_size: float,
+    log_variances: Sequence[float],
+    generator: Generators = None,
+) -> tuple[Tensor, MetropolisInfo]:
+    """States (B, *shape) of the lowest level from states `x` of the highest, by `num_steps` steps of MALA: the level
+    falls evenly in log t over four fifths of the steps and stays at the lowest for the rest (annealed importance
+    sampling's path; Song & Ermon 2019 anneal so without the test)."""
+    low, high = log_variances[0], log_variances[-1]
+    start = state = dense(x.detach())
+    accepted, grad = x.new_zeros(()), torch.zeros_like(start)
+    for step in range(num_steps):
+        level = x.new_full((len(x),), high + min(1.0, step / (0.8 * num_steps)) * (low - high))
+        after, probability = _move(energy, begin(_at(energy, level), state), level, step_size, low, 1.0, generator)
+        state, grad = after.x, after.grad
+        accepted += probability.mean()
+    return state, MetropolisInfo(*describe(start, state, grad, None), accepted / max(num_steps, 1))
+
+
+def _at(energy: Energy, level: Tensor) -> Energy:
+    return lambda x: energy(with_noise_level(x, level))
+
+
+def _move(
+    energy: Energy,
+    state: State,
+    level: Tensor,
+    step_size: float,
+    low: float,
+    grad_scale: float,
+    generator: Generators,
+) -> tuple[State, Tensor]:
+    """One step of MALA at levels (B,), with steps in proportion to their variances."""
+    length = math.sqrt(2 * step_size) * ((level - low) / 2).exp().view(-1, *[1] * (state.x.ndim - 1))
+    return transition(
+        _at(energy, level),
+        state,
+        length=length,
+        num_leapfrog=1,
+        temperature=1.0,
+        bounds=None,
+        walls=None,
+        grad_scale=grad_scale,
+        generator=generator,
+    )
