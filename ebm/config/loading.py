@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
+from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import yaml
@@ -234,7 +235,9 @@ def _rows(key: str, field: FieldInfo, kinds: tuple[str, ...] = ()) -> list[Row]:
         default = "required" if field.is_required() else json.dumps(field.get_default(call_default_factory=True))
         return [Row(key, kinds, _type_name(field.annotation) + _range(field), default, field.description or "")]
     if len(sections) == 1:
-        return [row for name, each in sections[0].model_fields.items() for row in _rows(f"{key}.{name}", each, kinds)]
+        inner = [row for name, each in sections[0].model_fields.items() for row in _rows(f"{key}.{name}", each, kinds)]
+        optional = NoneType in get_args(field.annotation)
+        return [Row(key, kinds, "section|null", "null", field.description or ""), *inner] if optional else inner
     names = {section.model_fields["kind"].default: section for section in sections}
     meaning = "\n".join(f"{name}: {_first_paragraph(section)}".removesuffix(": ") for name, section in names.items())
     rows = [Row(f"{key}.kind", kinds, "|".join(names), json.dumps(field.default.kind), meaning)]

@@ -211,6 +211,7 @@ def test_another_kind_drops_the_other_keys_of_its_section(config_file):
         "kind": "mlp",
         "hidden_dim": 64,
         "num_layers": 2,
+        "noise_conditional": None,
         "spectral_norm": False,
         "num_classes": None,
         "activation": "silu",
