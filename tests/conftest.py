@@ -7,6 +7,19 @@ import torch
 
 torch.set_num_threads(1)
 
+# Folders whose tests start processes and wait for them, the longest first.
+LONG = ("launch", "runtime", "training", "tracking", "commands", "report", "data", "inference", "evaluation")
+
+
+def pytest_collection_modifyitems(items):
+    """Long files begin first, so that none runs alone at the end while the other worker has nothing to do."""
+
+    def place(item) -> int:
+        folder = item.path.parent.name
+        return LONG.index(folder) if folder in LONG else len(LONG)
+
+    items.sort(key=place)
+
 
 @pytest.fixture
 def shown(caplog, capsys):
