@@ -3,6 +3,8 @@
 kinds, each on one rank (or on all: "rank": null):
     kill_in_save: SIGKILL at the `event`-th file operation inside checkpoints/; with "all" the whole job dies
     raise, hang: an error, or a sleep without end, before step `step`
+    lost_data: a DataError before step `step`, while leaving the group of ranks would take for ever
+    slow_source: shards take `seconds` to be written
     nan_weight, nan_chain: a NaN in the first weight, or in a chain, before step `step`, until a rollback
 """
 
@@ -15,6 +17,8 @@ import time
 import torch
 
 from ebm.__main__ import main
+from ebm.data import shards
+from ebm.errors import DataError
 from ebm.training import loop as trainer
 
 FAULT = json.loads(os.environ["EBM_FAULT"])
@@ -49,6 +53,16 @@ def fail(state) -> None:
     raise RuntimeError(f"injected at step {state.step + 1}")
 
 
+def lost_data(state) -> None:
+    torch.distributed.destroy_process_group = lambda *_: time.sleep(3600)
+    raise DataError(f"shard lost at step {state.step + 1}")
+
+
+def slow_source() -> None:
+    real = shards.ensure_shards
+    shards.ensure_shards = lambda *arguments: (time.sleep(FAULT["seconds"]), real(*arguments))
+
+
 def hang(state) -> None:
     time.sleep(3600)
 
@@ -65,6 +79,8 @@ def nan_chain(state) -> None:
 if __name__ == "__main__":
     if HERE and FAULT["kind"] == "kill_in_save":
         kill_in_save()
+    elif FAULT["kind"] == "slow_source":
+        slow_source()
     elif HERE:
         before_step({"raise": fail}.get(FAULT["kind"]) or globals()[FAULT["kind"]])
     sys.exit(main(["train", *sys.argv[1:]]))

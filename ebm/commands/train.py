@@ -61,6 +61,7 @@ def train(config: Config, rank: int) -> int:
     from ebm.runtime.distributed import World
     from ebm.runtime.watchdog import Watchdog
     from ebm.training import loop
+    from ebm.training.memory import check_memory
 
     with Watchdog(config.train.collective_timeout, rank) as watchdog:
         world = World(config.train)
@@ -70,6 +71,7 @@ def train(config: Config, rank: int) -> int:
                     f"data.streams={config.data.streams} is not divisible by {world.size} processes; launch "
                     "with a divisor of it, or set data.streams to a multiple"
                 )
+            check_memory(config, world)
             log.info(world.describe())
             data = config.data
             world.on_main(lambda: ensure_shards(data.shards, data.source, "train"), watchdog.beat)

@@ -51,6 +51,7 @@ class Watchdog:
         self._beaten, self._ended, self._over = threading.Event(), False, False
         self._thread: threading.Thread | None = None
         self._guard: IO[bytes] | None = None
+        self._fed = 0.0  # when the guard last heard of this process
 
     def beat(self) -> None:
         self._beaten.set()
@@ -90,15 +91,16 @@ class Watchdog:
         """Whether there is a beat within `seconds` in which this process could run."""
         left = seconds
         while left > 0:
+            self._feed_guard()
             before = time.monotonic()
             if self._beaten.wait(min(left, TICK)):
                 return True
             left -= min(time.monotonic() - before, TICK)
-            self._feed_guard()
         return self._beaten.is_set()
 
     def _feed_guard(self) -> None:
-        if self._guard is not None:
+        if self._guard is not None and time.monotonic() > self._fed + TICK / 2:
+            self._fed = time.monotonic()
             with suppress(OSError):  # the guard was ended, or a full pipe holds word enough
                 os.write(self._guard.fileno(), b".")
 
