@@ -73,12 +73,8 @@ class World:
         self.device: torch.device = self._accelerator.device
         self.is_main: bool = self._accelerator.is_main_process
         self.precision = config.mixed_precision
-<<<<<<< HEAD
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-=======
         self.exchange_every = min(EXCHANGE, config.collective_timeout / 4)  # seconds; each exchange is a beat
-        launched = int(os.environ.get("WORLD_SIZE", 1))
->>>>>>> 3ea8e86 (Watchdog: its guard hears of every process that runs; memory that a key asks for is checked before it is taken; tests of the launcher's settings, starts that hang or take long, suspensions, a rank that fails)
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
         if self.size != launched:
             raise ConfigError(
                 f"{launched} processes were launched, but this one sees a group of {self.size}: they "
