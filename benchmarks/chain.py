@@ -128,13 +128,13 @@ def build(name: str, case: str, dtype_name: str, steps: str):
 
 
 def engine(energy, x, dtype, steps):
-    import torch
 
     from ebm.energies import FoldedEnergy, chain_dtype
     from ebm.samplers import Engine, langevin
+    from ebm.streams import stream_sources
 
     run = Engine(FoldedEnergy(energy, chain_dtype(dtype, x.device)).refresh())
-    noise = [torch.Generator(x.device).manual_seed(stream) for stream in range(4)]
+    noise = stream_sources(0, "chain", range(4), device=x.device)
     settings = {"num_steps": steps, "step_size": 10.0, "noise_scale": 0.005, "grad_clamp": 0.03, "bounds": (-1.0, 1.0)}
     return lambda: run(langevin, x, generator=noise, **settings), {}
 

@@ -11,8 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# One generator for a whole batch, one for each of its equal parts, or torch's global one (None).
-Generators = torch.Generator | Sequence[torch.Generator] | None
+from ebm.philox import Philox
+
+# What draws the equal parts of a batch, one a stream: torch's generators, or a counter on a GPU.
+StreamSources = Sequence[torch.Generator] | Philox
+# The same, or one generator for a whole batch, or torch's global one (None).
+Generators = torch.Generator | StreamSources | None
 Device = torch.device | str
 
 
@@ -28,46 +32,76 @@ def owned_streams(num_streams: int, rank: int, world_size: int) -> list[int]:
     return list(range(rank, num_streams, world_size))
 
 
-def generator(seed: int, purpose: str, stream: int = 0, step: int = 0, device: Device = "cpu") -> torch.Generator:
-    """A new generator that is seeded by all arguments but the device."""
-    return torch.Generator(device).manual_seed(derive_seed(seed, purpose, stream, step))
+def generator(seed: int, purpose: str, stream: int = 0, step: int = 0) -> torch.Generator:
+    """A new generator on the CPU that is seeded by all arguments."""
+    return torch.Generator().manual_seed(derive_seed(seed, purpose, stream, step))
+
+
+def stream_sources(
+    seed: int, purpose: str, streams: Sequence[int] = (0,), step: int = 0, device: Device = "cpu"
+) -> StreamSources:
+    """New sources on `device`, one for the part of each stream, seeded by all arguments but the device."""
+    return StreamGenerators(seed, streams, device)(purpose, step)
 
 
 class StreamGenerators:
-    """A generator for each pair of purpose and owned stream, made once and reseeded at every use."""
+    """A source of random numbers for each pair of purpose and owned stream, made once and reseeded at every use.
+
+    On a CPU it is a torch generator a stream. On a GPU it is one `Philox` for all streams: torch's generators give
+    other numbers on another GPU model, and take a launch a stream.
+    """
 
     def __init__(self, seed: int, streams: Sequence[int], device: Device = "cpu"):
         self.seed, self.streams, self.device = seed, list(streams), torch.device(device)
-        self._generators: dict[str, list[torch.Generator]] = {}
+        self._sources: dict[str, list[torch.Generator] | Philox] = {}
 
-    def __call__(self, purpose: str, step: int) -> list[torch.Generator]:
-        """The generators of `purpose`, one for each stream, seeded for `step`. The next call for `purpose` reseeds
-        them."""
-        if purpose not in self._generators:
-            self._generators[purpose] = [torch.Generator(self.device) for _ in self.streams]
-        for stream, gen in zip(self.streams, self._generators[purpose], strict=True):
-            gen.manual_seed(derive_seed(self.seed, purpose, stream, step))
-        return self._generators[purpose]
+    def __call__(self, purpose: str, step: int) -> StreamSources:
+        """The sources of `purpose`, seeded for `step`. The next call for `purpose` reseeds them."""
+        seeds = [derive_seed(self.seed, purpose, stream, step) for stream in self.streams]
+        sources = self._sources.get(purpose)
+        if sources is None:
+            on_gpu = self.device.type == "cuda"
+            sources = Philox(seeds, self.device) if on_gpu else [torch.Generator(self.device) for _ in seeds]
+            self._sources[purpose] = sources
+        if isinstance(sources, Philox):
+            sources.reseed(seeds)
+        else:
+            for one, value in zip(sources, seeds, strict=True):
+                one.manual_seed(value)
+        return sources
 
 
-def _parts(x: Tensor, generators: Generators) -> list[tuple[Tensor, torch.Generator | None]]:
-    """Cuts the batch into equal parts, one for each generator; returns (flat memory of the part, generator) pairs.
+def _flat(x: Tensor) -> Tensor:
+    """The memory of a batch in its own order.
 
     Writing to the memory in its own order makes the numbers a function of the generator alone, and lets torch take its
     fast contiguous path for channels-last tensors too.
     """
     assert torch.ops.aten.is_non_overlapping_and_dense(x) and x.stride(0) == max(x.stride()), x.stride()
-    flat = x.as_strided((x.numel(),), (1,))
+    return x.as_strided((x.numel(),), (1,))
+
+
+def _parts(x: Tensor, generators: Generators) -> list[tuple[Tensor, torch.Generator | None]]:
+    """Cuts the batch into equal parts, one for each generator; returns (flat memory of the part, generator) pairs."""
+    assert not isinstance(generators, Philox)
     if generators is None or isinstance(generators, torch.Generator):
-        return [(flat, generators)]
-    if len(x) % len(generators):
-        raise ValueError(f"a batch of {len(x)} can't be cut into {len(generators)} equal parts, one a generator")
-    return list(zip(flat.chunk(len(generators)), generators, strict=True))
+        return [(_flat(x), generators)]
+    _check_parts(x, len(generators))
+    return list(zip(_flat(x).chunk(len(generators)), generators, strict=True))
+
+
+def _check_parts(x: Tensor, number: int) -> None:
+    if len(x) % number:
+        raise ValueError(f"a batch of {len(x)} can't be cut into {number} equal parts, one a generator")
 
 
 def normal_(x: Tensor, generators: Generators = None) -> Tensor:
-    """Fills a dense `x` (B, ...) in place with draws from N(0, 1). With a list of generators, each fills its own part
-    of the batch; ValueError if the batch has no such equal parts."""
+    """Fills a dense `x` (B, ...) in place with draws from N(0, 1). With several generators, each fills its own part of
+    the batch; ValueError if the batch has no such equal parts."""
+    if isinstance(generators, Philox):
+        _check_parts(x, len(generators))
+        generators.fill_(_flat(x), "normal")
+        return x
     for part, gen in _parts(x, generators):
         part.normal_(generator=gen)
     return x
@@ -75,6 +109,13 @@ def normal_(x: Tensor, generators: Generators = None) -> Tensor:
 
 def uniform_(x: Tensor, generators: Generators = None, low: float = 0.0, high: float = 1.0) -> Tensor:
     """Fills a dense `x` (B, ...) in place with draws from U[low, high), as `normal_` does."""
+    if isinstance(generators, Philox):
+        _check_parts(x, len(generators))
+        generators.fill_(_flat(x), "uniform")
+        if (low, high) == (0, 1):
+            return x
+        below = torch.nextafter(torch.tensor(high, dtype=x.dtype), torch.tensor(low, dtype=x.dtype)).item()
+        return x.mul_(high - low).add_(low).clamp_(max=below)  # the sum may round up to `high`
     for part, gen in _parts(x, generators):
         part.uniform_(low, high, generator=gen)
     return x

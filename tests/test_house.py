@@ -10,6 +10,8 @@ ROOT = Path(__file__).parent.parent
 # Each may import those before it, and no others.
 FLOORS = (
     "errors",
+    "philox_kernels",
+    "philox",
     "streams",
     "config",
     "runtime",

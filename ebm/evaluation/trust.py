@@ -11,7 +11,7 @@ from torch import Tensor
 from ebm.config import HMCConfig, SamplerConfig
 from ebm.inference.images import to_states
 from ebm.samplers import MetropolisInfo, hmc, mala
-from ebm.streams import generator
+from ebm.streams import stream_sources
 
 ACCEPTED = 0.6  # mean acceptance from which chains sample the energy that they follow
 CLUSTERS = 10  # stand-ins for classes, where there are no labels
@@ -34,7 +34,11 @@ def acceptance(energy: Callable[[Tensor], Tensor], x: Tensor, sampler: SamplerCo
         settings |= {"step_size": sampler.step_size, "num_leapfrog": sampler.num_leapfrog}
     else:
         move, settings = mala, settings | {"step_size": sampler.last_step_size}
-    settings |= {"num_steps": 1, "boundary": "reflect", "generator": generator(seed, "acceptance", device=x.device)}
+    settings |= {
+        "num_steps": 1,
+        "boundary": "reflect",
+        "generator": stream_sources(seed, "acceptance", device=x.device),
+    }
     inside = x if sampler.bounds is None else x.clamp(*sampler.bounds)
     found = [move(energy, part, **settings)[1].acceptance * len(part) for part in torch.split(inside, 512)]
     return float(torch.stack(found).sum()) / len(x)

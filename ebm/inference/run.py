@@ -20,7 +20,7 @@ from ebm.errors import ConfigError, DataError
 from ebm.runtime import checkpoint
 from ebm.samplers import Engine, advance, chain_shape, chains_of_lengths, cold_states
 from ebm.samplers.factory import sampler_in_use
-from ebm.streams import generator
+from ebm.streams import stream_sources
 
 BLOCK = 512  # states computed at a time
 
@@ -164,7 +164,7 @@ class TrainedRun:
         if self.num_classes and labels is None:
             labels = torch.arange(len(x)) % self.num_classes
         y = () if labels is None else (labels.to(self.device),)
-        engine, noise = Engine(self.network, capture=False), [generator(seed, "chain", device=self.device)]
+        engine, noise = Engine(self.network, capture=False), stream_sources(seed, "chain", device=self.device)
         states = advance(engine, self.config.sampler, x.to(self.device), *y, num_steps=steps, generator=noise)
         return states.to(x.device)
 

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ebm.philox import Philox
 from ebm.samplers.base import Energy, Info, mean_info
+from ebm.streams import StreamSources
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +36,7 @@ class Engine:
         self._graphs: dict[tuple[Any, ...], _Captured] = {}
 
     def __call__(
-        self, sampler: Sampler[Info], x: Tensor, *labels: Tensor, generator: Sequence[torch.Generator], **settings: Any
+        self, sampler: Sampler[Info], x: Tensor, *labels: Tensor, generator: StreamSources, **settings: Any
     ) -> tuple[Tensor, Info]:
         """`sampler(x -> energy(x, *labels), x, generator=generator, **settings)`: the final states, and what happened
         as a named tuple of means over the batch."""
@@ -43,7 +45,7 @@ class Engine:
             if captured is not None:
                 return captured(x, labels, generator, settings)
         threads = 1 if x.is_cuda else _threads(len(generator))
-        if threads > 1:
+        if threads > 1 and not isinstance(generator, Philox):
             return self._in_threads(threads, sampler, x, labels, generator, settings)
         return sampler(_of_states(self.energy, labels), x, generator=generator, **settings)
 
@@ -71,17 +73,17 @@ class Engine:
         sampler: Sampler[Info],
         x: Tensor,
         labels: Sequence[Tensor],
-        generator: Sequence[torch.Generator],
+        generator: StreamSources,
         settings: dict[str, Any],
     ) -> "_Captured | None":
         """The graph of this call, or None if it can't be captured. Other settings (a step size that was cut) make a new
         graph in place of the old one; tensors among them (a step size that adapts) are inputs of the graph."""
-        key = (sampler, x.shape, len(labels), len(generator))
+        key = (sampler, x.shape, len(labels), type(generator), len(generator))
         captured = self._graphs.get(key)
         if captured is None or captured.settings != _numbers(settings):
             self._graphs.pop(key, None)
             try:
-                captured = self._graphs[key] = _Captured(self.energy, sampler, x, labels, len(generator), settings)
+                captured = self._graphs[key] = _Captured(self.energy, sampler, x, labels, generator, settings)
             except _CaptureError as error:
                 self.capture = False
                 self._graphs.clear()
@@ -133,6 +135,7 @@ class _Captured:
     "Offset increment outside graph capture encountered unexpectedly"), and torch registers the device's default
     generator with each. Therefore the graph has generators of its own, also in the place of the default one while it is
     captured. A replay gives them the state of the caller's and hands the advanced state back, without device memory.
+    A `Philox` needs no registration: its seeds and the number of its first draw are inputs of the graph.
     """
 
     def __init__(
@@ -141,21 +144,22 @@ class _Captured:
         sampler: Callable[..., tuple[Tensor, Any]],
         x: Tensor,
         labels: Sequence[Tensor],
-        streams: int,
+        generator: StreamSources,
         settings: dict[str, Any],
     ):
         self.settings = _numbers(settings)
         self.x, self.labels = x.clone(), tuple(y.clone() for y in labels)
         self.tensors = {name: value.clone() for name, value in settings.items() if isinstance(value, Tensor)}
+        self.counter = Philox([0] * len(generator), x.device) if isinstance(generator, Philox) else None
         self.default = torch.cuda.default_generators[x.device.index]
-        self.own = [
-            torch.Generator(x.device).manual_seed(0) for _ in range(streams + 1)
-        ]  # the last for the default one
+        registered = 0 if self.counter is not None else len(generator)
+        self.own = [torch.Generator(x.device).manual_seed(0) for _ in range(registered + 1)]  # the last: the default's
+        sources = self.own[:-1] if self.counter is None else self.counter
         self.graph = torch.cuda.CUDAGraph()
 
         def chain() -> tuple[Tensor, Any]:
             closed = _of_states(energy, self.labels)
-            return sampler(closed, self.x, generator=self.own[:-1], **settings | self.tensors)
+            return sampler(closed, self.x, generator=sources, **settings | self.tensors)
 
         side = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]  # torch does not annotate it
         current = torch.cuda.current_stream(x.device)
@@ -166,18 +170,27 @@ class _Captured:
         current.wait_stream(side)
         for one in self.own[:-1]:
             self.graph.register_generator_state(one)
+        if self.counter is not None:
+            self.counter.draws = 0  # the warm-up has drawn
         with _default_generator(self.default, self.own[-1]):
             self.out, self.info = _capture(self.graph, chain, side)
 
     def __call__(
-        self, x: Tensor, labels: Sequence[Tensor], generator: Sequence[torch.Generator], settings: dict[str, Any]
+        self, x: Tensor, labels: Sequence[Tensor], generator: StreamSources, settings: dict[str, Any]
     ) -> tuple[Tensor, Any]:
         self.x.copy_(x)
         for static, value in zip(self.labels, labels, strict=True):
             static.copy_(value)
         for name, static in self.tensors.items():
             static.copy_(settings[name])
-        callers = (*generator, self.default)
+        if isinstance(generator, Philox):
+            assert self.counter is not None  # the engine has a graph for each kind of source
+            self.counter.seeds.copy_(generator.seeds)
+            torch.add(generator.first, generator.draws, out=self.counter.first)
+            generator.draws += self.counter.draws
+            callers = [self.default]
+        else:
+            callers = [*generator, self.default]
         for own, one in zip(self.own, callers, strict=True):
             own.set_state(one.get_state())
         self.graph.replay()

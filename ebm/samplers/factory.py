@@ -16,7 +16,7 @@ from ebm.samplers.langevin import langevin
 from ebm.samplers.metropolis import MetropolisInfo, hmc, mala
 from ebm.samplers.noise_levels import NoiseLevelsInfo, annealed, noise_levels
 from ebm.samplers.tempering import TemperingInfo, tempering
-from ebm.streams import generator, start_
+from ebm.streams import StreamSources, start_, stream_sources
 
 STRETCH = 100  # steps of `chains_of_lengths` between two calls of `moved`
 Sampler = Callable[..., tuple[Tensor, ChainInfo | MetropolisInfo | TemperingInfo | NoiseLevelsInfo]]
@@ -133,7 +133,7 @@ def advance(
     x: Tensor,
     *labels: Tensor,
     num_steps: int,
-    generator: Sequence[torch.Generator],
+    generator: StreamSources,
 ) -> Tensor:
     """States (B, *shape) after `num_steps` steps from `x` (B, *shape). With `tempering` all replicas of a chain start
     at `x`, and the states of the cold ones are returned. With `noise_levels` it is MALA at the lowest level."""
@@ -232,10 +232,10 @@ def _start(
     group: int,
     seed: int,
     device: torch.device | str,
-) -> tuple[Tensor, list[torch.Generator]]:
-    """The initial states of the groups `numbers` of fresh chains, and the generators of their noise. Those of
-    `noise_levels` are annealed through the levels, in `anneal_steps` that do not count as the chain's."""
-    start, noise = ([generator(seed, purpose, n, device=device) for n in numbers] for purpose in ("start", "chain"))
+) -> tuple[Tensor, StreamSources]:
+    """The initial states of the groups `numbers` of fresh chains, and what draws their noise. Those of `noise_levels`
+    are annealed through the levels, in `anneal_steps` that do not count as the chain's."""
+    start, noise = (stream_sources(seed, purpose, numbers, device=device) for purpose in ("start", "chain"))
     x = torch.empty(len(numbers) * group, *shape, device=device)
     x = start_(x, start, config.start_range)
     if isinstance(config, NoiseLevelsConfig):

@@ -5,16 +5,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ebm.philox import Philox
+from ebm.philox_kernels import BLOCK, drawn_normals
 from ebm.samplers.base import Bounds
 
-BLOCK = 1024
 
-
-@triton.jit  # type: ignore[untyped-decorator]  # triton does not annotate it
+# One kernel for all draws of a chain, and for a chain's every step: triton would build others for other divisors.
+@triton.jit(do_not_specialize=["draw"])  # type: ignore[untyped-decorator]  # triton does not annotate it
 def _kernel(  # type: ignore[no-untyped-def]  # triton takes annotations for types of its own language
     x_ptr,
     grad_ptr,
     z_ptr,
+    seeds_ptr,
+    first_ptr,
+    draw,
     size,
     step,
     noise,
@@ -26,14 +30,18 @@ def _kernel(  # type: ignore[no-untyped-def]  # triton takes annotations for typ
     BOUNDARY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
+    start, stream = tl.program_id(0).to(tl.int64) * BLOCK, tl.program_id(1).to(tl.int64)
+    place = start + tl.arange(0, BLOCK)  # in the stream's part of the batch
+    inside = place < size
+    at = stream * size + place
     grad = tl.load(grad_ptr + at, inside)
     if CLAMP:
         grad = tl.clamp(grad, -clamp, clamp, propagate_nan=tl.PropagateNan.ALL)
     x = tl.load(x_ptr + at, inside) - step * grad
-    if NOISE:
+    if NOISE == "given":
         x += noise * tl.load(z_ptr + at, inside)
+    if NOISE == "drawn":
+        x += noise * drawn_normals(seeds_ptr, first_ptr, draw, stream, start, BLOCK)
     if BOUNDARY == "reflect":  # `ebm.samplers.base.reflected` again, which a kernel can't call
         width = high - low
         x -= low
@@ -47,29 +55,39 @@ def _kernel(  # type: ignore[no-untyped-def]  # triton takes annotations for typ
 def move_(
     x: Tensor,
     grad: Tensor,
-    z: Tensor | None,
+    z: Tensor | Philox | None,
     step: float,
     noise: float,
     grad_clamp: float | None,
     bounds: Bounds,
     boundary: str,
 ) -> None:
-    """`ebm.samplers.langevin.move_` in one pass over memory; `x` is dense, and `z` has its strides."""
+    """`ebm.samplers.langevin.move_` in one pass over memory; `x` is dense, and a tensor `z` has its strides."""
     if grad.stride() != x.stride():
         grad = torch.empty_like(x).copy_(grad)
+    given, source = (z, None) if isinstance(z, Tensor) else (None, z)
+    parts = 1 if source is None else len(source)
+    if source is not None:
+        source.check(x.numel())
+    size = x.numel() // parts
     low, high = bounds or (0.0, 0.0)
-    _kernel[(triton.cdiv(x.numel(), BLOCK),)](
+    _kernel[(triton.cdiv(size, BLOCK), parts)](
         x,
         grad,
-        x if z is None else z,
-        x.numel(),
+        x if given is None else given,  # a pointer that is not read stands for each that is missing
+        x if source is None else source.seeds,
+        x if source is None else source.first,
+        0 if source is None else source.draws,
+        size,
         float(step),
         float(noise),
         float(grad_clamp or 0.0),
         float(low),
         float(high),
-        NOISE=z is not None,
+        NOISE="" if z is None else "drawn" if given is None else "given",
         CLAMP=grad_clamp is not None,
         BOUNDARY="" if bounds is None else boundary,
         BLOCK=BLOCK,
     )
+    if source is not None:
+        source.draws += 1  # once it is launched: where it can't be, the same draw is made without it

@@ -1,21 +1,17 @@
 """Langevin dynamics: the loop in which over nine tenths of the training time is spent."""
 
-import logging
 from collections.abc import Callable, Sequence
 from functools import cache
-from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ebm.philox import Philox, fused_or
 from ebm.samplers.base import Bounds, ChainInfo, Energy, check_domain, dense, describe, evaluate, per_step, reflected
 from ebm.streams import Generators, normal_
 
-log = logging.getLogger(__name__)
-
 BOUNDARIES = ("clamp", "reflect")
-Move = Callable[[Tensor, Tensor, Tensor | None, float, float, float | None, Bounds, str], None]
+Move = Callable[[Tensor, Tensor, Tensor | Philox | None, float, float, float | None, Bounds, str], None]
 
 
 def langevin(
@@ -52,26 +48,30 @@ def langevin(
     check_domain(bounds, boundary, BOUNDARIES)
     steps, noises = per_step(step_size, num_steps, "step_size"), per_step(noise_scale, num_steps, "noise_scale")
     start = dense(x.detach())
-    x, z = start.clone(), torch.empty_like(start)
+    x, grad = start.clone(), torch.zeros_like(start)
     move = _mover(x.device.type)
-    grad = torch.zeros_like(start)
+    z = generator if isinstance(generator, Philox) else torch.empty_like(start)
     for step, noise in zip(steps, noises, strict=True):
         _, grad = evaluate(energy, x, grad_scale)
-        move(x, grad, normal_(z, generator) if noise else None, step, noise, grad_clamp, bounds, boundary)
+        if noise and isinstance(z, Tensor):
+            normal_(z, generator)
+        move(x, grad, z if noise else None, step, noise, grad_clamp, bounds, boundary)
     return x, describe(start, x, grad, bounds)
 
 
 def move_(
     x: Tensor,
     grad: Tensor,
-    z: Tensor | None,
+    z: Tensor | Philox | None,
     step: float,
     noise: float,
     grad_clamp: float | None,
     bounds: Bounds,
     boundary: str,
 ) -> None:
-    """Moves `x` by one step in place, given the gradient and the noise `z`."""
+    """Moves `x` by one step in place, given the gradient and the noise `z` or what draws it."""
+    if isinstance(z, Philox):
+        z = normal_(torch.empty_like(x), z)
     x.add_(grad if grad_clamp is None else grad.clamp(-grad_clamp, grad_clamp), alpha=-step)
     if z is not None:
         x.add_(z, alpha=noise)
@@ -84,31 +84,10 @@ def move_(
 @cache
 def _mover(device: str) -> Move:
     """The update for a type of device: on CUDA one kernel where triton is installed and can build it, else `move_`."""
-    return _one_kernel() if device == "cuda" and find_spec("triton") else move_
 
+    def load() -> Move:
+        from ebm.samplers.kernels import move_ as fused
 
-def _one_kernel() -> Move:
-    """The update as one kernel until it fails to build, and `move_` from then on. Triton needs a C compiler at run
-    time, which slim containers lack, and builds at the first call for each combination of settings."""
-    builds = True
+        return fused
 
-    def move(x: Tensor, *rest: Any) -> None:
-        nonlocal builds
-        if builds:
-            try:
-                from ebm.samplers.kernels import move_ as fused
-
-                fused(x, *rest)
-                return
-            except torch.OutOfMemoryError:
-                raise
-            # Whatever a compiler, its absence or a broken installation raises. Nothing has been launched then.
-            except Exception as error:
-                if x.is_cuda and torch.cuda.is_current_stream_capturing():
-                    raise  # the capture failed, not the kernel: it was built in the chain before
-                builds = False
-                reason = str(error).partition("\n")[0]
-                log.warning("the fused Langevin update can't be built, several kernels do its work: %s", reason)
-        move_(x, *rest)
-
-    return move
+    return fused_or(move_, load, "the fused Langevin update") if device == "cuda" else move_

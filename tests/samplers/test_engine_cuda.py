@@ -8,7 +8,8 @@ import pytest
 import torch
 from test_engine import SETTINGS, generators
 
-from ebm.samplers import Engine, langevin, mala
+from ebm.philox import Philox
+from ebm.samplers import Engine, hmc, langevin, mala
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -103,9 +104,37 @@ def test_an_energy_that_draws_from_the_default_generator_draws_anew_at_each_repl
     assert torch.equal(outs[0], outs[2]) and torch.equal(outs[1], outs[3])
 
 
+@pytest.mark.parametrize("sampler", [langevin, mala, hmc])
+def test_captured_chains_of_a_counter_are_the_plain_ones_on_any_device(sampler):
+    """One graph for all seeds; a source that is not reseeded goes on; a CPU draws the same numbers."""
+    settings = {"num_steps": 4, "step_size": 0.02, "bounds": (0.0, 1.0), "boundary": "reflect"}
+    settings |= {"noise_scale": 0.1} if sampler is langevin else {}
+    settings |= {"num_leapfrog": 2} if sampler is hmc else {}
+    engine, x = Engine(plain), start()
+    captured, eager, on_cpu = Philox([1, 2], "cuda"), Philox([1, 2], "cuda"), Philox([1, 2])
+    for seeds in (None, None, [5, 7], None):
+        if seeds is not None:
+            for source in (captured, eager, on_cpu):
+                source.reseed(seeds)
+        out, _ = engine(sampler, x, generator=captured, **settings)
+        expected, _ = sampler(plain, x, generator=eager, **settings)
+        elsewhere, _ = sampler(plain, x.cpu(), generator=on_cpu, **settings)
+        assert torch.allclose(out, expected, atol=1e-6) and torch.allclose(out.cpu(), elsewhere, atol=1e-4)
+        assert captured.draws == eager.draws == on_cpu.draws > 0
+    assert engine.capture and len(engine._graphs) == 1
+
+
+def test_a_counter_is_unharmed_by_a_capture_that_fails():
+    engine, x, source = Engine(reads_the_device), start(), Philox([1, 2], "cuda")
+    out, _ = engine(langevin, x, generator=source, **SETTINGS)
+    expected, _ = langevin(reads_the_device, x, generator=Philox([1, 2], "cuda"), **SETTINGS)
+    assert torch.allclose(out, expected, atol=1e-5) and source.draws == SETTINGS["num_steps"]
+
+
 WITHOUT_A_COMPILER = """
 import logging
 import torch
+from ebm.philox import Philox
 from ebm.samplers import Engine, langevin
 logging.basicConfig(format="%(message)s")
 x = torch.rand(8, 3, 8, 8, device="cuda")
@@ -118,6 +147,10 @@ expected = x.clone()
 for _ in range(5):
     expected = (expected - 0.1 * (2 * expected).clamp(-0.5, 0.5)).clamp(-1, 1)
 assert torch.allclose(out, expected, atol=1e-6) and engine.capture
+source = Philox([1, 2], "cuda")
+out, _ = engine(langevin, x, num_steps=5, step_size=0.1, noise_scale=0.1, generator=source)
+on_cpu, _ = langevin(energy, x.cpu(), num_steps=5, step_size=0.1, noise_scale=0.1, generator=Philox([1, 2]))
+assert torch.allclose(out.cpu(), on_cpu, atol=1e-5)
 torch.randn(3, device="cuda")
 print("done")
 """

@@ -42,24 +42,21 @@ def test_precisions_train_and_resume_exactly(digits, tmp_path, precision):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_captured_chain_is_the_plain_one(dtype, caplog):
-    from test_engine import SETTINGS, generators
+    from test_engine import SETTINGS
 
     from ebm.energies import FoldedEnergy, ResNetEnergyFunction
     from ebm.samplers import Engine, langevin
+    from ebm.streams import StreamGenerators
 
     torch.manual_seed(0)
     energy = ResNetEnergyFunction(3, 16, 16, (16, 32), num_classes=3).eval().cuda()
     folded = FoldedEnergy(energy, dtype).refresh()
-    engine, plain, noise = Engine(folded), Engine(folded, capture=False), generators("cuda")
+    engine, plain, random = Engine(folded), Engine(folded, capture=False), StreamGenerators(0, range(4), "cuda")
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     for seed in range(3):  # the second and third time by replay, from other states, labels, weights and seeds
         x = torch.rand(32, 3, 16, 16, device="cuda") * 2 - 1
         y = torch.randint(3, (32,), device="cuda")
-        out = []
-        for run in (engine, plain):
-            for stream, one in enumerate(noise):
-                one.manual_seed(10 * seed + stream)
-            out.append(run(langevin, x, y, generator=noise, **SETTINGS))
+        out = [run(langevin, x, y, generator=random("chain", seed), **SETTINGS) for run in (engine, plain)]
         assert torch.allclose(out[0][0], out[1][0], atol=tolerance)
         assert torch.allclose(torch.stack(out[0][1]), torch.stack(out[1][1]), rtol=1e-2)
         with torch.no_grad():
