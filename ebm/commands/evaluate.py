@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
         ruler_directory=Path(arguments.ruler) if arguments.ruler else default_ruler_directory(),
         moved=progress.moved,
     )
-    outliers = {name: read_states(place, trained.config, "test", sets.most)[0] for name, place in places.items()}
+    outliers = {name: read_states(place, trained.config, most=sets.most)[0] for name, place in places.items()}
     values: Metrics = {}
     words: list[str] = []
     for name in (*names, *(["lengths"] if lengths else [])):
@@ -93,8 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
         _write(Path(arguments.json), values)
     words += _keep(sets, values)
     print(f"{trained.checkpoint}: {sets}")
-    if "ruler" in sets.__dict__:
-        print(f"distances: of {values.get('frechet/n', '')} images each, in features of ruler {sets.ruler.identity}")
+    if "comparison" in sets.__dict__:
+        print(f"distances: of {sets.comparison.images} images each, in features of ruler {sets.ruler.identity}")
     print(table(values))
     for word in words:
         print(word)
@@ -221,8 +221,13 @@ def _keep(sets: Sets, values: Metrics) -> list[str]:
 
 
 def _of_lengths(sets: Sets) -> np.ndarray:
-    grids = {f"{length} steps": grid(sets.of_lengths[0][length][:SHOWN]) for length in sets.lengths}
-    return np.asarray(side_by_side(grids))
+    """A panel a length; where chains keep the noise of the data, one below it of the same chains denoised."""
+    chains = {f"{length} steps": sets.of_lengths[0][length][:SHOWN] for length in sets.lengths}
+    rows = [np.asarray(side_by_side({title: grid(x) for title, x in chains.items()}))]
+    if sets.noise:
+        denoised = {f"{title}, denoised": grid(sets.run.denoised(x)) for title, x in chains.items()}
+        rows.append(np.asarray(side_by_side(denoised)))
+    return np.concatenate(rows)
 
 
 def _landscape(sets: Sets, half_width: float = 6.0) -> np.ndarray:

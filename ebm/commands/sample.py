@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ebm.data import Access, load_manifest
 from ebm.errors import ConfigError, DataError
+from ebm.evaluation.trust import WARM
 from ebm.inference.images import to_array, to_states
 from ebm.inference.inputs import read_states
 from ebm.inference.pictures import pictures, to_png
@@ -34,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: the classes in turn)",
     )
     parser.add_argument("--grid-by-class", action="store_true", help="in FILE.png, a row for each class")
+    parser.add_argument(
+        "--denoise",
+        action="store_true",
+        help="show x - sigma^2 dE/dx / T, the mean of the clean data given the sample x, where the energy is the "
+        "density of data with the noise sigma=data.noise_std (runs at T = 1)",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged (default), or the last ones")
     parser.add_argument(
@@ -54,6 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
     trained = open_run(arguments.run, arguments.device, arguments.weights)
     label = None if arguments.label is None else class_of(trained, arguments.label)
     x, labels = states(trained, arguments.init, arguments.num, arguments.steps, arguments.seed, label)
+    if arguments.denoise:
+        x = denoised(trained, x)
     columns = None
     if arguments.grid_by_class:
         x, labels, columns = by_class(trained, x, labels)
@@ -103,6 +112,17 @@ def states(
     return trained.continued(x, steps, seed=seed, labels=labels), labels
 
 
+def denoised(trained: TrainedRun, x: Tensor) -> Tensor:
+    """`x` without the noise of the data that its energy was trained on. Raises ConfigError for a run whose chains keep
+    none."""
+    if trained.temperature < WARM or not trained.data_noise:
+        raise ConfigError(
+            f"--denoise: chains at temperature {trained.temperature:g} and data.noise_std={trained.data_noise:g} keep "
+            "no noise of the data; leave it out"
+        )
+    return trained.denoised(x)
+
+
 def class_of(trained: TrainedRun, name: str) -> int:
     """A class by its number, or its name in the manifest of the training data. Raises ConfigError."""
     if not trained.num_classes:
@@ -112,7 +132,7 @@ def class_of(trained: TrainedRun, name: str) -> int:
     names: tuple[str, ...] = ()
     if not name.isdigit():
         manifest = load_manifest(trained.config.data.shards, Access.of(trained.config.data))
-        names = tuple(manifest.model_dump().get("classes") or ())
+        names = manifest.classes or ()
         if name in names:
             return names.index(name)
     known = f" or one of {', '.join(names)}" if names else ""

@@ -211,6 +211,6 @@ def read_spread(shards: str, data: DataConfig, most: int) -> tuple[Tensor, Tenso
             start = k * entry.samples // runs // READ_AT_ONCE * READ_AT_ONCE
             stop = min(start + READ_AT_ONCE, entry.samples)
             decoded += [reader.decode(shard, sample) for sample in reader.samples(shard, start, stop)]
-    kept = range(0, len(decoded), -(-len(decoded) // most))
+    kept = [i * len(decoded) // most for i in range(most)] if len(decoded) > most else range(len(decoded))
     images = torch.stack([torch.from_numpy(decoded[i][0]) for i in kept])
     return images, torch.tensor([decoded[i][1] for i in kept])

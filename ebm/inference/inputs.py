@@ -35,7 +35,8 @@ class Block(NamedTuple):
 
 def read_inputs(place: str, config: Config, split: str = "", batch: int = 1024) -> Iterator[Block]:
     """The samples of `place`: a directory or URL of shards, a manifest.json, a folder of images, an image file, a .npy
-    file, or a source as `python -m ebm shard --source` has them, of which `split` is read.
+    file, or a source as `python -m ebm shard --source` has them. Of a source `split` is read; "": its test split where
+    it has one, else all of it.
 
     Images of another size or with other channels than the run's are made to fit: the centre square, resized; that is
     logged. A .npy file must have the run's shape, `npy:FILE` need not. Raises DataError where something can't be read,
@@ -43,7 +44,7 @@ def read_inputs(place: str, config: Config, split: str = "", batch: int = 1024) 
     """
     shape, path = tuple(config.data.shape), Path(place)
     if ":" in place and not is_remote(place) and not path.exists():
-        yield from _of_source(open_source(place, split or "test"), shape, batch)
+        yield from _of_source(_open(place, split), shape, batch)
     elif is_remote(place) or path.name == "manifest.json" or (path / "manifest.json").is_file():
         yield from _of_shards(place, config, batch)
     elif path.suffix == ".npy":
@@ -53,11 +54,11 @@ def read_inputs(place: str, config: Config, split: str = "", batch: int = 1024) 
             data = part.permute(0, 3, 1, 2) if part.ndim == 4 else part
             yield Block([str(start + i) for i in range(len(part))], data, torch.full((len(part),), -1))
     elif path.is_dir():
-        yield from _of_source(open_source(f"folder:{path}", split), shape, batch)
+        yield from _of_source(_open(f"folder:{path}", split), shape, batch)
     elif path.suffix[1:].lower() in IMAGE_SUFFIXES:
         yield from _of_source(FileSource(str(path.parent), [(path.name, path.stem, None)]), shape, batch)
     else:
-        yield from _of_source(open_source(place, split or "test"), shape, batch)
+        yield from _of_source(_open(place, split), shape, batch)
 
 
 def read_states(place: str, config: Config, split: str = "", most: int | None = None) -> tuple[Tensor, Tensor]:
@@ -72,6 +73,18 @@ def read_states(place: str, config: Config, split: str = "", most: int | None = 
     if not data:
         raise DataError(f"{place}: holds no samples; give one that does")
     return torch.cat(data)[:most], torch.cat(labels)[:most]
+
+
+def _open(spec: str, split: str) -> Source:
+    if split or ":" not in spec:
+        return open_source(spec, split or "test")
+    try:
+        source = open_source(spec, "test")
+    except DataError:  # most folders and arrays have no splits, and "train" stands for all of them
+        return open_source(spec, "train")
+    if spec.startswith("folder:"):
+        log.warning("%s: the images of its split test alone are read", spec)
+    return source
 
 
 def _of_shards(place: str, config: Config, batch: int) -> Iterator[Block]:
