@@ -94,10 +94,11 @@ def states(
             )
         if label is not None:
             raise ConfigError("--label: is of fresh chains; leave it out with --init buffer")
-        if num > len(chains):
-            raise ConfigError(f"--num {num}: the buffer holds {len(chains)} chains")
-        order = torch.randperm(len(chains), generator=generator(seed, "pick"))[:num]
-        ascending, back = order.sort()
+        numbers = chains.samples()
+        if num > len(numbers):
+            raise ConfigError(f"--num {num}: the buffer holds {len(numbers)} chains that sample the run's density")
+        order = torch.randperm(len(numbers), generator=generator(seed, "pick"))[:num]
+        ascending, back = numbers[order].sort()
         labels = chains.labels(ascending)
         return chains.take(ascending)[back.argsort()], None if labels is None else labels[back.argsort()]
     if init == "noise":

@@ -97,8 +97,11 @@ class Sets:
 
     @cached_property
     def persistent(self) -> Tensor | None:
-        """States (n, *shape) of the replay buffer; None where training keeps none."""
-        return None if self.run.persistent is None else self.run.persistent.spread(self.most)
+        """States (n, *shape) of the replay buffer; None where training keeps none, or where they move over the noise
+        levels, of which few are at the lowest."""
+        if self.run.persistent is None or self.run.config.sampler.kind == "noise_levels":
+            return None
+        return self.run.persistent.spread(self.most)
 
     @cached_property
     def of_lengths(self) -> tuple[dict[int, Tensor], Tensor | None]:

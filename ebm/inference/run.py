@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ebm.config import Config, load_config
 from ebm.config.losses import DenoisingConfig, MultilevelDenoisingConfig
-from ebm.energies import FoldedEnergy, build_energy, marginal_energy
+from ebm.config.samplers import NoiseLevelsConfig
+from ebm.energies import FoldedEnergy, build_energy, marginal_energy, split_noise_level
 from ebm.errors import ConfigError, DataError
 from ebm.runtime import checkpoint
 from ebm.samplers import Engine, advance, chain_shape, chains_of_lengths, cold_states
@@ -69,8 +70,10 @@ class TrainedRun:
     @property
     def data_noise(self) -> float:
         """Standard deviation of the noise whose convolution with the data the energy learns: data.noise_std, with the
-        noise of a denoising objective."""
-        loss, own = self.config.loss, self.config.data.noise_std
+        noise of a denoising objective, or the lowest noise level of energy.noise_conditional."""
+        loss, sampler, own = self.config.loss, self.config.sampler, self.config.data.noise_std
+        if isinstance(sampler, NoiseLevelsConfig):
+            return math.hypot(own, sampler.sigma_min)
         return math.hypot(own, loss.sigma) if isinstance(loss, DenoisingConfig | MultilevelDenoisingConfig) else own
 
     def energy(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -221,15 +224,23 @@ class PersistentChains:
         parts = self._parts("labels", indices)
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
-    def spread(self, most: int) -> Tensor:
-        """Up to `most` chains, evenly over streams and slots, (n, *shape) float32 on the host."""
-        count = min(most, len(self))
-        return self.take(torch.arange(count) * len(self) // max(count, 1))
+    def samples(self) -> Tensor:
+        """The numbers of the chains that sample the run's density, ascending: all of them, or, where chains move over
+        noise levels, those at the lowest."""
+        everything = torch.arange(len(self))
+        sampler = self.config.sampler
+        if not isinstance(sampler, NoiseLevelsConfig):
+            return everything
+        middle = sum(sampler.log_variances[:2]) / 2
+        blocks = (everything[start : start + BLOCK] for start in range(0, len(self), BLOCK))
+        levels = [split_noise_level(part)[1] for block in blocks for part in self._parts("x", block)]
+        return everything[torch.cat(levels) < middle]
 
-    def blocks(self, size: int = 4096) -> Iterator[Tensor]:
-        """All chains in order, up to `size` at a time, (n, *shape) float32 on the host."""
-        for start in range(0, len(self), size):
-            yield self.take(torch.arange(start, min(start + size, len(self))))
+    def spread(self, most: int) -> Tensor:
+        """Up to `most` of `samples`, evenly over streams and slots, (n, *shape) float32 on the host."""
+        numbers = self.samples()
+        count = min(most, len(numbers))
+        return self.take(numbers[torch.arange(count) * len(numbers) // max(count, 1)])
 
     def _parts(self, key: str, indices: Tensor) -> list[Tensor]:
         """The rows of a tensor for ascending chain numbers, up to BLOCK slots of a file at a time."""

@@ -1,6 +1,7 @@
 """A run opened for use: its energy, score, samples and chains, by closed forms; devices; checkpoints that vanish."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -79,11 +80,22 @@ def test_importing_ebm_is_cheap():
 
 def test_chains_are_read_from_their_files_as_they_are_asked_for(plane):
     run = open_run(plane)
-    assert len(run.persistent) == 128 and torch.equal(torch.cat(list(run.persistent.blocks(50)))[:, 0] / 2,
-                                                      torch.arange(128.0))  # fmt: skip
+    assert len(run.persistent) == 128 and torch.equal(run.persistent.spread(999)[:, 0] / 2, torch.arange(128.0))
     assert torch.equal(run.persistent.spread(4)[:, 0], torch.tensor([0.0, 64.0, 128.0, 192.0]))
     assert torch.equal(run.persistent.take(torch.tensor([1, 31, 32, 127]))[:, 1], torch.tensor([3.0, 63.0, 65.0, 255]))
     assert run.persistent.labels(torch.tensor([0, 5])) is None
+
+
+def test_persistent_chains_over_noise_levels_are_sampled_at_the_lowest(tmp_path):
+    chains = torch.randn(64, 2, 8, 8)
+    low, high = math.log(0.1**2), math.log(3.0**2)
+    chains[:, 1] = torch.linspace(low, high, 32).repeat(2)[:, None, None]
+    settings = ["energy.noise_conditional={}", "energy.features=[4,8]", "sampler.kind=noise_levels", "buffer.size=64"]
+    settings += ["loss.kind=dual_score_matching", "loss.contrastive_weight=0.01", "data.shards=/nowhere"]
+    run = open_run(make_run(tmp_path / "run", *settings, "train.batch_size=64", "data.noise_std=0", chains=chains))
+    assert torch.equal(run.persistent.spread(9), chains[[0, 32], :1]) and run.data_noise == pytest.approx(0.1)
+    assert run.sample(3, steps=2).shape == (3, 1, 8, 8) and run.energy(run.persistent.spread(9)).shape == (2,)
+    torch.testing.assert_close(run.score(chains[:2, :1]), -run.gradient(chains[:2, :1]))
 
 
 MEMORY = """
