@@ -196,6 +196,16 @@ class TrainConfig(Section):
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
         "no", description="type that the network computes in: no is float32"
     )
+    deterministic: bool = Field(
+        True,
+        description="on a GPU, use algorithms that give the same bits every time, so that a resumed run ends like one "
+        "that was never stopped; false: the fastest algorithms, tried out at the start, which may differ in rounding",
+    )
+    tf32: bool = Field(
+        False,
+        description="on a GPU, let float32 convolutions and matrix products round their factors to TF32 (10 bits "
+        "instead of 23), which is several times as fast; bf16 and fp16 do not depend on it, save for heads",
+    )
     device: Literal["auto", "cuda", "cpu"] = Field(
         "auto", description="device of the run; auto is a GPU where there is one, and cuda refuses to start without one"
     )

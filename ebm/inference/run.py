@@ -19,6 +19,7 @@ from ebm.config.samplers import NoiseLevelsConfig
 from ebm.energies import FoldedEnergy, build_energy, marginal_energy, split_noise_level
 from ebm.errors import ConfigError, DataError
 from ebm.runtime import checkpoint
+from ebm.runtime.device import set_numerics
 from ebm.samplers import Engine, advance, chain_shape, chains_of_lengths, cold_states
 from ebm.samplers.factory import sampler_in_use
 from ebm.streams import stream_sources
@@ -286,6 +287,7 @@ def open_run(
 
 
 def _open(config: Config, chosen: Path, device: torch.device, weights: Literal["ema", "raw"]) -> TrainedRun:
+    set_numerics(device, config.train.deterministic, config.train.tf32)
     state = checkpoint.read_state(chosen)
     sampler = sampler_in_use(config.sampler, state.adapted_step, state.divergence["step_scale"])
     config = config.model_copy(update={"sampler": sampler})

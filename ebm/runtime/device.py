@@ -1,4 +1,4 @@
-"""The device of a process: the one place that decides between a GPU and the CPU."""
+"""The device of a process: the one place that decides between a GPU and the CPU, and how exactly a GPU computes."""
 
 import os
 
@@ -26,3 +26,23 @@ def choose_device(asked: str = "auto", key: str = "train.device") -> torch.devic
             )
     on_gpu = asked != "cpu" and torch.cuda.is_available() and not launcher_says_cpu
     return torch.device("cuda" if on_gpu else "cpu")
+
+
+def set_numerics(device: torch.device, deterministic: bool, tf32: bool) -> None:
+    """How a GPU computes, for the whole process (train.deterministic, train.tf32). A CPU computes the same bits every
+    time as it is.
+
+    An operation that has no deterministic algorithm warns once and goes on: it may come from a user's energy, and only
+    the last bits of a resumed run depend on it. cuBLAS needs CUBLAS_WORKSPACE_CONFIG too, before CUDA starts
+    (`ebm.runtime.process.prepare_process`).
+    """
+    if device.type != "cuda":
+        return
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # a launch for each new tensor; nothing reads such memory
+    )
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic  # chooses by timing, so another start may choose otherwise
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32

@@ -20,7 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from ebm.config import TrainConfig
 from ebm.errors import ConfigError, UserError
-from ebm.runtime.device import YES, choose_device
+from ebm.runtime.device import YES, choose_device, set_numerics
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ class World:
         _refuse_foreign_settings()
         device = choose_device(config.device)
         _check_precision(config, device)
+        set_numerics(device, config.deterministic, config.tf32)
         backend = _backend(config, device)
         _join_restarted(backend)
         self._accelerator = Accelerator(

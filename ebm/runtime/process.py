@@ -30,6 +30,9 @@ def prepare_process() -> None:
     # Idle OpenMP threads sleep instead of spinning: where a core is shared (loader workers, other jobs), spinning makes
     # a chain of small convolutions 10 to 20 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # cuBLAS gives the same bits every time only with workspaces of its own, and reads this when CUDA starts (NVIDIA's
+    # "cuBLAS: results reproducibility"). It costs 32 MiB of GPU memory.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # glibc takes each large activation from the kernel anew and gives it back: faulting its pages in costs a chain on
     # the CPU a fifth of its time (benchmarks/results/chain.json). Kept, they are used again.
     if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
