@@ -1,12 +1,14 @@
 """The measures, against closed forms, brute force and real digits; and the command on a small run."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from made_runs import make_run
+from runs import ROOT
 from scipy.linalg import sqrtm
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -217,6 +219,14 @@ def small_run(directory, shards, *overrides):
     return str(make_run(directory, *settings, chains=chains))
 
 
+def documented() -> list[re.Pattern]:
+    """The keys in the tables of docs/evaluation.md, as patterns."""
+    rows = re.findall(r"^\| (`.*?`) \|", (ROOT / "docs/evaluation.md").read_text(), re.MULTILINE)
+    keys = [key for row in rows for key in re.findall(r"`([^`]+)`", row)]
+    words = {"SET": "[a-z_]+", "NAME": "[A-Za-z0-9_-]+", "_N": "_[0-9]+", "/K": "/[0-9]+"}
+    return [re.compile(re.sub("|".join(words), lambda found: words[found[0]], key)) for key in keys]
+
+
 def test_command_measures_a_run(tmp_path, shards, capsys):
     run, file = small_run(tmp_path / "run", shards), tmp_path / "deep" / "values.json"
     assert main(["evaluate", run, "--num", "40", "--steps", "2", "--json", str(file)]) == 0
@@ -225,6 +235,10 @@ def test_command_measures_a_run(tmp_path, shards, capsys):
     assert all(key in shown for key in values if not key.endswith(("_low", "_high")) and "_share_" not in key)
     assert "classes/fresh_shares (%)" in shown
     assert values["classes/persistent_present"] == 10
+    patterns = documented()
+    assert not [key for key in values if not any(pattern.fullmatch(key) for pattern in patterns)]
+    unseen = {pattern.pattern for pattern in patterns if not any(map(pattern.fullmatch, values))}
+    assert not [key for key in unseen if not key.startswith(("length", "accuracy", "likelihood", "frechet/fresh_den"))]
     assert values["frechet/persistent_ratio"] < 4 < values["frechet/fresh_ratio"]
     assert values["classes/classifier_accuracy"] >= 0.97
     assert {"ood/flipped_auroc", "energy/train", "energy/heldout", "energy/persistent", "energy/fresh"} < set(values)
