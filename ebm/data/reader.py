@@ -1,7 +1,7 @@
 """The resumable reader: batches that are a pure function of (seed, stream, position), decoded in worker processes."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -67,7 +67,7 @@ class ShardReader:
         per_stream: int,
         window: int,
         workers: int,
-        positions: dict[int, Sequence[int]] | None = None,
+        positions: Mapping[int, Sequence[int]] | None = None,
         on_error: Literal["fail", "skip"] = "fail",
         max_skipped: float = MAX_SKIPPED,
         max_pixels: int = MAX_PIXELS,
