@@ -78,18 +78,19 @@ def index_shards(
 def find_shards(where: str) -> list[Path]:
     """The .tar files in a directory or that match a pattern, sorted. Raises DataError."""
     patterns = [f"{glob.escape(where)}/*.tar"] if Path(where).is_dir() else list(braceexpand(where))
+    folders = [Path(where)] if Path(where).is_dir() else [Path(pattern).parent for pattern in patterns]
+    for folder in dict.fromkeys(folders):
+        if (folder / UNFINISHED).exists():
+            raise DataError(
+                f"{folder / UNFINISHED}: shards are being written here, or a command that wrote them was killed; run "
+                f"that command again, which goes on where it was, or remove {folder}"
+            )
     paths = sorted({Path(p) for pattern in patterns for p in glob.glob(pattern)})
     missing = [p for p in patterns if not glob.glob(p)]
     if missing:
         packed = sorted(p for end in ("*.tar.gz", "*.tgz") for p in glob.glob(f"{glob.escape(where)}/{end}"))
         hint = f" ({len(packed)} are gzip'd, such as {packed[0]}; unpack them: `gunzip {where}/*.gz`)" if packed else ""
         raise DataError(f"no shards: nothing matches {missing[0]}; give a directory of .tar files or a pattern{hint}")
-    for path in paths:
-        if (path.parent / UNFINISHED).exists():
-            raise DataError(
-                f"{path.parent / UNFINISHED}: shards are being written here, or a command that wrote them was killed; "
-                f"run that command again, which goes on where it was, or remove {path.parent}"
-            )
     return paths
 
 
