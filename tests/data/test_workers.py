@@ -30,6 +30,11 @@ def reader(manifest, workers=1, **options) -> ShardReader:
     return ShardReader(manifest, manifest.shape, workers=workers, **settings)
 
 
+def drain(one: ShardReader) -> None:
+    for _ in range(200):
+        next(one)
+
+
 def blocked(pid: int) -> bool:
     """Whether a thread of a process waits in a write to a pipe."""
     for thread in psutil.Process(pid).threads():
@@ -52,8 +57,7 @@ def test_a_worker_that_is_killed_in_the_middle_of_a_message(tmp_path):
     with pytest.raises(
         DataError, match=rf"\(pid {worker.pid}\) was killed by signal 9. Out of memory\? Lower data.window"
     ):
-        for _ in range(200):
-            next(one)
+        drain(one)
     assert time.monotonic() - start < 10
     one.close()
 
@@ -66,8 +70,7 @@ def test_a_worker_that_is_killed_while_it_is_waited_for(tmp_path):
     killer = threading.Timer(0.5, os.kill, (worker.pid, signal.SIGKILL))
     killer.start()
     with pytest.raises(DataError, match="killed by signal 9"):
-        for _ in range(200):
-            next(one)
+        drain(one)
     one.close()
     assert not multiprocessing.active_children()
 
