@@ -10,10 +10,8 @@ from ebm.errors import DataError
 
 
 def to_levels(x: Tensor, what: str = "images") -> Tensor:
-    """Images (N, C, H, W) in [-1, 1] -> uint8 on the host, each value to its bin of 256; outside, to the nearest.
-
-    A non-finite value has no level: DataError, which calls the images `what`.
-    """
+    """Turns images (N, C, H, W) in [-1, 1] into uint8 on the host, each value into the number of its bin of 256, one
+    outside into the nearest. Raises DataError, which calls the images `what`, where a value is not finite."""
     if not x.isfinite().all():
         bad = int((~x.isfinite()).flatten(1).any(1).sum())
         raise DataError(f"{bad} of {len(x)} {what} hold non-finite values; evaluate an earlier checkpoint of the run")
@@ -21,13 +19,13 @@ def to_levels(x: Tensor, what: str = "images") -> Tensor:
 
 
 def from_levels(images: Tensor) -> Tensor:
-    """uint8 (N, C, H, W) -> float32 in [-1, 1], each level to the middle of its bin."""
+    """Turns uint8 images (N, C, H, W) into float32 in [-1, 1], each level into the middle of its bin."""
     return (images.float() + 0.5) / 128 - 1
 
 
 def to_array(x: Tensor) -> np.ndarray:
-    """States of chains to what a file holds: images (N, C, H, W) in [-1, 1] -> uint8 (N, H, W, C), as
-    `ebm.inference.images.to_levels`; vectors (N, D) as they are. Raises DataError where a value is not finite."""
+    """Turns states of chains into what a file holds: images (N, C, H, W) in [-1, 1] into uint8 (N, H, W, C), as
+    `to_levels` does; vectors (N, D) stay as they are. Raises DataError where a value is not finite."""
     if x.ndim == 4:
         return np.asarray(to_levels(x, "samples").permute(0, 2, 3, 1).contiguous().numpy())
     if not x.isfinite().all():
@@ -37,13 +35,14 @@ def to_array(x: Tensor) -> np.ndarray:
 
 
 def to_states(data: Tensor) -> Tensor:
-    """What a reader gives as an energy takes it: uint8 images (N, C, H, W) to float32 in [-1, 1], vectors unchanged."""
+    """Turns what a reader gives into what an energy takes: uint8 images (N, C, H, W) into float32 in [-1, 1]; vectors
+    and states stay as they are."""
     return from_levels(data) if data.dtype == torch.uint8 else data
 
 
 def load_array(path: str | Path, shape: tuple[int, ...]) -> np.ndarray:
-    """A .npy that fits `shape`: uint8 images (N, H, W, C) for (C, H, W), (N, H, W) too where C is 1; finite float32
-    vectors (N, D) for (D,). Raises DataError."""
+    """Opens a .npy file that fits `shape`: uint8 images (N, H, W, C) for (C, H, W), (N, H, W) too where C is 1; finite
+    float32 vectors (N, D) for (D,). Raises DataError."""
     try:
         array: np.ndarray = np.load(path, allow_pickle=False, mmap_mode="r")  # a header may promise terabytes
     except (OSError, ValueError, EOFError) as error:

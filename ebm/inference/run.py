@@ -274,16 +274,19 @@ def open_run(
         raise DataError(f"{path}: no run directory (it has no config.yaml); give the run.dir of a training run")
     config = load_config(run / "config.yaml")
     while True:
+        seen = checkpoint.checkpoints(run / "checkpoints")
         chosen = path if one else checkpoint.newest_valid(run / "checkpoints")
         if chosen is None:
+            if checkpoint.checkpoints(run / "checkpoints") != seen:
+                continue  # training replaced the checkpoint while it was verified
             raise DataError(f"{run}/checkpoints holds no valid checkpoint yet; train on, or lower checkpoint.every")
         try:
             if one and (problem := checkpoint.problem_of(path)):
                 raise DataError(f"{path}: {problem}; use another checkpoint of the run")
             return _open(config, chosen, place, weights)
         except DataError:
-            if one or chosen.is_dir():  # otherwise training removed it meanwhile, and has a newer one
-                raise
+            if one or chosen.is_dir():
+                raise  # otherwise training removed it meanwhile, and has a newer one
 
 
 def _open(config: Config, chosen: Path, device: torch.device, weights: Literal["ema", "raw"]) -> TrainedRun:

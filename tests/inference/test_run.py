@@ -2,8 +2,10 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -124,6 +126,33 @@ def test_chains_outlive_their_checkpoint(plane):
     for file in run.checkpoint.glob("stream_*"):
         file.unlink()
     assert run.persistent.spread(1000).shape == (128, 2)
+
+
+def test_a_run_can_be_opened_while_training_prunes_it(plane):
+    """A new checkpoint is made, then the one before goes, again and again, as training does it."""
+    root, done, failed = plane / "checkpoints", threading.Event(), []
+
+    def train():
+        step = 1
+        try:
+            while not done.is_set():
+                old, new = (root / f"step_{number:08d}" for number in (step, step + 1))
+                shutil.copytree(old, root / "copy.tmp")
+                (root / "copy.tmp").rename(new)
+                old.rename(root / "old.gone.tmp")
+                shutil.rmtree(root / "old.gone.tmp")
+                step += 1
+        except OSError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        steps = {open_run(plane).step for _ in range(40)}
+    finally:
+        done.set()
+        thread.join()
+    assert not failed and len(steps) > 5
 
 
 def test_chains_that_a_run_should_have_and_has_not(plane, tmp_path, capsys):
