@@ -234,9 +234,9 @@ def _rows(key: str, field: FieldInfo, kinds: tuple[str, ...] = ()) -> list[Row]:
         default = "required" if field.is_required() else json.dumps(field.get_default(call_default_factory=True))
         return [Row(key, kinds, _type_name(field.annotation) + _range(field), default, field.description or "")]
     if len(sections) == 1:
-        inner = [row for name, each in sections[0].model_fields.items() for row in _rows(f"{key}.{name}", each, kinds)]
+        own = [row for name, each in sections[0].model_fields.items() for row in _rows(f"{key}.{name}", each, kinds)]
         optional = NoneType in get_args(field.annotation)
-        return [Row(key, kinds, "section|null", "null", field.description or ""), *inner] if optional else inner
+        return [Row(key, kinds, "section|null", "null", field.description or ""), *own] if optional else own
     names = {section.model_fields["kind"].default: section for section in sections}
     meaning = "\n".join(f"{name}: {_first_paragraph(section)}".removesuffix(": ") for name, section in names.items())
     rows = [Row(f"{key}.kind", kinds, "|".join(names), json.dumps(field.default.kind), meaning)]

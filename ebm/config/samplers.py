@@ -253,6 +253,9 @@ class NoiseLevelsConfig(ChainConfig):
     sigma_min: float = Field(0.1, gt=0, description="lowest level; as energy.noise_conditional has it")
     sigma_max: float = Field(3.0, gt=0, description="highest level; as energy.noise_conditional has it")
     num_levels: int = Field(32, ge=2, description="levels that chains move over, evenly spaced in log")
+    lowest_share: float = Field(
+        0.5, gt=0, lt=1, description="share of chains and of noisy data at the lowest level; the others have equal ones"
+    )
     anneal_steps: int = Field(200, ge=1, description="steps from the highest to the lowest level before a fresh chain")
 
     @model_validator(mode="after")

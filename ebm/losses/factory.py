@@ -53,7 +53,7 @@ def loss_of(config: kinds.LossConfig) -> Callable[..., LossOutput]:
             assert chain is not None
             settings |= _last_step(chain)
         if isinstance(config, kinds.DualScoreMatchingConfig) and chain is not None:
-            settings["log_variances"] = chain["log_variances"]
+            settings |= {name: chain[name] for name in ("log_variances", "lowest_share")}
         plain = objective(energy, x_pos, x_neg, **settings)
         if not config.gradient_penalty:
             return plain

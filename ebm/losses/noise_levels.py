@@ -17,6 +17,7 @@ def dual_score_matching(
     *,
     contrastive_weight: float = 0.0,
     log_variances: Sequence[float] = (),
+    lowest_share: float | None = None,
     l2: float = 0.0,
     y_pos: Tensor | None = None,
     y_neg: Tensor | None = None,
@@ -29,8 +30,8 @@ def dual_score_matching(
     level hardly sees, follow from the levels at which they overlap. log t is uniform over the energy's range.
 
     With chains `x_neg`, states that carry their levels (`ebm.samplers.noise_levels`), `contrastive_weight` times
-    mean E(x + sqrt(t) z, t) - mean E(x_neg) is added, t uniform over `log_variances`: the gradient of the likelihood
-    of the joint density of states and levels (Zhang, Tan & Ou 2023, eq. 9).
+    mean E(x + sqrt(t) z, t) - mean E(x_neg) is added, t drawn from `log_variances` with the chains' `lowest_share`:
+    the gradient of the likelihood of the joint density of states and levels (Zhang, Tan & Ou 2023, eq. 9).
     """
     conditional = conditioned_on_noise(energy)
     level = uniform_(x_pos.new_empty(len(x_pos)), generator, *conditional.log_variances)
@@ -43,7 +44,7 @@ def dual_score_matching(
     terms = {"score": scores.mean(), "level": changes.mean()}
     if x_neg is None:
         return output(loss if not l2 else loss + l2 * energy_l2(e_pos), e_pos, **terms)
-    noisy = at_noise_levels(x_pos, log_variances, generator)
+    noisy = at_noise_levels(x_pos, log_variances, lowest_share, generator)
     e_pos, e_neg = energies(energy, [noisy, x_neg.detach()], [y_pos, y_neg])
     contrast = e_pos.mean() - e_neg.mean()
     loss = loss + contrastive_weight * contrast
@@ -52,11 +53,16 @@ def dual_score_matching(
     return output(loss, e_pos, e_neg, **terms, contrast=contrast)
 
 
-def at_noise_levels(x: Tensor, log_variances: Sequence[float], generator: Generators = None) -> Tensor:
+def at_noise_levels(
+    x: Tensor, log_variances: Sequence[float], lowest_share: float | None = None, generator: Generators = None
+) -> Tensor:
     """Data `x` with noise of a level drawn for each datum, and that level in a further plane: a draw of the joint
-    density of states and levels. `log_variances` ascend evenly."""
+    density of states and levels. `log_variances` ascend evenly; `lowest_share` is the probability of the lowest, None:
+    that of the others."""
     low, spacing, highest = log_variances[0], log_variances[1] - log_variances[0], len(log_variances) - 1
-    indices = uniform_(x.new_empty(len(x)), generator, 0, highest + 1).floor().clamp(max=highest)
+    share = 1 / (highest + 1) if lowest_share is None else lowest_share
+    u = uniform_(x.new_empty(len(x)), generator)
+    indices = ((u - share) / (1 - share) * highest + 1).floor().clamp(0, highest)
     level = low + spacing * indices
     return with_noise_level(_with_noise(x, level, generator)[0], level)
 

@@ -40,7 +40,10 @@ def sampler_of(
         "step_size": config.step_size if step_size is None else step_size,
     }
     if config.kind == "noise_levels":
-        return noise_levels, settings | {"log_variances": config.log_variances}
+        return noise_levels, settings | {
+            "log_variances": config.log_variances,
+            "lowest_share": config.lowest_share,
+        }
     settings |= {
         "bounds": config.bounds,
         "boundary": config.boundary,

@@ -34,21 +34,24 @@ def noise_levels(
     num_steps: int,
     step_size: float,
     log_variances: Sequence[float],
+    lowest_share: float | None = None,
     grad_scale: float = 1.0,
     generator: Generators = None,
 ) -> tuple[Tensor, NoiseLevelsInfo]:
-    """Simulated tempering over noise levels: samples the joint density p(x, t) ~ exp(-E(x, t)) over the levels exactly.
+    """Simulated tempering over noise levels: samples the joint density p(x, t) ~ w(t) exp(-E(x, t)) over the levels
+    exactly.
 
     Each step is one of MALA in x, then a proposal of the next level in the chain's direction, accepted with probability
-    min(1, exp(E(x, t) - E(x, t'))). A chain keeps its direction until a proposal is rejected, then turns (Sakai &
-    Hukushima 2016): it sweeps over the levels where plain proposals would diffuse. Directions are drawn at the start.
-    The levels are visited as E weighs them, alike where E(., t) is normalised (Zhang, Tan & Ou 2023 train it so).
+    min(1, w(t') / w(t) exp(E(x, t) - E(x, t'))). A chain keeps its direction until a proposal is rejected, then turns
+    (Sakai & Hukushima 2016): it sweeps over the levels where plain proposals would diffuse. Directions are drawn at the
+    start. Where E(., t) is normalised, the levels have the shares w (Zhang, Tan & Ou 2023 train it so).
 
     Args:
         energy: E of states (B, C + 1, H, W) or (B, D + 1), float32 (B,).
         z: states with their levels, which must be among `log_variances`.
         step_size: of MALA at the lowest level, a number; at the others it is in proportion to their variance.
         log_variances: the levels, ascending and evenly spaced.
+        lowest_share: w of the lowest level, in (0, 1); the others share the rest alike. None: all alike.
 
     Returns the states after the last step, with their levels, and NoiseLevelsInfo.
     """
@@ -56,6 +59,7 @@ def noise_levels(
     low, spacing = log_variances[0], log_variances[1] - log_variances[0]
     index = ((level - low) / spacing).round()
     highest = len(log_variances) - 1
+    favour = 0.0 if lowest_share is None else math.log(highest * lowest_share / (1 - lowest_share))
     draws = uniform_(torch.empty_like(level), generator)
     direction = torch.where(draws < 0.5, -1.0, 1.0)
     state = begin(_at(energy, level), dense(first), grad_scale)
@@ -68,7 +72,7 @@ def noise_levels(
         proposed = proposed.clamp(0, highest)
         new_level = low + spacing * proposed
         candidate = State(state.x, *evaluate(_at(energy, new_level), state.x, grad_scale))
-        log_ratio = state.energy - candidate.energy
+        log_ratio = state.energy - candidate.energy + favour * ((proposed == 0).float() - (index == 0).float())
         probability = torch.where(inside & ~log_ratio.isnan(), log_ratio.clamp(max=0).exp(), 0.0)
         chosen = comes_about(probability, generator)
         moved += probability.mean()

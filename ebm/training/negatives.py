@@ -60,7 +60,9 @@ def initial_states(
         x = augment(draw.x, random("augment_chains", step), flip, crop) if flip or crop else draw.x
         if isinstance(config.sampler, NoiseLevelsConfig):
             born = draw.fresh | (buffer.age[draw.rows] == 0)
-            noisy_data = at_noise_levels(x_pos, config.sampler.log_variances, random("start", step))
+            noisy_data = at_noise_levels(
+                x_pos, config.sampler.log_variances, config.sampler.lowest_share, random("start", step)
+            )
             x = torch.where(born.view(-1, *[1] * (x.ndim - 1)), noisy_data, x)
         return Start(x, draw.labels, draw=draw)
     x = with_replicas(config.sampler, x_pos)

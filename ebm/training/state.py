@@ -14,8 +14,10 @@ from torch.nn.utils import parametrize
 from ebm.config import Config, SamplerConfig
 from ebm.config.samplers import MetropolisConfig
 from ebm.data import Access, Manifest, ShardReader, load_manifest
+from ebm.data.augment import dequantize
 from ebm.data.manifest import check_files
-from ebm.energies import BaseEnergyFunction, FoldedEnergy, build_energy, chain_dtype
+from ebm.data.reader import read_all
+from ebm.energies import BaseEnergyFunction, FoldedEnergy, NoiseConditionalEnergy, build_energy, chain_dtype
 from ebm.errors import DataError
 from ebm.losses import LossOutput, loss_of
 from ebm.runtime import checkpoint
@@ -27,6 +29,8 @@ from ebm.training.buffer import Draw, ReplayBuffer
 from ebm.training.divergence import DivergenceMonitor
 from ebm.training.negatives import chain_energy
 from ebm.training.optimizer import build_optimizer
+
+MOMENT_DATA = 50_000  # data whose mean and covariance are taken
 
 
 class Objective(nn.Module):
@@ -145,7 +149,10 @@ def build_state(config: Config, world: World) -> TrainState:
     streams = owned_streams(config.data.streams, world.rank, world.size)
     manifest = load_manifest(config.data.shards, Access.of(config.data))
     world.on_main(lambda: check_files(manifest))
-    energy = build_energy(config.energy, config.data.shape, config.run.seed).to(world.device).train()
+    energy = build_energy(config.energy, config.data.shape, config.run.seed)
+    if isinstance(energy, NoiseConditionalEnergy):
+        energy.fit(moment_data(config, manifest))
+    energy = energy.to(world.device).train()
     # Copies before `prepare`: accelerate replaces the forward of the module it is given.
     ema = copy.deepcopy(energy).requires_grad_(False)
     folded = FoldedEnergy(energy, chain_dtype(world.autocast_dtype(), world.device))
@@ -171,6 +178,18 @@ def build_state(config: Config, world: World) -> TrainState:
         skipped_in_row=zero,
         reset_chains=zero,
     )
+
+
+def moment_data(config: Config, manifest: Manifest) -> Tensor:
+    """States (N, *shape) of the first data, MOMENT_DATA or all, whose mean and covariance a noise-conditional energy
+    starts from. Every rank reads the same."""
+    blocks, count = [], 0
+    for data, _, _ in read_all(manifest, config.data.shape, max_pixels=config.data.max_pixels, check=False):
+        blocks.append(dequantize(data, None) if data.dtype == torch.uint8 else data)
+        count += len(data)
+        if count >= MOMENT_DATA:
+            break
+    return torch.cat(blocks)
 
 
 def build_buffer(config: Config, world: World, streams: list[int]) -> ReplayBuffer | None:

@@ -1,0 +1,96 @@
+"""Dual score matching and the joint contrastive term, on Gaussian data whose energy with noise is known."""
+
+import math
+
+import pytest
+import torch
+from gaussians import seeded
+from torch import nn
+
+from ebm.energies import NoiseConditionalEnergy, split_noise_level
+from ebm.energies.base import BaseEnergyFunction
+from ebm.losses import at_noise_levels, dual_score_matching
+
+N, D, VARIANCE = 40_000, 3, 0.6
+
+
+class Tilt(BaseEnergyFunction):
+    """What differs from the Gaussian: nothing, at the parameters' start."""
+
+    def __init__(self):
+        super().__init__()
+        self.square, self.level = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return self.square * x[:, :D].square().sum(1) + self.level * x[:, D]  # x[:, D]: a wave of the level
+
+
+def energy_and_data():
+    data = math.sqrt(VARIANCE) * torch.randn(N, D, generator=seeded())
+    energy = NoiseConditionalEnergy(Tilt(), (D,), 0.2, 2.0)
+    energy.fit(data)
+    return energy, data
+
+
+def test_the_true_energy_has_the_least_loss_and_no_gradient():
+    energy, data = energy_and_data()
+    output = dual_score_matching(energy, data, generator=seeded(1))
+    # E[v / (v + t)], log t uniform: what no estimate of the noise can know.
+    low, high = (2 * math.log(s) for s in (0.2, 2.0))
+    level = torch.linspace(low, high, 10_001)
+    assert output.terms["score"].item() == pytest.approx((VARIANCE / (VARIANCE + level.exp())).mean().item(), rel=0.02)
+    at_truth = torch.stack(torch.autograd.grad(output.loss, list(energy.parameters())))
+    away = []
+    for name in ("square", "level"):
+        parameter = getattr(energy.network, name)
+        with torch.no_grad():
+            parameter.fill_(0.2)
+        moved = dual_score_matching(energy, data, generator=seeded(1))
+        assert moved.loss > output.loss
+        away.append(torch.autograd.grad(moved.loss, parameter)[0])
+        with torch.no_grad():
+            parameter.zero_()
+    assert (at_truth.abs() < 0.05 * torch.stack(away).abs()).all(), (at_truth, away)
+
+
+def test_the_level_term_alone_sees_a_shift_between_levels():
+    """dE/dx knows nothing of what depends on the level alone."""
+    energy, data = energy_and_data()
+    true = dual_score_matching(energy, data, generator=seeded(1)).terms
+    with torch.no_grad():
+        energy.network.level.fill_(1.0)
+    shifted = dual_score_matching(energy, data, generator=seeded(1)).terms
+    torch.testing.assert_close(shifted["score"], true["score"])
+    assert shifted["level"] > 1.02 * true["level"]
+
+
+@pytest.mark.parametrize("share", [None, 0.6])
+def test_data_at_noise_levels(share):
+    levels = tuple(torch.linspace(-3, 1, 5).tolist())
+    z = at_noise_levels(torch.ones(N, D), levels, share, seeded())
+    x, level = split_noise_level(z)
+    shares = [0.2] * 5 if share is None else [share] + [(1 - share) / 4] * 4
+    for at, part in zip(levels, shares, strict=True):
+        own = x[(level - at).abs() < 1e-5]
+        assert len(own) == pytest.approx(part * N, abs=4.5 * math.sqrt(N * part * (1 - part)))
+        assert own.mean().item() == pytest.approx(1, abs=4 * math.exp(at / 2) / math.sqrt(own.numel()))
+        assert own.var().item() == pytest.approx(math.exp(at), rel=4 * math.sqrt(2 / own.numel()))
+
+
+def test_the_contrast_vanishes_for_chains_that_are_the_data():
+    energy, data = energy_and_data()
+    levels = tuple(torch.linspace(*energy.log_variances, 8).tolist())
+    chains = at_noise_levels(data, levels, generator=seeded(5))
+    settings = {"log_variances": levels, "generator": seeded(2)}
+    output = dual_score_matching(energy, data, chains, contrastive_weight=1.0, **settings)
+    plain = dual_score_matching(energy, data, generator=seeded(2))
+    assert output.e_pos.shape == output.e_neg.shape == (N,)
+    torch.testing.assert_close(output.loss - plain.loss, output.terms["contrast"], atol=1e-5, rtol=1e-4)
+    assert abs(output.terms["contrast"].item()) < 4 * math.sqrt(2 / N) * output.e_pos.std().item()
+    lower = dual_score_matching(energy, data, chains * 0.5, contrastive_weight=1.0, **settings)
+    assert lower.terms["contrast"] > 0.1  # chains that lie below the data are to be raised
+
+
+def test_other_energies_are_refused():
+    with pytest.raises(ValueError, match="noise_conditional"):
+        dual_score_matching(Tilt(), torch.zeros(2, D))
