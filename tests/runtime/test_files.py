@@ -1,13 +1,22 @@
-"""Files that are whole or not there; locks."""
+"""Files that are whole or not there, locks, and what a process shows of its log."""
 
 import errno
 import fcntl
+import logging
 import os
+import stat
 import threading
+from pathlib import Path
 
 import pytest
+import torch
 
+from ebm.config import TrainConfig
+from ebm.runtime import checkpoint, files
+from ebm.runtime.checkpoint import Saver
+from ebm.runtime.distributed import World
 from ebm.runtime.files import locked, replace
+from ebm.runtime.process import configure_logging
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -55,3 +64,101 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, code, goes_on):
     else:
         with pytest.raises(OSError, match=os.strerror(code)), locked(tmp_path / "lock"):
             pass
+
+
+def test_a_lock_that_is_long_waited_for_is_named(tmp_path, monkeypatch, shown):
+    monkeypatch.setattr(files, "QUIET_WAIT", 0.1)
+    entered = threading.Event()
+
+    def wait() -> None:
+        with locked(tmp_path / "lock"):
+            entered.set()
+
+    with locked(tmp_path / "lock"):
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        waiting.join(0.5)
+        assert not entered.is_set() and f"{tmp_path}/lock is locked by another process" in shown()
+    waiting.join(10)
+    assert entered.is_set()
+
+
+def test_a_link_is_not_followed(tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"precious")
+    (tmp_path / "lock").symlink_to(outside)
+    with pytest.raises(OSError, match="is a link"), locked(tmp_path / "lock"):
+        pass
+    (tmp_path / f"a.json.{os.getpid()}.tmp").symlink_to(outside)
+    (tmp_path / "a.json").symlink_to(outside)
+    replace(tmp_path / "a.json", b"ours")
+    assert outside.read_bytes() == b"precious" and not (tmp_path / "a.json").is_symlink()
+
+
+def test_what_is_replaced_survives_a_power_cut(tmp_path, monkeypatch):
+    """Its directory reaches the disk after the rename."""
+    events, real_fsync, real_replace = [], os.fsync, os.replace
+
+    def fsync(file) -> None:
+        events.append("directory" if stat.S_ISDIR(os.fstat(file).st_mode) else "file")
+        real_fsync(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", lambda *paths: (events.append("rename"), real_replace(*paths)))
+    replace(tmp_path / "rollbacks.json", b"[]")
+    assert events == ["file", "rename", "directory"]
+
+
+@pytest.mark.parametrize(("code", "goes_on"), [(errno.EINVAL, True), (errno.EIO, False)])
+def test_a_file_system_that_can_not_sync_directories(tmp_path, monkeypatch, code, goes_on):
+    real = os.fsync
+
+    def fsync(file) -> None:
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(code, os.strerror(code))
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if goes_on:
+        replace(tmp_path / "a", b"a")
+    else:
+        with pytest.raises(OSError, match=os.strerror(code)):
+            replace(tmp_path / "a", b"a")
+
+
+def test_control_characters_do_not_reach_a_terminal(shown):
+    """A text of others reaches the terminal without its control characters."""
+    logging.getLogger("ebm.data").warning(
+        "key 'a\x1b[2J\u009b31m\rb\udcff' \N{LATIN SMALL LETTER E WITH ACUTE}\tz\nnext"
+    )
+    assert shown() == "key 'a\\x1b[2J\\x9b31m\\rb\\udcff' \N{LATIN SMALL LETTER E WITH ACUTE}\tz\nnext\n"
+
+
+def test_ranks_beside_the_first_show_warnings_alone(capsys, monkeypatch, shown):
+    log = logging.getLogger("ebm.training")
+    for rank, debug, expected in (
+        (0, "", "i\nw\n"),
+        (3, "", "rank 3: w\n"),
+        (3, "debug", "rank 3: d\nrank 3: i\nrank 3: w\n"),
+    ):
+        monkeypatch.setenv("EBM_LOG", debug)
+        configure_logging(rank)
+        log.debug("d"), log.info("i"), log.warning("w")
+        assert shown() == expected
+    monkeypatch.delenv("EBM_LOG")
+    configure_logging()
+    log.info("i"), log.warning("w")
+    assert capsys.readouterr() == ("", "w\n")
+
+
+def test_an_error_while_pruning_ends_nothing(tmp_path, monkeypatch, shown):
+    """A disk that is not tidy is said, and the new checkpoint stands."""
+    world = World(TrainConfig())
+    with Saver(tmp_path, world) as saver:
+        for step in (1, 2):
+            state = {"step": step, "good": True}
+            saver.start(step, {"model": {"w": torch.zeros(2)}}, state)
+            with monkeypatch.context() as failing:
+                failing.setattr(Path, "rename", lambda *_: os.close(-1))  # an OSError
+                assert saver.finish(keep=1) == tmp_path / f"step_{step:08d}"
+    assert "can't be removed" in shown() and len(checkpoint.checkpoints(tmp_path)) == 2

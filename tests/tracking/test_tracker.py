@@ -1,6 +1,8 @@
 """Records, panels, progress, and the real W&B client."""
 
+import io
 import json
+import logging
 import math
 import sys
 import threading
@@ -374,3 +376,20 @@ def test_pictures_of_vectors_share_a_scale():
     assert set(apart) == {"near", "far"} and apart["near"].shape == apart["far"].shape
     assert (apart["near"] != apart["far"]).any() and (apart["near"] != alone["near"]).any()
     assert pictures({"line": torch.zeros(3, 1)})["line"].shape == apart["near"].shape
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_lines_of_the_log_stand_above_the_bar(monkeypatch, shown):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    progress = Progress(100, 0)
+    progress.update(10, {"train/loss": 0.5})
+    logging.getLogger("ebm.training").info("diverging")
+    progress.close()
+    before, _, after = terminal.getvalue().partition("diverging\n")
+    assert before.endswith("\r") and "10/100" in before and "10/100" in after  # the bar is cleared, and drawn again
