@@ -45,7 +45,12 @@ from ebm.data.manifest import check_files, verify
 from ebm.data.order import Order
 from ebm.data.shards import write_shards
 from ebm.errors import UserError
-from ebm.runtime import checkpoint
+from ebm.runtime import checkpoint, environment
+from ebm.runtime.distributed import World
+from ebm.runtime.run_directory import RunDirectory
+from ebm.tracking.delivery import Handed, rows_between
+from ebm.tracking.records import Records
+from ebm.tracking.wandb_run import run_id
 from ebm.training.buffer import ReplayBuffer
 from ebm.training.divergence import DivergenceMonitor
 
@@ -459,8 +464,8 @@ def checkpoint_target(root: Path):
             window = order.window(v, meta.positions[str(v)][0])
             np.arange(order.end(window) - 16, order.end(window))
             order.segments(window)
-        torch.zeros((), dtype=torch.int64) + meta["skipped_steps"] + meta["skipped_in_row"] + meta["skipped_samples"]
-        torch.zeros((), dtype=torch.int64).fill_(meta["step"])
+        torch.zeros((), dtype=torch.int64) + meta.skipped_steps + meta.skipped_in_row + meta.skipped_samples
+        torch.zeros((), dtype=torch.int64).fill_(meta.step)
 
     def run(rng: random.Random) -> None:
         name = rng.choice(sorted(good))
@@ -487,7 +492,59 @@ def checkpoint_target(root: Path):
     return run
 
 
+def records_target(root: Path):
+    """What a run writes beside its checkpoints, and reads again."""
+    config = load_config(None, [f"run.dir={root / 'run'}"])
+    run_dir = RunDirectory(config, World(config.train))
+    run_dir.begin(0, 5)
+    monitor = DivergenceMonitor(HealthConfig()).state()
+    rollback = {"from": 9, "to": 4, "rollbacks": 1, "reason": "not finite", "divergence": monitor}
+    values = {
+        "attempts.json": json.loads((run_dir.path / "attempts.json").read_text()),
+        "environment.json": json.loads((run_dir.path / "environment.json").read_text()),
+        "rollbacks.json": [rollback, rollback | {"rollbacks": 2}],
+    }
+    lines = [{"step": step, "train/loss": step / 3, "energy/auc": "NaN"} for step in range(1, 6)]
+    texts = {"wandb_step": b"abcd 40 3-5 12-30\n", "wandb_id": b"abcd"}
+
+    def read(name: str) -> None:
+        path = run_dir.path
+        if name == "metrics.jsonl":
+            list(rows_between(path / name, 2, 4))
+            Records(path / name, 3).close()
+            assert all(json.loads(line)["step"] <= 3 for line in (path / name).open("rb"))
+        elif name in texts:
+            handed = Handed(path, run_id(path), 1.0)
+            assert isinstance(handed.lacks(4), bool) and handed.first_lacking <= handed.step + 1
+            handed.miss(50), handed.rewind(10)
+        else:
+            environment.read(path / "environment.json")
+            run_dir.failed("a reason")
+            run_dir.starts_before()
+            run_dir.resume_point()
+
+    def run(rng: random.Random) -> None:
+        name = rng.choice([*values, *texts, "metrics.jsonl"])
+        if name in values:
+            data = mutate_json(rng, values[name])
+        elif name in texts:
+            data = mutate_bytes(rng, texts[name])
+        else:
+            data = b"\n".join(
+                mutate_json(rng, line) if rng.random() < 0.5 else json.dumps(line).encode() for line in lines
+            )
+            data = mutate_bytes(rng, data + b"\n", 1) if rng.random() < 0.3 else data + b"\n"
+        (run_dir.path / name).write_bytes(data)
+        try:
+            read(name)
+        finally:
+            (run_dir.path / name).unlink()
+
+    return run
+
+
 TARGETS = {
+    "records": records_target,
     "config": config_target,
     "manifest": manifest_target,
     "shard": shard_target,

@@ -6,7 +6,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, Self, TypeVar
 
@@ -222,6 +222,15 @@ class World:
         signs = ("gloo", "Connection closed by peer", "pair closure")
         lost = isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
         return self.size > 1 and isinstance(error, RuntimeError) and lost
+
+    def meet_within(self, seconds: float) -> None:
+        """Wait for the other ranks; for one that does not come so long, or is gone, no more."""
+        if self.size == 1:
+            return
+        faulthandler.dump_traceback_later(seconds, exit=True, file=2)
+        with suppress(RuntimeError):  # a lost peer
+            self.any(False)
+        faulthandler.cancel_dump_traceback_later()
 
     def abandon(self) -> None:
         """This rank failed. Its process ends without leaving the group, for which the others would be needed; should

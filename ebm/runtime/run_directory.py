@@ -26,7 +26,7 @@ OURS = r"config\.yaml|attempts\.json|rollbacks\.json|environment\.json|DONE|wand
 LOCK_WAIT = 60.0  # seconds for ranks that lost their launcher to notice it, save and end
 
 
-class _Attempts(BaseModel):
+class Attempts(BaseModel):
     """attempts.json: the starts in a row that began at one step, and how the last ended."""
 
     model_config = ConfigDict(strict=True)
@@ -48,9 +48,9 @@ class _Rollback(BaseModel):
 
 class RunDirectory:
     """RUN/: config.yaml, checkpoints/, attempts.json, rollbacks.json, environment.json, STOP, DONE. Rank 0 makes it, or
-    checks that it was made with this config. `beat` is called while another process is waited for."""
+    checks that it was made with this config. `beat` is called while rank 0 works, or waits for another process."""
 
-    def __init__(self, config: Config, world: World, beat: Callable[[], None] = lambda: None):
+    def __init__(self, config: Config, world: World, beat: Callable[[], None] | None = None):
         self.path, self.world, self._beat = Path(config.run.dir), world, beat
         self.checkpoints, self.stop_file = self.path / "checkpoints", self.path / "STOP"
         self._attempts, self._rollback_file = self.path / "attempts.json", self.path / "rollbacks.json"
@@ -66,7 +66,7 @@ class RunDirectory:
             except OSError as error:
                 raise ConfigError(f"run.dir={self.path}: {error}; choose a directory that can be written") from error
 
-        return self.world.on_main(attempt)
+        return self.world.on_main(attempt, self._beat)
 
     def _enter(self, config: Config) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,8 @@ class RunDirectory:
                 return
             if wait == 0:
                 log.info(f"{self.path} is used by another process; waiting up to {LOCK_WAIT:.0f} s for its end")
-            self._beat()
+            if self._beat is not None:
+                self._beat()
             time.sleep(1.0)
         raise ConfigError(f"run.dir={self.path} is used by another process; end it, or choose another run.dir")
 
@@ -169,7 +170,7 @@ class RunDirectory:
         self._together(lambda: self._count(step, max_restarts))
 
     def _count(self, step: int, max_restarts: int) -> None:
-        seen = self._seen()
+        seen = self.starts_before()
         starts = seen.starts + 1 if seen.step == step else 1
         if starts > max_restarts + 1:
             raise ConfigError(
@@ -179,23 +180,23 @@ class RunDirectory:
                 f"{self._attempts} or raise health.max_restarts; if jobs end before their first checkpoint, lower "
                 "checkpoint.every"
             )
-        replace(self._attempts, _Attempts(step=step, starts=starts).model_dump_json().encode())
+        replace(self._attempts, Attempts(step=step, starts=starts).model_dump_json().encode())
         environment.record(self.path, self.world, step)
 
-    def _seen(self) -> _Attempts:
-        """The starts before; none where the file is not of this kind."""
+    def starts_before(self) -> Attempts:
+        """The starts counted so far; none where the file is not of this kind."""
         if not self._attempts.exists():
-            return _Attempts()
+            return Attempts()
         try:
-            return _Attempts.model_validate(read_json(self._attempts))
+            return Attempts.model_validate(read_json(self._attempts))
         except (OSError, ValueError):
             log.warning(f"{self._attempts} can't be read; counting from new")
-            return _Attempts()
+            return Attempts()
 
     def failed(self, reason: str) -> None:
         """Keep why this start ended, for the message that refuses another. Raises nothing: an error is under way."""
         with suppress(OSError, ValueError):
-            seen = _Attempts.model_validate(read_json(self._attempts))
+            seen = Attempts.model_validate(read_json(self._attempts))
             replace(self._attempts, seen.model_copy(update={"reason": reason[:1000]}).model_dump_json().encode())
 
     def finish(self, code: int, step: int, seconds: float) -> None:

@@ -107,16 +107,16 @@ class WandbRun:
         wandb.setup(wandb.Settings(silent=True))
         settings = {"init_timeout": self._timeout, "console": "off", "silent": True}
         settings["x_transaction_log_flush_interval"] = 1.0  # seconds; SIGKILL loses what came later
-        run_id = _run_id(self._run_dir)
+        identity = run_id(self._run_dir)
         run = wandb.init(
-            dir=self._run_dir, mode=self.mode, id=run_id, resume="allow", project=tracking.project,
+            dir=self._run_dir, mode=self.mode, id=identity, resume="allow", project=tracking.project,
             entity=tracking.entity, name=tracking.name or self._run_dir.name, group=tracking.group,
             tags=list(tracking.tags) or None, config=self._config.model_dump(mode="json"),
             settings=wandb.Settings(**settings))  # fmt: skip
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
         if self._handed is None:
-            self._handed = Handed(self._run_dir, run_id, UNSAFE[self.mode])
+            self._handed = Handed(self._run_dir, identity, UNSAFE[self.mode])
         self._part_ends = time.monotonic() + tracking.offline_part
         if self.mode == "offline":
             number_part(Path(run.dir).parent)
@@ -298,7 +298,7 @@ def _in_netrc(settings: Any) -> bool:
     return any(keys.authenticators(host) for host in hosts)
 
 
-def _run_id(run_dir: Path) -> str:
+def run_id(run_dir: Path) -> str:
     """The run's W&B id, made once and kept in RUN/wandb_id: a resumed run is the same W&B run."""
     path = run_dir / "wandb_id"
     found = path.read_text(errors="replace")[: MAX_ID + 1].strip() if path.is_file() else ""

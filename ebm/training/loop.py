@@ -2,7 +2,6 @@
 
 import logging
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 
 from ebm.config import Config
@@ -28,7 +27,7 @@ def train(config: Config, world: World, watchdog: Watchdog, started: float) -> i
     `watchdog`: under way since before the ranks met; it ends with the last step.
     `started`: when the process began, by `time.monotonic`; `train.time_limit` counts from there.
     """
-    run = RunDirectory(config, world)
+    run = RunDirectory(config, world, watchdog.beat)
     if run.done:
         log.info(f"{run.path} is done already; another run.dir begins a new run")
         return 0
@@ -69,8 +68,8 @@ def train(config: Config, world: World, watchdog: Watchdog, started: float) -> i
             tracker.close(code)
     run.finish(code, state.step, time.monotonic() - started)
     if code == EXIT_STOPPED:  # the launcher ends all ranks when the first one ends: wait for rank 0 and its W&B
-        with suppress(RuntimeError):
-            world.any(False)
+        leave_code(code)
+        world.meet_within(config.train.collective_timeout)
     return code
 
 
