@@ -65,6 +65,8 @@ class Conversion:
                 f"{item.name} is a vector of {len(item.array)} values; --size, --grayscale, --rgb and --format are for "
                 "images, as --range and --background are"
             )
+        if item.array.dtype == np.uint8 and self.levels is not None:
+            raise ConfigError(f"{item.name} has 8 bits a value; --range is for images of 16")
         if item.array.dtype == np.uint16 and self.levels is None and item.array.max() < TWELVE_BITS:
             raise ConfigError(
                 f"{item.name} has 16 bits a value, and none above {item.array.max()}: taken as it is, it is nearly "

@@ -229,33 +229,43 @@ def _numbers(
 ) -> tuple[list[list[int | None]], tuple[str, ...] | None]:
     """(class numbers by shard, class names). Raises DataError where some samples have a label and others none."""
     values: list[list[Label | None]] = [
-        [labels.of(key) for key in scan.keys] if labels is not None else list(scan.labels) for _, scan in found
+        [
+            (labels.of(key) if labels is not None else value) if usable else None
+            for key, value, usable in zip(scan.keys, scan.labels, scan.usable, strict=True)
+        ]
+        for _, scan in found
     ]
-    flat = [value for part in values for value in part]
     missing = [
         f"{directory / name}: key {key}"
         for (name, scan), part in zip(found, values, strict=True)
-        for key, value in zip(scan.keys, part, strict=True)
-        if value is None
+        for key, value, usable in zip(scan.keys, part, scan.usable, strict=True)
+        if usable and value is None
     ]
-    if label is not None and label != "none" and labels is None and len(missing) == len(flat):
-        suffixes = Counter(suffix for _, scan in found for suffix in scan.suffixes)
-        raise DataError(f"--label {label}: no sample has it; members are .{', .'.join(suffixes)}")
-    if labels is not None and len(missing) == len(flat):
-        raise DataError(f"labels {labels.path}: has none of the {len(flat)} keys, such as {found[0].scan.keys[0]!r}")
-    if missing and len(missing) < len(flat):
-        if on_error == "fail":
-            raise DataError(
-                f"{len(missing)} of {len(flat)} samples have no label; the first: {missing[0]}. Give --label none to "
-                "take all as unlabelled, or --on-error skip, and data.on_error=skip to train on the others"
-            )
+    total = sum(sum(scan.usable) for _, scan in found)
+    if missing and len(missing) == total:
+        _refuse_unused(found, labels, label)
+    elif missing and on_error == "fail":
+        raise DataError(
+            f"{len(missing)} of {total} samples have no label; the first: {missing[0]}. Give --label none to take all "
+            "as unlabelled, or --on-error skip, and data.on_error=skip to train on the others"
+        )
+    elif missing:
         left_out.append(LeftOut(reason="samples without a label", count=len(missing), first=missing[0]))
-    numbers, classes = numbered(flat)
+    numbers, classes = numbered([value for part in values for value in part])
     parts, at = [], 0
     for part in values:
         parts.append(numbers[at : at + len(part)])
         at += len(part)
     return parts, classes
+
+
+def _refuse_unused(found: Sequence[Scanned], labels: LabelTable | None, label: str | None) -> None:
+    """Raises DataError where labels were asked for, and no sample has one."""
+    if labels is not None:
+        raise DataError(f"labels {labels.path}: has none of the keys, such as {found[0].scan.keys[0]!r}")
+    if label not in (None, "none"):
+        suffixes = Counter(suffix for _, scan in found for suffix in scan.suffixes)
+        raise DataError(f"--label {label}: no sample has it; members are .{', .'.join(suffixes)}")
 
 
 def _listed(problems: Sequence[str], what: str, remedy: str) -> str:

@@ -92,7 +92,8 @@ class Scan(NamedTuple):
     shapes: Counter[tuple[int, ...]]
     firsts: dict[tuple[int, ...], str]  # the first key of each shape
     keys: list[str]
-    labels: list[int | str | None]
+    labels: list[int | str | None]  # None also where the sample can't be used
+    usable: list[bool]
     suffixes: Counter[str]
     problems: list[Problem]
     others: dict[str, list[str]]
@@ -173,6 +174,7 @@ def scan_shard(path: Path, grouping: Grouping = BY_FIRST_DOT, label: str = "cls"
         firsts=scanner.firsts,
         keys=scanner.keys,
         labels=scanner.labels,
+        usable=scanner.usable,
         suffixes=scanner.suffixes,
         problems=scanner.problems,
         others=scanner.others,
@@ -213,6 +215,7 @@ class _Scanner:
         self.offsets: list[int] = []
         self.keys: list[str] = []
         self.labels: list[int | str | None] = []
+        self.usable: list[bool] = []
         self.shapes: Counter[tuple[int, ...]] = Counter()
         self.firsts: dict[tuple[int, ...], str] = {}
         self.suffixes: Counter[str] = Counter()
@@ -243,20 +246,18 @@ class _Scanner:
         self.offsets.append(min(member.offset for member in group.values()))
         self.keys.append(key)
         self.suffixes.update(group.keys())
+        suffix, label, shape = self.label.partition(":")[0], None, None
         try:
             shape = self._shape(key, group)
             if shape is not None:
+                label = read_label({suffix: self._content(group[suffix])} if suffix in group else {}, self.label)
                 self.shapes[shape] += 1
                 self.firsts.setdefault(shape, key)
         except ValueError as error:
             self.problems.append(Problem(key, str(error)))
-        suffix = self.label.partition(":")[0]
-        label = None
-        try:
-            label = read_label({suffix: self._content(group[suffix])} if suffix in group else {}, self.label)
-        except ValueError as error:
-            self.problems.append(Problem(key, str(error)))
+            shape = None
         self.labels.append(label)
+        self.usable.append(shape is not None)
 
     def _shape(self, key: str, group: dict[str, tarfile.TarInfo]) -> tuple[int, ...] | None:
         """None, and a problem, where a sample has several images and no suffix was chosen. Raises ValueError."""

@@ -1,0 +1,197 @@
+"""Sources from files that people have: IDX files, .npz, labels, parquet; and files that lie about their size."""
+
+import gzip
+import io
+import json
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ebm.__main__ import main
+from ebm.data import load_manifest
+from ebm.data.datasets import FASHION
+from ebm.data.reader import read_all
+from ebm.data.shards import write_shards
+from ebm.data.sources import Options, open_source
+from ebm.errors import DataError
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (7, 5, 4), dtype=np.uint8)
+LABELS = np.arange(7, dtype=np.uint8) % 3
+
+
+def idx(array: np.ndarray) -> bytes:
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def read(spec, tmp_path, split="train", options=None):
+    manifest = write_shards(
+        open_source(spec, split, options or Options()), tmp_path / "written", progress=False, overwrite=True
+    )
+    ((images, labels, _),) = read_all(manifest, manifest.shape)
+    return images.numpy(), labels.numpy(), manifest
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(
+    ("name", "folder", "stem"),
+    [
+        ("fashion_mnist", "", "t10k"),
+        ("fashion_mnist", "FashionMNIST/raw/", "t10k"),
+        ("mnist", "MNIST/raw/", "t10k"),
+        ("kmnist", "KMNIST/raw/", "t10k"),
+        ("emnist", "EMNIST/raw/", "emnist-balanced-test"),
+    ],
+)
+def test_idx_files_on_disk(tmp_path, name, folder, stem, packed):
+    for kind, array in (("images-idx3", IMAGES), ("labels-idx1", LABELS)):
+        path = tmp_path / "root" / f"{folder}{stem}-{kind}-ubyte{'.gz' if packed else ''}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(idx(array)) if packed else idx(array))
+    images, labels, manifest = read(name, tmp_path, "test", Options(root=str(tmp_path / "root")))
+    expected = IMAGES.transpose(0, 2, 1) if name == "emnist" else IMAGES
+    assert np.array_equal(images[:, 0], expected) and np.array_equal(labels, LABELS)
+    assert manifest.source.source == name and manifest.source.split == "test"
+    assert manifest.classes == (FASHION if name == "fashion_mnist" else None)
+
+
+def test_idx_files_of_another_set_are_not_taken(tmp_path, monkeypatch):
+    for kind, array in (("images-idx3", IMAGES), ("labels-idx1", LABELS)):
+        path = tmp_path / "fashion-mnist" / f"train-{kind}-ubyte"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(idx(array))
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(
+        "torchvision.datasets.MNIST.download", lambda self: (_ for _ in ()).throw(OSError("no network"))
+    )
+    with pytest.raises(DataError, match=r"mnist: not found in .*, and the download failed"):
+        open_source("mnist", "train", Options(root=str(tmp_path / "fashion-mnist")))
+
+
+@pytest.mark.parametrize("data", [b"", b"\0\0\x08\x03", idx(IMAGES)[:-1], idx(IMAGES)[:4] + b"\xff" * 12])
+def test_damaged_idx_files(tmp_path, data):
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(data)
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(LABELS))
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte or its labels can't be read"):
+        open_source("mnist", "train", Options(root=str(tmp_path)))
+
+
+def test_no_home(tmp_path, monkeypatch):
+    from ebm.data import datasets
+
+    monkeypatch.delenv("EBM_DATASETS", raising=False)
+    monkeypatch.setenv("HOME", "")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))
+    with pytest.raises(DataError, match=r"no home directory for downloads \(HOME is not set\); give --root DIR"):
+        datasets.default_root()
+    with pytest.raises(DataError, match="write the path in full"):
+        open_source("folder:~/pictures")
+
+
+def test_a_home_directory_is_meant_by_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    np.save(tmp_path / "a.npy", IMAGES)
+    assert len(open_source("npy:~/a.npy")) == 7
+
+
+def test_npz(tmp_path):
+    np.savez(tmp_path / "a.npz", x=IMAGES, y=LABELS)
+    images, labels, manifest = read(f"npy:{tmp_path}/a.npz", tmp_path)
+    assert np.array_equal(images[:, 0], IMAGES) and np.array_equal(labels, LABELS)
+    assert manifest.source.source.endswith("a.npz#x,y")
+    np.savez(tmp_path / "b.npz", x_train=IMAGES, y_train=LABELS, x_test=IMAGES[:3], y_test=LABELS[:3])
+    assert len(open_source(f"npy:{tmp_path}/b.npz", "train")) == 7
+    assert len(open_source(f"npy:{tmp_path}/b.npz", "test")) == 3
+    np.savez(tmp_path / "c.npz", a=IMAGES, b=IMAGES, l=LABELS)
+    with pytest.raises(DataError, match=r"not plain which arrays are the split 'train': a u1 7x5x4.*#IMAGES,LABELS"):
+        open_source(f"npy:{tmp_path}/c.npz")
+    assert np.array_equal(read(f"npy:{tmp_path}/c.npz#b,l", tmp_path)[1], LABELS)
+    with pytest.raises(DataError, match="must be IMAGES or IMAGES,LABELS of a, b, l"):
+        open_source(f"npy:{tmp_path}/c.npz#z")
+    (tmp_path / "d.npz").write_bytes(b"PK junk")
+    with pytest.raises(DataError, match=r"not a readable \.npz"):
+        open_source(f"npy:{tmp_path}/d.npz")
+
+
+def test_labels_for_arrays(tmp_path):
+    np.save(tmp_path / "a.npy", IMAGES)
+    np.save(tmp_path / "l.npy", LABELS)
+    np.save(tmp_path / "short.npy", LABELS[:3])
+    np.save(tmp_path / "float.npy", LABELS.astype(float))
+    labels = read(f"npy:{tmp_path}/a.npy", tmp_path, options=Options(labels=f"{tmp_path}/l.npy"))[1]
+    assert np.array_equal(labels, LABELS)
+    for name, reason in (("short", "7 samples, and 3 labels"), ("float", "must be class numbers")):
+        with pytest.raises(DataError, match=reason):
+            open_source(f"npy:{tmp_path}/a.npy", "train", Options(labels=f"{tmp_path}/{name}.npy"))
+
+
+@pytest.mark.parametrize("shape", [(1 << 40, 28, 28), (1 << 62, 1 << 40), (1 << 200,)])
+def test_headers_of_terabytes(tmp_path, shape):
+    out = io.BytesIO()
+    np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    (tmp_path / "a.npy").write_bytes(out.getvalue() + b"\0" * 64)
+    with pytest.raises(DataError, match=r"a\.npy"):
+        open_source(f"npy:{tmp_path}/a.npy")
+    with pytest.raises(DataError, match=r"a\.npy"):
+        open_source(f"npy:{tmp_path}/b.npy", "train", Options(labels=f"{tmp_path}/a.npy"))
+
+
+def test_options_that_a_source_would_ignore_are_refused(tmp_path):
+    np.save(tmp_path / "a.npy", IMAGES)
+    (tmp_path / "l.csv").write_text("a,1\n")
+    for spec, options, reason in (
+        ("digits", Options(root="/x"), "--root is for"),
+        ("digits", Options(labels="l.csv"), "--labels is for"),
+        (f"npy:{tmp_path}/a.npy", Options(label="txt"), "--label, --image and --dots are for shards"),
+        (f"npy:{tmp_path}/a.npy", Options(labels=f"{tmp_path}/l.csv"), r"of an array they are a \.npy file"),
+    ):
+        with pytest.raises(DataError, match=reason):
+            open_source(spec, "train", options)
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"needs pyarrow; install it: pip install 'ebm\[parquet\]'"):
+        open_source(f"parquet:{tmp_path}/*.parquet")
+
+
+def test_parquet_as_hugging_face_writes_it(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    def png(i):
+        out = io.BytesIO()
+        Image.fromarray(IMAGES[i]).save(out, "PNG")
+        return out.getvalue()
+
+    features = {"image": {"_type": "Image"}, "label": {"names": ["b", "a", "c"], "_type": "ClassLabel"}}
+    for part, rows in enumerate((range(4), range(4, 7))):
+        table = pa.table(
+            {
+                "image": pa.array([{"bytes": png(i), "path": None} for i in rows]),
+                "label": pa.array([int(LABELS[i]) for i in rows], pa.int64()),
+            }
+        ).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+        parquet.write_table(table, tmp_path / f"train-0000{part}-of-00002.parquet", row_group_size=2)
+        parquet.write_table(table[:1], tmp_path / f"test-0000{part}-of-00002.parquet")
+    images, labels, manifest = read(f"parquet:{tmp_path}/*.parquet", tmp_path)
+    assert np.array_equal(images[:, 0], IMAGES) and np.array_equal(labels, LABELS)
+    assert manifest.classes == ("b", "a", "c") and len(open_source(f"parquet:{tmp_path}", "test")) == 2
+    with pytest.raises(DataError, match="no files of the split 'valid'"):
+        open_source(f"parquet:{tmp_path}", "valid")
+
+
+def test_names_that_command_a_terminal_are_escaped(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a\x1b[2Jb.png").write_bytes(b"junk")
+    assert main(["shard", "--source", f"folder:{tmp_path}/in", "--out", str(tmp_path / "out")]) == 4
+    said = capsys.readouterr().err
+    assert "\x1b" not in said and "a\\x1b[2Jb.png" in said
+    (tmp_path / "in" / "ok.png").write_bytes(b"")
+    Image.fromarray(IMAGES[0]).save(tmp_path / "in" / "ok.png")
+    command = ["shard", "--source", f"folder:{tmp_path}/in", "--out", str(tmp_path / "out"), "--on-error", "skip"]
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert "\x1b" not in said.out + said.err and load_manifest(tmp_path / "out").samples == 1
