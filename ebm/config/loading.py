@@ -241,8 +241,8 @@ def _rows(key: str, field: FieldInfo, kinds: tuple[str, ...] = ()) -> list[Row]:
     meaning = "\n".join(f"{name}: {_first_paragraph(section)}".removesuffix(": ") for name, section in names.items())
     rows = [Row(f"{key}.kind", kinds, "|".join(names), json.dumps(field.default.kind), meaning)]
     for name, section in names.items():
-        for own, each in section.model_fields.items():
-            rows += _rows(f"{key}.{own}", each, (name,)) if own != "kind" else []
+        for inner, each in section.model_fields.items():
+            rows += _rows(f"{key}.{inner}", each, (name,)) if inner != "kind" else []
     return _merged(rows)
 
 

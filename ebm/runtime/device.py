@@ -39,9 +39,8 @@ def set_numerics(device: torch.device, deterministic: bool, tf32: bool) -> None:
     if device.type != "cuda":
         return
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = (
-        False  # a launch for each new tensor; nothing reads such memory
-    )
+    # Filling costs a launch for each new tensor, and nothing reads such memory.
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - torch's types lack the name
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic  # chooses by timing, so another start may choose otherwise
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
