@@ -13,6 +13,7 @@ prepare_process()
 
 COMMANDS = {
     "train": "train an energy, or resume a run",
+    "doctor": "what this machine has, and how a run fares: what is odd, what to do next",
     "shard": "write images to webdataset shards with a manifest",
     "index": "make a manifest for shards written elsewhere, or verify one",
     "sample": "draw fresh chains with a run's averaged weights",
@@ -36,7 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        if arguments[0] == "train":  # whose own output can't end it: this is another pipe
+        if arguments[0] == "train" and not {"--dry-run", "--help", "-h"} & {*arguments}:
+            # Its own output can't end it: this is another pipe.
             raise
         return 128 + signal.SIGPIPE  # whoever read the output, such as `head`, has seen enough
     finally:
@@ -50,10 +52,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, meaning in COMMANDS.items():
         sub = commands.add_parser(
-            name, help=meaning, description=meaning, formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=meaning,
+            description=meaning,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            add_help=name != "train",  # which has a help of its own
         )
         if name in arguments[:1]:
-            importlib.import_module(f"ebm.commands.{name}").add_arguments(sub)
+            module = importlib.import_module(f"ebm.commands.{name}")
+            module.add_arguments(sub)
+            if name == "train":
+                arguments = ["train", *module.arrange(sub, arguments[1:])]
     return parser.parse_args(arguments)
 
 

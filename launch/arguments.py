@@ -14,21 +14,22 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ebm.config import load_config
+from ebm.config.arguments import overrides_last
 from ebm.errors import ConfigError, UserError
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config")
+    parser.add_argument("--config", action="append", default=[])
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    given = parser.parse_args()
     try:
+        given = parser.parse_args(overrides_last(parser, sys.argv[1:]))
         overrides = given.overrides + line_of_task(os.environ)
         run_dir = Path(load_config(given.config, overrides).run.dir).absolute()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
-    config = [] if given.config is None else ["--config", given.config]
+    config = [f"--config={file}" for file in given.config]
     sys.stdout.write("".join(f"{argument}\0" for argument in (run_dir, *config, *overrides)))
     return 0
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from arguments import sweep
 
 from ebm.config import Config, check_same_run, load_config
+from ebm.config.arguments import overrides_last
 from ebm.errors import ConfigError, UserError
 
 PROJECT = Path(__file__).absolute().parent.parent
@@ -27,8 +28,8 @@ TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")  # Slurm's: M, M:S,
 
 
 def main() -> int:
-    options = parse()
     try:
+        options = parse()
         command, environment = job(options)
         if options.dry_run:
             settings = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
@@ -59,9 +60,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--at-once", type=positive, help="runs of a sweep at the same time, at most")
     parser.add_argument("--container", default="", help='before every command, as "apptainer exec --nv image.sif"')
     parser.add_argument("--dry-run", action="store_true", help="print the script and the command, and submit nothing")
-    parser.add_argument("--config")
+    parser.add_argument("--config", action="append", default=[])
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    return parser.parse_intermixed_args()  # options also after key=value
+    return parser.parse_args(overrides_last(parser, sys.argv[1:], only_dotted=True))
 
 
 def positive(text: str) -> int:
@@ -105,9 +106,11 @@ def job(options: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
         environment |= {"EBM_SWEEP": str(Path(options.sweep).absolute())}
     else:
         command += [f"--job-name={run_dirs[0].name}", f"--output={run_dirs[0]}/logs/%j.out"]
-    arguments = ["--config", options.config] if options.config else []
+    arguments = [f"--config={file}" for file in options.config]
     if options.gpus and all(config.train.device == "auto" for config in configs):
         arguments.append("train.device=cuda")  # a node whose GPUs can't be used ends the job, and does not train slowly
+    if any(config.train.extend for config in configs) and "train.extend=true" not in options.overrides:
+        arguments.append("train.extend=true")  # which the job, too, looks for
     return [*command, *options.sbatch, str(SCRIPT), *arguments, *options.overrides], environment
 
 
@@ -126,8 +129,11 @@ def check(config: Config, nodes: int, ranks: int, on_gpus: bool) -> None:
     run_dir = Path(config.run.dir).absolute()
     if "%" in str(run_dir):
         raise ConfigError(f"run.dir={config.run.dir}: Slurm would read the % in the names of its log files")
-    if (run_dir / "DONE").exists():
-        raise ConfigError(f"run.dir={config.run.dir} is done already; another run.dir begins a new run")
+    if (run_dir / "DONE").exists() and not config.train.extend:
+        raise ConfigError(
+            f"run.dir={config.run.dir} is done already; another run.dir begins a new run, and "
+            "train.extend=true with more train.steps goes on with it"
+        )
     if (run_dir / "config.yaml").exists():
         check_same_run(load_config(run_dir / "config.yaml"), config, str(run_dir))
 

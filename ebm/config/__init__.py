@@ -1,17 +1,11 @@
 """The configuration: every key with its type, default and meaning, each stated once. Unknown keys are errors."""
 
+from ebm.config.comparing import changes, check_same_run, differences, flatten, to_yaml
+from ebm.config.describing import describe
 from ebm.config.energies import ConvConfig, EnergyConfig, ImportConfig, MLPConfig, ResNetConfig
-from ebm.config.loading import (
-    DEFAULT_CONFIG,
-    MAX_BYTES,
-    check_same_run,
-    describe,
-    flatten,
-    load_config,
-    to_yaml,
-    validate,
-)
+from ebm.config.loading import DEFAULT_CONFIG, load_config, validate
 from ebm.config.losses import ContrastiveConfig
+from ebm.config.reading import MAX_BYTES
 from ebm.config.samplers import HMCConfig, LangevinConfig, MALAConfig, NoiseLevelsConfig, SamplerConfig, TemperingConfig
 from ebm.config.sections import (
     Config,
@@ -45,8 +39,10 @@ __all__ = [
     "TemperingConfig",
     "TrackingConfig",
     "TrainConfig",
+    "changes",
     "check_same_run",
     "describe",
+    "differences",
     "flatten",
     "load_config",
     "to_yaml",

@@ -1,8 +1,9 @@
 """What all sections of the config share."""
 
-from typing import Any
+import os
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 
 
 class Section(BaseModel):
@@ -18,3 +19,18 @@ def kind_by_default(kind: str) -> BeforeValidator:
         return {"kind": kind, **values} if isinstance(values, dict) and "kind" not in values else values
 
     return BeforeValidator(complete)
+
+
+def expand_home(path: str) -> str:
+    """`path` with a leading `~` or `~user` replaced by that home directory, also after the kind of a source, as in
+    folder:~/pictures. Raises ValueError where there is none."""
+    kind, colon, rest = path.partition(":")
+    if colon and rest.startswith("~"):
+        return f"{kind}:{expand_home(rest)}"
+    expanded = os.path.expanduser(path)  # pathlib would change `a//b` and URLs
+    if expanded.startswith("~"):
+        raise ValueError(f"there is no home directory {path.partition('/')[0]}; write ./{path} for a file of that name")
+    return expanded
+
+
+UserPath = Annotated[str, AfterValidator(expand_home)]

@@ -9,12 +9,22 @@ from pydantic import Field, field_validator, model_validator
 from ebm.config.energies import EnergyConfig, NetworkConfig, ResNetConfig
 from ebm.config.losses import ContrastiveConfig, LossConfig
 from ebm.config.samplers import LangevinConfig, NoiseLevelsConfig, SamplerConfig
-from ebm.config.section import Section
+from ebm.config.section import Section, UserPath
 
 
 class RunConfig(Section):
-    dir: str = Field("runs/run", description="run directory; the same command with the same directory resumes the run")
+    dir: UserPath = Field(
+        "runs/run", description="run directory; the same command with the same directory resumes the run"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="seed from which all randomness of the run follows")
+    init: UserPath | None = Field(
+        None, description="another run's directory, or one checkpoint in it, whose weights this run begins with"
+    )
+    init_weights: Literal["ema", "raw"] = Field(
+        "ema", description="which of the other run's weights: the averaged ones, or those of its optimizer"
+    )
+    init_optimizer: bool = Field(False, description="take over the other run's averages of Adam, too")
+    init_chains: bool = Field(False, description="take over the other run's persistent chains, too")
 
     @field_validator("dir")
     @classmethod
@@ -30,10 +40,10 @@ ObjectStore = Literal["s3", "gs", "az", "abfs", "oss", "hf", "hdfs", "webhdfs", 
 
 
 class DataConfig(Section):
-    shards: str = Field(
+    shards: UserPath = Field(
         description="training data: directory with shards and manifest.json, or the manifest itself; a path or a URL"
     )
-    source: str | None = Field(
+    source: UserPath | None = Field(
         None,
         description="write data.shards from this source first, if they do not exist yet "
         "(digits, mnist, cifar10, svhn, celeba, four_peaks, eight_gaussians, rings, two_moons, folder:PATH, npy:PATH)",
@@ -78,6 +88,9 @@ class DataConfig(Section):
         lt=1,
         description="on_error=skip ends the run (exit 4) if it skips more than this share of a stream's epoch",
     )
+    allow_change: bool = Field(
+        False, description="let a run that is resumed go on with other data than those it was trained on so far"
+    )
     max_pixels: int = Field(
         4096 * 4096, ge=1, description="images with more pixels than this are refused before they are decoded"
     )
@@ -85,7 +98,7 @@ class DataConfig(Section):
         (),
         description="further kinds of URL that data.shards may have, beside file, http and https; read through fsspec",
     )
-    cache_dir: str | None = Field(
+    cache_dir: UserPath | None = Field(
         None,
         description="directory on a local disk for copies of remote shards; null: a directory of the user in /tmp",
     )
@@ -187,6 +200,11 @@ class OptimConfig(Section):
 
 class TrainConfig(Section):
     steps: int = Field(100_000, ge=1, description="optimizer steps of the whole run")
+    extend: bool = Field(
+        False,
+        description="go on with a run under another config, such as more train.steps, if it changes nothing that "
+        "checkpoints store; what changed is kept in RUN/config_history.json",
+    )
     batch_size: int = Field(
         128, ge=1, description="images in each step over all ranks; divisible by data.streams times accumulate"
     )
@@ -222,11 +240,6 @@ class TrainConfig(Section):
     time_limit: float | None = Field(
         None, gt=0, description="seconds after which the run writes a checkpoint and stops (exit 75); null: no limit"
     )
-
-    @field_validator("mixed_precision", mode="before")
-    @classmethod
-    def _no_is_a_word(cls, value: object) -> object:
-        return "no" if value is False else value  # YAML 1.1 reads a bare `no` as false
 
 
 class HealthConfig(Section):
@@ -287,15 +300,17 @@ class CheckpointConfig(Section):
 
 class TrackingConfig(Section):
     wandb: Literal["auto", "online", "offline", "disabled"] = Field(
-        "auto", description="Weights & Biases (W&B): auto is online if you are logged in and offline if not"
+        "auto",
+        description="Weights & Biases (W&B): auto is what $WANDB_MODE and $WANDB_DISABLED say, else online if you are "
+        "logged in and offline if not",
     )
-    project: str = Field("ebm", description="W&B project")
-    entity: str | None = Field(None, description="W&B user or team; null: your default one")
-    name: str | None = Field(None, description="W&B run name; null: the name of the run directory")
+    project: str | None = Field(None, description="W&B project; null: $WANDB_PROJECT, or ebm")
+    entity: str | None = Field(None, description="W&B user or team; null: $WANDB_ENTITY, or your default one")
+    name: str | None = Field(None, description="W&B run name; null: $WANDB_NAME, or the name of the run directory")
     group: str | None = Field(
         None, description="W&B group, such as the sweep that a run belongs to; null: $WANDB_RUN_GROUP"
     )
-    tags: tuple[str, ...] = Field((), description="W&B tags")
+    tags: tuple[str, ...] = Field((), description="W&B tags; none: $WANDB_TAGS")
     samples_every: int = Field(1000, ge=1, description="steps between two panels of samples")
     num_samples: int = Field(64, ge=1, description="number of images in a panel")
     sample_steps: int = Field(200, ge=1, description="steps of the chains that draw fresh samples for a panel")
@@ -323,8 +338,8 @@ class TrackingConfig(Section):
 
 
 class EvaluateConfig(Section):
-    shards: str | None = Field(None, description="held-out data for ebm evaluate, given as data.shards")
-    source: str | None = Field(
+    shards: UserPath | None = Field(None, description="held-out data for ebm evaluate, given as data.shards")
+    source: UserPath | None = Field(
         None, description="write evaluate.shards from the test split of this source first, if they do not exist yet"
     )
 

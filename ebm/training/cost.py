@@ -1,5 +1,6 @@
 """--dry-run: the resolved config, and an estimate of what a step costs, before anything is written."""
 
+import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ebm.config import Config, to_yaml
+from ebm.config import Config, differences, to_yaml
 from ebm.config.losses import LossConfig, ScoreMatchingConfig
 from ebm.energies import FoldedEnergy, build_energy
 from ebm.losses import loss_of
@@ -32,7 +33,11 @@ class Cost(NamedTuple):
 
 
 def dry_run(config: Config) -> None:
-    print(to_yaml(config))
+    """Prints what differs from the defaults, the whole config, and what a step costs."""
+    print("# differs from the defaults that --help tells:")
+    for key, (default, value) in differences(config).items():
+        print(f"#   {key}={json.dumps(value)}" + ("" if default is None else f" (default {json.dumps(default)})"))
+    print(f"\n{to_yaml(config)}")
     for name, value in estimate(config).items():
         print(f"{name:<24}{value}")
 

@@ -260,7 +260,7 @@ def test_describe_covers_every_key(config_file):
 
 
 plain = st.text(st.characters(min_codepoint=32, max_codepoint=0x2FFF, exclude_characters="$\\"), max_size=12)
-directories = plain.filter(lambda name: name.strip() and name.isprintable())
+directories = plain.filter(lambda name: name.strip() and name.isprintable() and "~" not in name)
 scalars = st.none() | st.booleans() | st.integers(-(2**60), 2**60) | plain | st.floats(-1e30, 1e30)
 
 
