@@ -56,7 +56,7 @@ METRICS = (
     Metric("sampler/temperature", "noise_scale^2 / (2 step_size)", "energy", "as configured"),
     Metric("sampler/acceptance*", "share of proposals that the Metropolis test accepts", "share",
            "near the sampler's target"),
-    Metric("sampler/*", "what a sampler reports of its own", "", "as its keys in train.py --help say"),
+    Metric("sampler/*", "what a sampler reports of its own", "", "as its keys in train.py --help sampler say"),
     Metric("loss/*", "a term of the objective, by its name", "energy", "finite; weighted, they sum to train/loss"),
     Metric("data/saturated", "share of the data's pixels at a bound", "share", "constant, a property of the data"),
     Metric("data/epoch", "epoch of the data", "epochs", "grows"),

@@ -94,19 +94,33 @@ def test_wrong_images(trained, tmp_path, capsys):
     assert "(3, 9, 9, 1)" in capsys.readouterr().err
 
 
-def test_help_names_every_key_and_is_quick():
+def test_help_is_short_and_quick_and_knows_every_key(capsys):
     started = time.perf_counter()
     done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True,
                           env=environment(), check=True)  # fmt: skip
     assert time.perf_counter() - started < 20  # seconds; it loads no torch
+    assert len(done.stdout.splitlines()) < 60 and max(map(len, done.stdout.splitlines())) <= 120
+    whole = help_of("all", capsys)
     for name, field in Config.model_fields.items():
+        assert f" {name}" in done.stdout
         for key in getattr(field.annotation, "model_fields", {}):
-            assert f"{name}.{key}" in done.stdout
+            assert f"{name}.{key}" in whole and f"{name}.{key}" in help_of(name, capsys)
+    assert help_of("optim.lr", capsys).splitlines()[0] == "  optim.lr: float > 0 = 0.0001"
+    assert ebm(["train", "--help", "optm"]) == 2
+    assert "did you mean optim" in capsys.readouterr().err
+
+
+def help_of(name: str, capsys) -> str:
+    with pytest.raises(SystemExit) as ended:
+        ebm(["train", "--help", name])
+    assert ended.value.code in (None, 0)
+    return capsys.readouterr().out
 
 
 def test_dry_run_writes_nothing(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--dry-run", "sampler.num_steps=40"], cwd=tmp_path,
                           capture_output=True, text=True, env=environment(), check=True)  # fmt: skip
+    assert "#   sampler.num_steps=40 (default 20)" in done.stdout.partition("\nrun:\n")[0]
     assert "num_steps: 40" in done.stdout and "36,770" in done.stdout
     assert "93% in the chain" in done.stdout
     assert list(tmp_path.iterdir()) == []
