@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def sync(run_dir: Path) -> bool:
-    """Upload the closed files of a run. Whether none is left. Raises UserError where the upload fails."""
+    """Upload the closed files of a run. Returns whether none is left. Raises UserError if the upload fails."""
     folder = run_dir / "wandb"
     if not folder.is_dir():
         print(f"{run_dir}: nothing was logged to W&B")
@@ -77,28 +77,28 @@ def sync(run_dir: Path) -> bool:
 
 
 def parts_of(folder: Path) -> list[Path]:
-    """The directories of a run's offline parts, in the order in which they were begun."""
+    """Returns the directories of a run's offline parts, in the order in which they were begun."""
     parts = [path for path in folder.glob("offline-run-*") if not path.is_symlink() and files_of(path)]
     return sorted(parts, key=lambda part: (part_number(part), part.name))
 
 
 def files_of(part: Path) -> list[Path]:
-    """The .wandb file of a part; a link is none of ours."""
+    """Returns the .wandb files of a part. A link is none of ours."""
     return [file for file in part.glob("run-*.wandb") if file.is_file() and not file.is_symlink()]
 
 
 def marker(file: Path) -> Path:
-    """What W&B's client leaves beside a file that it has uploaded."""
+    """Returns the path of the file that W&B's client leaves beside one that it has uploaded."""
     return file.with_suffix(".wandb.synced")
 
 
 def newest_of_each_id(parts: list[Path]) -> set[Path]:
-    """A run writes to the newest of its parts; the name of a part is offline-run-DATE_TIME-ID."""
+    """Returns the last part of each W&B id, which its run writes to. A part's name is offline-run-DATE_TIME-ID."""
     return set({part.name.rpartition("-")[2]: part for part in parts}.values())
 
 
 def is_training(run_dir: Path) -> bool:
-    """Whether a training has the run's lock. False where the file system has no locks."""
+    """Returns whether a training has the run's lock. False if the file system has no locks."""
     try:
         with open(open_own(run_dir / "lock", os.O_RDONLY), "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -110,7 +110,8 @@ def is_training(run_dir: Path) -> bool:
 
 
 def is_closed(part: Path, now: float, is_newest: bool, training: bool) -> bool:
-    """Whether nobody writes to it any more. W&B's client would upload a file under way once, and never its rest.
+    """Returns whether nobody writes to a part any more. W&B's client would upload a file under way once, and never its
+    rest.
 
     A training closes its parts. What a killed one left is closed when the next start, which waits for the end of the
     one before, has begun another; or when it was not written to for long, and no training is under way that may be
@@ -121,12 +122,12 @@ def is_closed(part: Path, now: float, is_newest: bool, training: bool) -> bool:
 
 
 def written(part: Path) -> float:
-    """When its file was last written to."""
+    """Returns when a part's file was last written to."""
     return max(file.stat().st_mtime for file in files_of(part))
 
 
 def clock(folder: Path) -> float:
-    """The time on the file system's clock."""
+    """Returns the time on the file system's clock."""
     probe = folder / f"clock.{os.getpid()}"
     probe.unlink(missing_ok=True)
     os.close(open_own(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
@@ -136,7 +137,7 @@ def clock(folder: Path) -> float:
 
 
 def upload(parts: list[Path]) -> None:
-    """With W&B's own command; its exit code is 0 also where it failed, so its markers tell."""
+    """Upload with W&B's own command. Its exit code is 0 even if it failed, so its markers tell."""
     for file in (file for part in parts if not (part / CLOSED).exists() for file in files_of(part)):
         with open(open_own(file, os.O_RDWR), "r+b") as stream:
             stream.truncate(whole_records(stream.read()))
@@ -151,9 +152,9 @@ def upload(parts: list[Path]) -> None:
 
 
 def whole_records(data: bytes) -> int:
-    """Bytes of a .wandb file up to the end of its last whole record. A client that is killed leaves half of one, which
-    W&B's command takes for a run that goes on. The file is a header and LevelDB's log: blocks of 32 KiB, and in them
-    pieces of records, (crc32, length, kind) and content, that never cross a block."""
+    """Returns the length of a .wandb file up to the end of its last whole record. A killed client leaves half of one,
+    which W&B's command takes for a run that goes on. The file is a header and LevelDB's log: blocks of 32 KiB, and in
+    them pieces of records, (crc32, length, kind) and content, that never cross a block."""
     at = end = HEADER
     while at + HEADER <= len(data):
         if BLOCK - at % BLOCK < HEADER:
@@ -170,7 +171,7 @@ def whole_records(data: bytes) -> int:
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Two at once would upload everything twice."""
+    """Keep out a second sync of the run, which would upload everything twice."""
     try:
         file = open_own(path, os.O_RDWR | os.O_CREAT)
     except OSError as error:

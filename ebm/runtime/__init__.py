@@ -1,1 +1,1 @@
-"""How a job lives: its processes, files, checkpoints, and ends."""
+"""What keeps a job alive and lets it end well: processes, files, checkpoints, requests to stop."""

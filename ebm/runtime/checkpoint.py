@@ -1,4 +1,4 @@
-"""Checkpoints: written in the background under a temporary name, agreed by all ranks, then renamed.
+"""Checkpoints are written in the background under a temporary name, agreed on by all ranks, then renamed.
 
 `step_00001000/` holds safetensors files (shared ones by rank 0, one a stream by its owner), `state.json`, and last
 `manifest.json` with the size and sha256 of each. Nothing in it can run code.
@@ -37,7 +37,7 @@ Count = Annotated[int, Field(ge=0, lt=2**62)]
 
 
 class SavedState(BaseModel):
-    """What resuming reads from state.json; more may stand there. Aliases are the keys of versions before 0.2."""
+    """The part of state.json that a resume reads. Aliases are the keys of versions before 0.2."""
 
     model_config = ConfigDict(strict=True)
     step: Count
@@ -57,7 +57,7 @@ class SavedState(BaseModel):
     @field_validator("divergence")
     @classmethod
     def _divergence(cls, value: dict[str, Any]) -> dict[str, Any]:
-        """What is read outside training; `ebm.training.divergence` checks the rest."""
+        """Check what is read outside training; `ebm.training.divergence` checks the rest."""
         rollbacks, scale = value.get("rollbacks"), value.get("step_scale")
         if type(rollbacks) is not int or rollbacks < 0:
             raise ValueError(f"must have a number of rollbacks, found {rollbacks!r:.80}")
@@ -71,7 +71,7 @@ def directory_of(root: Path, step: int) -> Path:
 
 
 def step_of(path: Path) -> int:
-    """The step of a checkpoint of ours."""
+    """Returns the step in the name of a checkpoint's directory."""
     match = _NAME.fullmatch(path.name)
     assert match is not None, path
     return int(match[1])
@@ -82,13 +82,13 @@ def _temporary(root: Path, step: int) -> Path:
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """The finished checkpoints under `root`, oldest first, by number."""
+    """Returns the finished checkpoints under `root`, oldest first, by number."""
     found = [(int(m[1]), p) for p in root.glob("step_*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
     return [path for _, path in sorted(found)]
 
 
 class Saver:
-    """Writes checkpoints behind the training's back, all ranks together.
+    """Writes checkpoints in a thread while training goes on. All ranks act together.
 
     The ranks call `start` and `finish` at the same steps; in between a thread writes what this rank owns. A checkpoint
     that one rank could not write is given up by all, and the one before stays.
@@ -109,7 +109,7 @@ class Saver:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Wait for this rank's part, whatever ended the training: a thread that is still inside torch when the
+        """Wait for this rank's part, whatever ended the training. A thread that is still inside torch when the
         interpreter ends takes the process down with SIGABRT in the place of its exit code."""
         if self._thread is not None:
             self._thread.join()
@@ -121,7 +121,7 @@ class Saver:
 
     @property
     def ended(self) -> bool:
-        """Whether this rank has no part left to write."""
+        """Whether this rank has written its part."""
         return self._thread is None or not self._thread.is_alive()
 
     def start(self, step: int, files: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
@@ -211,19 +211,19 @@ def _remove(paths: list[Path]) -> None:
 
 
 def set_aside(path: Path) -> None:
-    """Take a checkpoint out of those that can be resumed from; it stays until a newer one is final."""
+    """Rename a checkpoint so that no run resumes from it. It is removed once a newer one is final."""
     aside = path.with_suffix(".aside")
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(path, aside)
 
 
 def sweep(root: Path) -> None:
-    """Remove what earlier runs left unfinished. Before the first `Saver.start`, by one process."""
+    """Remove what earlier starts left unfinished. One process calls it, before the first `Saver.start`."""
     _remove([path for path in root.glob("step_*.tmp") if TEMPORARY.fullmatch(path.name)])
 
 
 def problem_of(path: Path) -> str | None:
-    """Why a checkpoint can't be trusted; None where every file has the size and sha256 of the manifest."""
+    """Returns why a checkpoint can't be trusted, or None if every file has the size and sha256 of the manifest."""
     try:
         manifest = _read_object(path / "manifest.json")
         files = {name: (int(entry["bytes"]), entry["sha256"]) for name, entry in manifest["files"].items()}
@@ -255,7 +255,7 @@ def _problem_of_file(file: Path, size: int, sha256: str) -> str | None:
 
 
 def newest_valid(root: Path) -> Path | None:
-    """The newest checkpoint that verifies; each newer one that does not is logged."""
+    """Returns the newest checkpoint that verifies. Each newer one that does not is logged."""
     for path in reversed(checkpoints(root)):
         problem = problem_of(path)
         if problem is None:
@@ -265,7 +265,7 @@ def newest_valid(root: Path) -> Path | None:
 
 
 def newest_good(root: Path, before: Path | None = None) -> Path | None:
-    """The newest checkpoint, older than `before`, whose state.json says that training was well."""
+    """Returns the newest checkpoint, older than `before`, whose state.json says that training was well."""
     for path in reversed(checkpoints(root)):
         if (before is None or path < before) and _is_good(path):
             return path
@@ -280,7 +280,7 @@ def _is_good(path: Path) -> bool:
 
 
 def read_tensors(path: Path, name: str, expected: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """A file's tensors; with `expected`, the same names, shapes and types as there. Raises DataError."""
+    """Returns a file's tensors. With `expected`, they must have its names, shapes and types. Raises DataError."""
     file = path / f"{name}.safetensors"
     try:
         tensors = load_file(file)
@@ -305,7 +305,8 @@ def _check_tensors(file: Path, found: Mapping[str, Tensor], expected: Mapping[st
 
 
 def read_state(path: Path, streams: int | None = None) -> SavedState:
-    """A checkpoint's state.json, checked; with `streams`, it has a position for each of them. Raises DataError."""
+    """Returns a checkpoint's state.json, checked. With `streams`, it must have a position for each of them. Raises
+    DataError."""
     file = path / "state.json"
     try:
         state = SavedState(**_read_object(file))
@@ -321,7 +322,7 @@ def read_state(path: Path, streams: int | None = None) -> SavedState:
 
 
 def _read_object(file: Path) -> dict[str, Any]:
-    """Raises OSError or ValueError."""
+    """Returns the object in a JSON file. Raises OSError or ValueError."""
     value = read_json(file)
     if not isinstance(value, dict):
         raise ValueError(f"must be an object, found {type(value).__name__}")
@@ -329,7 +330,7 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The tensors of a torch optimizer's state, named "parameter number.name"."""
+    """Returns the tensors of a torch optimizer's state, named "parameter number.name"."""
     states = optimizer.state_dict()["state"]
     return {f"{i}.{name}": torch.as_tensor(value) for i, state in states.items() for name, value in state.items()}
 
@@ -351,7 +352,7 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    """A copy of its own, in host memory."""
+    """Returns a copy in host memory that shares nothing with `tensor`."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
@@ -361,7 +362,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> Entry:
 
 
 def _entry(path: Path) -> Entry:
-    """Size and sha256 of a file that is on the disk for good."""
+    """Sync a file to the disk and return its size and sha256."""
     with path.open("rb+") as stream:
         os.fsync(stream.fileno())
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}

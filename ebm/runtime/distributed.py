@@ -1,4 +1,4 @@
-"""The processes of a run: the only file that knows accelerate."""
+"""The processes of a run. Only this file uses accelerate."""
 
 import faulthandler
 import logging
@@ -49,7 +49,7 @@ WITHOUT_EFFECT = {  # the value that asks for nothing, and the key that decides 
 
 
 class World:
-    """This process among all of the run's: its rank, its device, and what the ranks do together."""
+    """The group of a run's processes as one of them sees it: rank, size, device, and what the ranks do together."""
 
     def __init__(self, config: TrainConfig):
         _refuse_foreign_settings()
@@ -95,14 +95,14 @@ class World:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
 
     def describe(self) -> str:
-        """What the run computes on: device, precision, ranks, threads."""
+        """Returns one line on what the run computes on: device, precision, ranks, threads."""
         precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[self.precision]
         ranks = f"{self.size} ranks ({dist.get_backend()})" if self.size > 1 else "1 rank"
         threads = torch.get_num_threads()
         return f"device: {self.device_name}, {precision}, {ranks}, {threads} thread{'s' if threads > 1 else ''} a rank"
 
     def idle_cores(self) -> str | None:
-        """How to use them, where half of this node's cores or more have nothing to do."""
+        """Returns how to use this node's idle CPU cores, or None if less than half of the cores are idle."""
         cores, ranks = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         busy = ranks * torch.get_num_threads()
         if self.device.type != "cpu" or 2 * busy > cores:
@@ -122,23 +122,24 @@ class World:
         return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
     def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-        """Gradients are averaged over the ranks in the last part of a batch alone."""
+        """Returns a context in which gradients are averaged over the ranks for the last part of a batch only."""
         return nullcontext() if last else self._accelerator.no_sync(model)
 
     def backward(self, loss: Tensor) -> None:
-        """Accelerate's own backward would divide by the launcher's number of accumulated batches."""
+        """Accumulate gradients. Accelerate's own backward would divide them by the launcher's number of accumulated
+        batches."""
         scaled = loss if self.scaler is None else self.scaler.scale(loss)
         scaled.backward()
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
-        """The one that `backward` scales losses with; in fp16 alone."""
+        """The gradient scaler that `backward` uses. There is one in fp16 only."""
         scaler: torch.amp.GradScaler | None = self._accelerator.scaler
         return scaler
 
     def ask(self, *flags: bool) -> Callable[[], list[bool]]:
-        """For each flag, whether it is true on any rank: known when the result is called, while the ranks meet behind
-        the work in between. Over a thousand ranks take longer to meet than a chain step does."""
+        """Ask whether each flag is true on any rank. Call the result for the answers: the exchange runs in the
+        background until then, since a thousand ranks need longer for it than for a chain step."""
         if self.size == 1:
             return lambda: list(flags)
         values = torch.tensor(flags, dtype=torch.int32)
@@ -158,7 +159,7 @@ class World:
         return not self.any(not flag)
 
     def gather(self, value: T) -> list[T]:
-        """`value` of every rank, in rank order, on every rank. For small objects of our own making."""
+        """Returns every rank's `value`, in rank order, on every rank. Values are small objects of our own making."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -166,12 +167,12 @@ class World:
         return values
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over the ranks of a tensor on this rank's device."""
+        """Returns the mean over the ranks of a tensor on this rank's device."""
         mean: Tensor = self._accelerator.reduce(values, reduction="mean")
         return mean
 
     def concatenate(self, values: Tensor) -> Tensor:
-        """The ranks' tensors (n, ...), equal in shape, along their first dimension."""
+        """Returns the ranks' tensors (n, ...), equal in shape, concatenated along their first dimension."""
         if self._gathers_on_host:  # gloo gathers no tensors of a GPU
             on_host = values.cpu().contiguous()
             parts = [torch.empty_like(on_host) for _ in range(self.size)]
@@ -194,7 +195,7 @@ class World:
             raise first
 
     def on_main(self, action: Callable[[], T], beat: Callable[[], None] | None = None) -> T:
-        """What `action` returns on rank 0, or the UserError it raises there, on every rank.
+        """Run `action` on rank 0. Every rank returns what it returned, or raises the UserError that it raised.
 
         With `beat` it may take as long as it likes: the other ranks wait in exchanges of some seconds, each of which
         notices a rank that is gone, and every rank calls `beat` at each."""
@@ -224,7 +225,7 @@ class World:
         return self.size > 1 and isinstance(error, RuntimeError) and lost
 
     def meet_within(self, seconds: float) -> None:
-        """Wait for the other ranks; for one that does not come so long, or is gone, no more."""
+        """Wait for the other ranks. A lost one is not waited for; if one is late, this process ends."""
         if self.size == 1:
             return
         faulthandler.dump_traceback_later(seconds, exit=True, file=2)
@@ -253,7 +254,7 @@ class World:
 
 
 class _Exchanges:
-    """Rank 0's side of `World.on_main`: tells the ranks that wait, every few seconds, that it is still at it."""
+    """Rank 0's side of `World.on_main`. A thread tells the waiting ranks every few seconds that rank 0 still works."""
 
     def __init__(self, world: World, beat: Callable[[], None]):
         self._world, self._beat, self._over = world, beat, threading.Event()
@@ -281,7 +282,7 @@ class _Exchanges:
 
 
 def _refuse_foreign_settings() -> None:
-    """Raises ConfigError where the launcher asks for what would make this another run, or could not work."""
+    """Raises ConfigError if the launcher asks for something that would change what the run computes."""
     for name, meaning in REFUSED.items():
         if os.environ.get(name, "").lower() in YES:
             raise ConfigError(
@@ -306,7 +307,7 @@ def _check_precision(config: TrainConfig, device: torch.device) -> None:
 
 
 def _backend(config: TrainConfig, device: torch.device) -> str:
-    """Of the ranks' exchanges of gradients."""
+    """Returns the backend by which ranks exchange gradients. Raises ConfigError if it can't work here."""
     if config.backend == "nccl" and device.type != "cuda":
         raise ConfigError("train.backend=nccl needs a GPU, and the run is on the CPU; use gloo or auto")
     local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()

@@ -43,7 +43,7 @@ class Start(BaseModel):
 
 
 def record(run_dir: Path, world: World, step: int) -> None:
-    """Append this start. Versions other than the last start's are logged. Raises nothing: it only tells."""
+    """Append this start. Versions other than the last start's are logged. Raises nothing."""
     file = run_dir / FILE_NAME
     try:
         starts, this = read(file), this_start(world, step)
@@ -56,7 +56,7 @@ def record(run_dir: Path, world: World, step: int) -> None:
 
 
 def read(file: Path) -> list[Start]:
-    """The starts recorded so far; none where the file is missing or is not of this kind, which is logged."""
+    """Returns the starts recorded so far. A file of another kind counts as none, and is logged."""
     if not file.exists():
         return []
     try:
@@ -84,7 +84,7 @@ def this_start(world: World, step: int) -> Start:
 
 
 def differences(before: Start, now: Start) -> list[str]:
-    """What may change the numbers: versions, commit, kind of device."""
+    """Returns what differs between two starts and may change the numbers: versions, commit, kind of device."""
     found = []
     for name in sorted(before.versions.keys() | now.versions.keys()):
         old, new = before.versions.get(name, "none"), now.versions.get(name, "none")
@@ -119,7 +119,7 @@ def _shortened(arguments: list[str]) -> list[str]:
 
 
 def _commit() -> str | None:
-    """Of the checkout this package runs from."""
+    """Returns the commit of the checkout that this package runs from."""
     if not (CHECKOUT / ".git").exists():
         return None
     try:

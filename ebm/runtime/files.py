@@ -40,7 +40,7 @@ def replace(path: Path, content: bytes) -> None:
 
 
 def read_json(file: Path) -> Any:
-    """The value of a JSON file of at most MAX_JSON bytes. Raises OSError or ValueError."""
+    """Returns the value in a JSON file of at most MAX_JSON bytes. Raises OSError or ValueError."""
     if not file.is_file():
         raise FileNotFoundError("is missing, or is no plain file")
     with file.open("rb") as stream:
@@ -54,7 +54,8 @@ def read_json(file: Path) -> Any:
 
 
 def remove_leftovers(directory: Path, name: str) -> None:
-    """Remove what `replace`, killed, left in `directory` of files whose whole name matches the pattern `name`."""
+    """Remove the temporary files that a killed `replace` left in `directory`, for files whose name matches the pattern
+    `name`."""
     ours = re.compile(rf"(?:{name})\.\d+\.tmp")
     with suppress(OSError):  # this only tidies
         for entry in list(os.scandir(directory)):
@@ -63,7 +64,7 @@ def remove_leftovers(directory: Path, name: str) -> None:
 
 
 def open_own(path: Path, flags: int, mode: int = 0o666) -> int:
-    """A file descriptor, not inherited by other programs, of a file that is no link. Raises OSError."""
+    """Open a file that is no link; other programs do not inherit it. Raises OSError."""
     try:
         return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     except OSError as error:
@@ -73,7 +74,7 @@ def open_own(path: Path, flags: int, mode: int = 0o666) -> int:
 
 
 def sync_directory(path: Path) -> None:
-    """Make what was renamed in a directory stay so after a power cut, where the file system can do that."""
+    """Make renames in a directory survive a power cut, if the file system can."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -85,7 +86,8 @@ def sync_directory(path: Path) -> None:
 
 
 def try_lock(file: int) -> bool:
-    """Lock an open file if no other process has it. Raises OSError where the file system has no locks."""
+    """Returns whether an open file could be locked; another process may have it. Raises OSError if the file system has
+    no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -95,8 +97,8 @@ def try_lock(file: int) -> bool:
 
 @contextmanager
 def locked(path: Path) -> Iterator[BinaryIO]:
-    """The file, made if need be, while no other process has it locked; waits for that. Where the file system has no
-    locks, it goes on without."""
+    """Wait until no other process has the file locked, and keep it locked within the block. Makes the file if there is
+    none. If the file system has no locks, the block runs without."""
     with open(open_own(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
         try:
             _wait_for_lock(file.fileno(), path)

@@ -1,4 +1,4 @@
-"""What a process sets for itself: threads and memory before torch loads, its log, workers, one-thread sections."""
+"""What a process sets up for itself: threads and memory before torch loads, its log, its workers, its exit code."""
 
 import ctypes
 import logging
@@ -80,8 +80,8 @@ def show_error(error: UserError) -> None:
 
 
 def flush_output() -> None:
-    """Call last in a process. What can't be written any more is dropped, where the interpreter's own flush at its end
-    would replace the exit code by 120."""
+    """Call last in a process. Output that can't be written is dropped here; the interpreter's own flush would replace
+    the exit code by 120."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -90,7 +90,7 @@ def flush_output() -> None:
 
 
 def _discard(stream: TextIO) -> None:
-    """Let what `stream` still holds go nowhere."""
+    """Drop what `stream` still holds."""
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -108,9 +108,9 @@ SOCKET_NAME = len("/pymp-12345678/listener-12345678")  # what multiprocessing pu
 
 
 def worker_context() -> ForkServerContext:
-    """A context to start workers with; its fork server begins to load now. Not fork: the training process has threads
-    and perhaps CUDA. The server starts with STOP_SIGNALS blocked, which it and its workers inherit. Raises ConfigError
-    where it can't be started."""
+    """Returns a context to start workers with. Its fork server begins to load now; plain fork is no choice, since the
+    training process has threads and perhaps CUDA. The server starts with STOP_SIGNALS blocked, which it and its workers
+    inherit. Raises ConfigError where it can't be started."""
     folder = tempfile.gettempdir()
     if len(os.fsencode(folder)) + SOCKET_NAME > SOCKET_PATH:
         raise ConfigError(
@@ -128,7 +128,7 @@ def worker_context() -> ForkServerContext:
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Processes started within inherit that STOP_SIGNALS do not reach them."""
+    """Processes that are started within the block do not get STOP_SIGNALS."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -137,7 +137,7 @@ def signals_blocked() -> Iterator[None]:
 
 
 def init_worker(number: int = 0) -> None:
-    """Called first in a worker: one thread, deaf to STOP_SIGNALS, and gone when the main process is."""
+    """Prepare a worker process: it uses one thread, ignores STOP_SIGNALS, and ends when the main process does."""
     import torch  # prepare_process, above, comes before it
 
     torch.set_num_threads(1)
@@ -155,7 +155,7 @@ def _exit_with_parent() -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For tensors so small that on a CPU to wake another thread takes longer than they do."""
+    """Use one CPU thread within the block. For small tensors, waking other threads takes longer than the work."""
     import torch
 
     threads = torch.get_num_threads()
@@ -167,13 +167,13 @@ def one_thread() -> Iterator[None]:
 
 
 def to_device(x: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
-    """`x` on `device`. To CUDA it goes through pinned memory, or the host would wait for the copy."""
+    """Returns `x` on `device`. It goes to CUDA through pinned memory, or the host would wait for the copy."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def leave_code(code: int) -> None:
-    """For batch scripts, since launchers turn every exit code into 1: those that say what to do go to EBM_EXIT_FILE.
-    Call it as soon as the code is known: what follows may hang, or be killed."""
+    """Write an exit code that says what to do to EBM_EXIT_FILE, for batch scripts: launchers turn every code into 1.
+    Call it as soon as the code is known, since what follows may hang or be killed."""
     file = os.environ.get("EBM_EXIT_FILE")
     if file and code not in (0, 1):
         with suppress(OSError), open(file, "w") as stream:

@@ -1,4 +1,4 @@
-"""The run directory: who may use it, what is in it, what is said at the end."""
+"""The run directory: which job may use it, the records of starts and rollbacks, and what is said at the end."""
 
 import json
 import logging
@@ -58,7 +58,7 @@ class RunDirectory:
         self.done = world.any(world.is_main and (self.path / "DONE").exists())
 
     def _together(self, action: Callable[[], T]) -> T:
-        """What `action` returns on rank 0, or its error, on every rank."""
+        """Run `action` on rank 0. Every rank returns what it returned, or raises its error."""
 
         def attempt() -> T:
             try:
@@ -102,7 +102,7 @@ class RunDirectory:
         raise ConfigError(f"run.dir={self.path} is used by another process; end it, or choose another run.dir")
 
     def check_still_there(self) -> None:
-        """Raises DataError where the directory was removed, or put in another's place, since the start."""
+        """Raises DataError if the directory was removed or replaced since the start."""
         mine = os.fstat(self._locked.fileno())
         try:
             found = os.stat(self.path / "lock", follow_symlinks=False)
@@ -136,8 +136,9 @@ class RunDirectory:
         return None, None
 
     def roll_back(self, step: int, divergence: dict[str, Any], reason: str) -> bool:
-        """Decide where to go back to, and record it before anything changes: a job killed from here on resumes as if
-        it had gone on. Further back where the last rollback went to the same. False: there is no checkpoint."""
+        """Choose the checkpoint to go back to, and record it before anything changes, so that a job that is killed now
+        resumes as if it had gone on. Goes further back if the last rollback went to the same checkpoint. Returns
+        whether there is a checkpoint."""
 
         def record() -> bool:
             past = self._rollbacks()
@@ -184,7 +185,7 @@ class RunDirectory:
         environment.record(self.path, self.world, step)
 
     def starts_before(self) -> Attempts:
-        """The starts counted so far; none where the file is not of this kind."""
+        """Returns the starts counted so far. A file of another kind counts as none, and is logged."""
         if not self._attempts.exists():
             return Attempts()
         try:

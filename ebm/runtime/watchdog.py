@@ -1,4 +1,4 @@
-"""The watchdog: a rank that hangs shows where, and the job ends."""
+"""The watchdog ends a job that hangs, after every rank has shown its stacks."""
 
 import faulthandler
 import logging
@@ -88,7 +88,7 @@ class Watchdog:
             self._beaten.clear()
 
     def _wait(self, seconds: float) -> bool:
-        """Whether there is a beat within `seconds` in which this process could run."""
+        """Returns whether there is a beat within `seconds`, not counting time in which this process was suspended."""
         left = seconds
         while left > 0:
             self._feed_guard()
@@ -105,7 +105,7 @@ class Watchdog:
                 os.write(self._guard.fileno(), b".")
 
     def _give_up(self) -> None:
-        """Show the stacks; end the process unless a beat comes after all."""
+        """Show the stacks, and end the process unless a beat comes after all."""
         self._over = True
         self._tell(
             f"no step in {self._timeout:.0f} s (train.collective_timeout): a rank hangs, or its host is out of reach; "
@@ -125,7 +125,7 @@ class Watchdog:
 
 
 def _start_guard(seconds: float) -> IO[bytes] | None:
-    """The pipe to a guard of this process; None where it can't be started."""
+    """Start a guard of this process. Returns the pipe to it, or None if it can't be started."""
     faulthandler.enable(file=2)  # on SIGABRT it writes the stacks, without the interpreter
     command = [sys.executable, "-I", "-S", "-c", GUARD, str(os.getpid()), str(seconds), str(GRACE)]
     try:

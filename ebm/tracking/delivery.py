@@ -1,4 +1,4 @@
-"""What W&B has of a run already, and the files that wait for it."""
+"""Which rows of a run W&B has already, its offline parts, and the files that wait for their upload."""
 
 import json
 import math
@@ -37,7 +37,7 @@ class Handed:
 
     @property
     def step(self) -> int:
-        """0 where nothing is known of this id: a run that had no W&B before, or has a new id."""
+        """The last safe step. It is 0 if nothing is known of this id: the run had no W&B before, or has a new id."""
         return self._safe
 
     def lacks(self, step: int) -> bool:
@@ -50,7 +50,7 @@ class Handed:
         return min([first for first, _ in self._missed], default=self._safe + 1)
 
     def note(self, step: int) -> None:
-        """The row of `step` was taken."""
+        """Note that the client took the row of `step`."""
         now, done = time.monotonic(), False
         self._recent.append((now, step))
         self._open = False
@@ -63,7 +63,7 @@ class Handed:
             self._write()
 
     def miss(self, step: int) -> None:
-        """The row of `step` was not taken."""
+        """Note that the client did not take the row of `step`."""
         if self._open and self._missed and self._missed[-1][1] < step:
             self._missed[-1] = (self._missed[-1][0], step)
         elif len(self._missed) < MAX_INTERVALS:
@@ -73,7 +73,7 @@ class Handed:
         self._open = True
 
     def all_safe(self) -> None:
-        """The client ended well: all that was taken is safe."""
+        """The client ended well, so every row that it took is safe."""
         while self._recent:
             self._deliver(self._recent.popleft()[1])
         self._write()
@@ -109,7 +109,8 @@ class Handed:
 
 
 def rows_between(metrics: Path, first: int, until: int) -> Iterator[dict[str, Any]]:
-    """The records of `metrics.jsonl` with first <= step <= until, as they were logged. Stops at what is no record."""
+    """Yields the records of `metrics.jsonl` with first <= step <= until, as they were logged. Stops at a line that is
+    no record."""
     with metrics.open("rb") as lines:
         for line in lines:
             if (step := step_of(line)) > until:
@@ -134,7 +135,8 @@ def number_part(part: Path) -> None:
 
 
 def part_number(part: Path) -> int:
-    """0 for a part that has none: of a version before 0.2, or of a start killed right there."""
+    """Returns the part's number. It is 0 if there is none: the part is of a version before 0.2, or its start was
+    killed."""
     try:
         text = (part / PART).read_text()[:32].strip()
     except (OSError, ValueError):
@@ -152,7 +154,8 @@ class Artifacts:
         self._root, self._max_bytes = run_dir / "wandb" / "artifacts", int(max_gb * 1e9)
 
     def hold(self, name: str, files: list[Path]) -> Path:
-        """A directory with these files, which nobody changes any more. Raises OSError: beyond the limit, or pruned."""
+        """Returns a directory with these files, which nobody changes any more. Raises OSError beyond the limit, and if
+        a file is gone."""
         size = sum(file.stat().st_size for file in files)
         held = sum(file.stat().st_size for file in self._root.rglob("*") if file.is_file())
         if held + size > self._max_bytes:
@@ -171,7 +174,7 @@ class Artifacts:
         return directory
 
     def release(self) -> None:
-        """All is uploaded."""
+        """Remove the held files. Everything is uploaded."""
         shutil.rmtree(self._root, ignore_errors=True)
 
 

@@ -42,7 +42,7 @@ class Records:
     now and then."""
 
     def __init__(self, path: Path, keep_until: int):
-        """Open `path`; records after step `keep_until`, and a line that a crash left torn, are cut off."""
+        """Open `path`. Records after step `keep_until`, and a line that a crash left torn, are cut off."""
         self._path, self._outage = path, Outage(str(path))
         self._file = open_own(path, os.O_RDWR | os.O_CREAT)
         self._end = self._durable = self._cut(keep_until)  # bytes written, and bytes on the disk for good
@@ -57,7 +57,7 @@ class Records:
         return kept
 
     def rewind(self, step: int) -> None:
-        """Take back the records after `step`."""
+        """Remove the records after `step`."""
         self._end = self._cut(step)
         self._durable = min(self._durable, self._end)
         self._lines = [line for line in self._lines if step_of(line) <= step]
@@ -75,7 +75,7 @@ class Records:
         self._write(new=1)
 
     def flush(self) -> bool:
-        """Whether every record is on the disk for good now."""
+        """Sync the file. Returns whether every record is on the disk for good."""
         if not self._write():
             return False
         try:
@@ -114,7 +114,7 @@ class Records:
         return True
 
     def _begin_anew(self) -> None:
-        """Raises OSError where the directory is gone too."""
+        """Go on in a new file. Raises OSError if the directory is gone too."""
         file = open_own(self._path, os.O_RDWR | os.O_CREAT)
         log.warning(f"{self._path} was removed; the records before are lost, and those that follow are in a new file")
         os.close(self._file)
@@ -156,7 +156,7 @@ def _write_at(file: int, content: bytes, offset: int) -> None:
 
 
 def step_of(line: bytes) -> float:
-    """The step of a record; infinite where the line is none: torn by a crash, or not of our making."""
+    """Returns the step of a record. It is infinite if the line is none: torn by a crash, or not of our making."""
     if not line.endswith(b"\n"):
         return math.inf
     try:

@@ -39,7 +39,8 @@ class Alerts:
         self._lock = threading.Lock()
 
     def event(self, title: str, text: str, level: str = "WARN") -> bool:
-        """Send an alert that the log has already. Whether it was: not again within `tracking.alert_every`."""
+        """Send an alert on something that is logged already. Returns whether it was sent: the same title is not sent
+        again within `tracking.alert_every`."""
         now, every = time.monotonic(), self._tracking.alert_every
         with self._lock:
             if not self._tracking.alerts or now - self._sent.get(title, -math.inf) < every:
@@ -63,7 +64,7 @@ class Alerts:
             self._tell("steps are slow", f"step {step}: {median(now):.3g} s a step, {times:.1f} times the usual")
 
     def stalled(self, step: int, seconds: float) -> None:
-        """There was no step for `seconds`."""
+        """Tell that there was no step for `seconds`."""
         self._tell("no step", f"no step in {seconds:.0f} s, the last line of metrics is step {step}'s", "ERROR")
 
     def _tell(self, title: str, text: str, level: str = "WARN") -> None:
@@ -72,7 +73,7 @@ class Alerts:
 
 
 class Progress:
-    """A bar on a terminal, lines elsewhere: step, rate, time left, loss, AUC."""
+    """Shows step, rate, time left, loss and AUC, as a bar on a terminal and as lines of the log elsewhere."""
 
     def __init__(self, total_steps: int, first_step: int):
         self.total, self._first, self._started = total_steps, first_step, time.monotonic()
@@ -125,15 +126,15 @@ class Tracker:
         self._alerts.read(step, metrics)
 
     def alert(self, title: str, text: str, level: str = "WARN") -> None:
-        """Send what the log says already to those who don't read it. `level`: INFO, WARN or ERROR."""
+        """Send an alert on something that is logged already. `level`: INFO, WARN or ERROR."""
         self._alerts.event(title, text, level)
 
     def stalled(self, seconds: float) -> None:
-        """There was no step for `seconds`. From any thread."""
+        """Tell that there was no step for `seconds`. May be called from any thread."""
         self._alerts.stalled(self._step, seconds)
 
     def checkpoint(self, path: Path) -> None:
-        """A checkpoint became final: an artifact, where `tracking.artifacts` says so."""
+        """Upload a checkpoint that became final as an artifact, if `tracking.artifacts` says so."""
         self._wandb.log_checkpoint(path)
 
     def rewind(self, step: int) -> None:
@@ -158,8 +159,9 @@ class Tracker:
         self._wandb.log_histograms(step, {name: v.float().cpu().numpy() for name, v in values.items()})
 
     def flush(self) -> bool:
-        """Whether every record is on the disk for good. To be asked before a checkpoint becomes final: a run resumed
-        from it does not write the records before it again. Pictures are tried again, but hold no checkpoint back."""
+        """Sync the records. Returns whether all of them are on the disk for good. Call it before a checkpoint becomes
+        final, since a run resumed from it does not write the records before it again. Pictures are tried again, but
+        hold no checkpoint back."""
         self._samples.retry()
         return all([records.flush() for records in self._records])
 

@@ -1,4 +1,4 @@
-"""The W&B side of a run, in a thread of its own."""
+"""A run's client of W&B, which works in a thread of its own."""
 
 import errno
 import logging
@@ -169,7 +169,7 @@ class WandbRun:
         self._call(lambda: self._run.alert(title, text, level, wait_duration=every))
 
     def log_checkpoint(self, path: Path) -> None:
-        """An artifact of a checkpoint that is final, where `tracking.artifacts` says so."""
+        """Upload a checkpoint that is final as an artifact, if `tracking.artifacts` says so."""
         wanted, last = self._config.tracking.artifacts, path.name == f"step_{self._config.train.steps:08d}"
         if wanted == "all" or (wanted == "final" and last):
             self._call(lambda: self._log_artifact("checkpoint", path.name, sorted(path.iterdir())))
@@ -184,7 +184,8 @@ class WandbRun:
         self._run.log_artifact(artifact, aliases=["latest", name])
 
     def _call(self, call: Callable[[], None], size: int = 0, most: int = MAX_BYTES) -> bool:
-        """Queue a call that holds `size` bytes, unless more than `most` would wait then. Whether it will be made."""
+        """Queue a call that holds `size` bytes, unless more than `most` would wait then. Returns whether it is
+        queued."""
         if self._thread is None:
             return True
         with self._bytes_lock:
@@ -265,7 +266,7 @@ class WandbRun:
         thread.join(seconds)
 
     def sync_hint(self) -> str | None:
-        """The command that uploads what the finished run could not."""
+        """Returns the command that uploads what the finished run could not, or None."""
         if self._run is None or self._uploaded:
             return None
         command = f"python -m ebm sync {shlex.quote(str(self._run_dir))}"
@@ -276,7 +277,7 @@ class WandbRun:
 
 
 def _mode(tracking: TrackingConfig, wandb: Any) -> str:
-    """auto: online with a login, else offline; WANDB_MODE decides where it is set."""
+    """Returns the mode. auto is online with a login, else offline; WANDB_MODE decides if it is set."""
     if tracking.wandb != "auto":
         return tracking.wandb
     mode = os.environ.get("WANDB_MODE")
@@ -299,7 +300,7 @@ def _in_netrc(settings: Any) -> bool:
 
 
 def run_id(run_dir: Path) -> str:
-    """The run's W&B id, made once and kept in RUN/wandb_id: a resumed run is the same W&B run."""
+    """Returns the run's W&B id. It is made once and kept in RUN/wandb_id, so that a resumed run is the same W&B run."""
     path = run_dir / "wandb_id"
     found = path.read_text(errors="replace")[: MAX_ID + 1].strip() if path.is_file() else ""
     if not ID.fullmatch(found):
