@@ -1,9 +1,13 @@
 """Shards over http and from object stores: the same samples as from a disk, or an error that names the shard."""
 
+import errno
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -411,6 +415,59 @@ def test_too_small_or_not_ours(tmp_path, server, access):
     (tmp_path / "open").chmod(0o777)
     with pytest.raises(ConfigError, match=r"others can write to it"):
         ShardCache(tmp_path / "open", 9999).prepare(1000)
+
+
+def test_directories_in_which_others_could_put_files(tmp_path):
+    for mode in (0o777, 0o770, 0o702):
+        (tmp_path / f"{mode:o}").mkdir()
+        (tmp_path / f"{mode:o}").chmod(mode)
+        with pytest.raises(ConfigError, match=rf"others can write to it; run `chmod go-w .*{mode:o}`"):
+            ShardCache(tmp_path / f"{mode:o}", 9999).prepare(1000)
+    (tmp_path / "ours").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to("ours")
+    ShardCache(tmp_path / "link", 9999).prepare(1000)
+    if os.getuid() == 0:
+        os.chown(tmp_path / "link", 1234, -1, follow_symlinks=False)
+        with pytest.raises(ConfigError, match="is a link of another user"):
+            ShardCache(tmp_path / "link", 9999).prepare(1000)
+        os.chown(tmp_path / "ours", 1234, -1)
+        with pytest.raises(ConfigError, match="belongs to another user"):
+            ShardCache(tmp_path / "ours", 9999).prepare(1000)
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    """Parts that a killed process left there count until they are old, then they are removed."""
+
+    def no_locks(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    cache = small_cache(tmp_path)
+    left = cache.directory / ("b" * 64 + ".part")
+    left.write_bytes(b"x" * 2500)
+    os.utime(left, (time.time() - 7200,) * 2)
+    with cache.open("a" * 64, 1000, lambda file: file.write(b"y" * 1000) and None) as file:
+        assert file.read() == b"y" * 1000
+    assert not left.exists()
+
+
+def test_a_certificate_that_is_not_trusted_is_final_and_names_the_remedy(tmp_path, local, access, monkeypatch):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    options = ["-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    call = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-keyout", str(key), "-out", str(certificate), *options]
+    if shutil.which("openssl") is None or subprocess.run(call, capture_output=True).returncode:
+        pytest.skip("openssl can't make a certificate here")
+    monkeypatch.setenv("no_proxy", "*")
+    with ShardServer(local.directory) as server:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        server.server.socket = context.wrap_socket(server.server.socket, server_side=True)
+        url = server.url.replace("http:", "https:")
+        with pytest.raises(DataError, match=r"certificate can't be verified .*SSL_CERT_FILE") as caught:
+            load_manifest(url, access)
+        assert "tries" not in str(caught.value)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert load_manifest(url, access).samples == local.samples
 
 
 def test_a_full_disk_says_so(tmp_path):
