@@ -122,16 +122,14 @@ def measure_density(sets: Sets) -> Measured:
     acceptance = min(accepted.values(), key=lambda value: -math.inf if math.isnan(value) else value)
     centre, deviation = _data_energy(sets)
     drift = (float(sets.energies(long).mean()) - centre) / deviation
-    word = trust.verdict(acceptance)
+    word = trust.verdict(acceptance, drift)
     values: Metrics = {**accepted, "density/acceptance": acceptance, "density/long_steps": length}
     values |= {"density/long_energy": drift, "density/verdict": word}
     words = [f"{word}: a Metropolis test would accept {acceptance:.0%} of the sampler's own steps"]
     if word == "walk":
         words[0] += "; its samples are those of the walk, and its energies no log-densities: lower sampler.step_size"
-    if drift < -1:
-        words.append(
-            f"chains of {length} steps lie {-drift:.1f} deviations below the data: the energy is low where no data is"
-        )
+    if word == "hole":
+        words[0] += f", but chains of {length} steps lie {-drift:.1f} deviations below the data: where no data is"
     worst = _worst_share(sets, long)
     return Measured(values | {"density/class_shares_worst": worst}, words)
 

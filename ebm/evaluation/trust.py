@@ -14,6 +14,7 @@ from ebm.samplers import MetropolisInfo, hmc, mala
 from ebm.streams import stream_sources
 
 ACCEPTED = 0.6  # mean acceptance from which chains sample the energy that they follow
+HOLE = 1.0  # standard deviations of the data's energies by which long chains may lie below the data
 CLUSTERS = 10  # stand-ins for classes, where there are no labels
 WARM = 0.1  # temperature from which chains keep the noise of the data that they were trained on
 
@@ -44,10 +45,16 @@ def acceptance(energy: Callable[[Tensor], Tensor], x: Tensor, sampler: SamplerCo
     return float(torch.stack(found).sum()) / len(x)
 
 
-def verdict(acceptance: float) -> str:
-    """`density` where chains sample the energy that they follow; `walk` where they do not, and samples are those of
-    the walk alone: its energies are no log-densities."""
-    return "density" if acceptance >= ACCEPTED else "walk"
+def verdict(acceptance: float, drift: float = 0.0) -> str:
+    """One word for an energy, from the acceptance of its chains' steps, and from the mean energy of long chains less
+    that of training data, in standard deviations of the data's energies.
+
+    `walk`: chains do not sample the energy that they follow, and its values are no log-densities. `hole`: they sample
+    it, and find it low where no data is. `density`: neither.
+    """
+    if not acceptance >= ACCEPTED:
+        return "walk"
+    return "hole" if drift < -HOLE else "density"
 
 
 def shares(classes: Tensor, num_classes: int) -> Tensor:

@@ -149,7 +149,7 @@ def test_outliers_and_lengths(run, pictures, tmp_path, capsys):
     assert {"length/2", "length/8", "length/8_low", "length/2_energy"} <= values.keys()
     worst, best = max(values["length/2"], values["length/8"]), min(values["length/2"], values["length/8"])
     assert values["length/worst_over_best"] == pytest.approx(worst / best)
-    assert values["density/long_steps"] == 8 and values["density/verdict"] in ("density", "walk")
+    assert values["density/long_steps"] == 8 and values["density/verdict"] in ("density", "hole", "walk")
     assert (
         0
         <= values["density/acceptance"]

@@ -199,6 +199,7 @@ def test_a_step_that_is_small_samples_a_density_and_one_of_half_the_variance_is_
     assert (verdict(accepted[0.2]), verdict(accepted[0.5])) == ("density", "walk"), accepted
     steep = SteepEnergy(dim=64, sigma=0.1, steepness=2)  # which that step fits: it removes all of the noise
     assert verdict(acceptance(steep, x, at[0.5])) == "walk"
+    assert (verdict(0.9, -2.0), verdict(0.9, 2.0), verdict(0.1, -2.0)) == ("hole", "density", "walk")
     cold = LangevinConfig(step_size=0.002, noise_scale=0.0, bounds=None)
     assert math.isnan(acceptance(energy, x, cold)) and verdict(acceptance(energy, x, cold)) == "walk"
 
