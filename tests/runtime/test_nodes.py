@@ -47,7 +47,7 @@ def test_a_pulled_cable(tmp_path):
             assert run.wait(300) == 1
             said = run.log.read_text()
             why = f"rank {rank}: no step in {TIMEOUT} s (train.collective_timeout): a rank hangs, or its host"
-            assert why in said and "ebm/trainer.py" in said, said
+            assert why in said and "ebm/training/loop.py" in said, said
         hosts.link(1, "up")
         for run in launch(hosts, accelerate, tmp_path, arguments(run_dir)):
             assert run.wait(400) == 0, run.log.read_text()
