@@ -154,6 +154,11 @@ class Manifest(BaseModel):
         text = json.dumps([self.shape, [[shard.sha256, shard.labels] for shard in self.shards]])
         return hashlib.sha256(text.encode()).hexdigest()
 
+    @property
+    def title(self) -> str:
+        """What a message calls these data, wherever they lie."""
+        return f"{self.samples} samples" + (f" of {self.source.source}" if self.source is not None else "")
+
     def path(self, shard: Shard) -> Path | str:
         """A shard's path, or its URL."""
         return self.remote.url_of(shard.name) if self.remote else self.local / shard.name

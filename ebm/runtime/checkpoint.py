@@ -36,6 +36,17 @@ Entry = dict[str, Any]  # of manifest.json: the "bytes" and "sha256" of a file
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 
 
+class DataIdentity(BaseModel):
+    """The data that a checkpoint was trained on. `identity`: a hash of the shards' sums; `name`: for messages."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+    identity: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.name} (identity {self.identity[:12]})"
+
+
 class SavedState(BaseModel):
     """The part of state.json that a resume reads. Aliases are the keys of versions before 0.2."""
 
@@ -53,6 +64,7 @@ class SavedState(BaseModel):
         Annotated[FiniteFloat, Field(gt=0)] | None, Field(validation_alias=AliasChoices("adapted_step", "step_size"))
     ] = None
     scaler: dict[str, FiniteFloat] | None
+    data: DataIdentity | None = None  # None: of a version before 0.2
 
     @field_validator("divergence")
     @classmethod
@@ -215,6 +227,13 @@ def set_aside(path: Path) -> None:
     aside = path.with_suffix(".aside")
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(path, aside)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint that nobody will resume from; one that is half removed is none any more."""
+    gone = path.with_suffix(".gone.tmp")
+    os.replace(path, gone)
+    _remove([gone])
 
 
 def sweep(root: Path) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import math
 import os
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,9 +13,9 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter
 
-from ebm.config import Config, check_same_run, load_config, to_yaml
+from ebm.config import Config, changes, check_same_run, load_config, to_yaml
 from ebm.errors import EXIT_STOPPED, ConfigError, DataError
-from ebm.runtime import checkpoint, environment
+from ebm.runtime import checkpoint, environment, history
 from ebm.runtime.distributed import World
 from ebm.runtime.files import open_own, read_json, remove_leftovers, replace, try_lock
 
@@ -22,7 +24,12 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Files of a run that are written by `replace`.
-OURS = r"config\.yaml|attempts\.json|rollbacks\.json|environment\.json|DONE|wandb_id|wandb_step|report\.html"
+OURS = (
+    r"config\.yaml|config_history\.json|attempts\.json|rollbacks\.json|environment\.json|DONE|"
+    r"wandb_id|wandb_step|wandb_run\.json|report\.html"
+)
+PICTURE = re.compile(r"step_\d{8,}\.png")
+OF_ONE_CONFIG = ("attempts.json", "rollbacks.json", "DONE", "wandb_id", "wandb_step", "wandb_run.json")
 LOCK_WAIT = 60.0  # seconds for ranks that lost their launcher to notice it, save and end
 
 
@@ -73,7 +80,7 @@ class RunDirectory:
         self._lock()  # before the config is looked at: another job may be about to write its own
         file = self.path / "config.yaml"
         if file.exists():
-            check_same_run(load_config(file), config, str(self.path))
+            self._bind(file, config)
         elif checkpoint.checkpoints(self.checkpoints):
             raise ConfigError(f"run.dir={self.path} holds checkpoints but no config.yaml; choose another run.dir")
         self.checkpoints.mkdir(exist_ok=True)
@@ -81,8 +88,49 @@ class RunDirectory:
             self.stop_file.unlink(missing_ok=True)
         checkpoint.sweep(self.checkpoints)
         remove_leftovers(self.path, OURS)
-        remove_leftovers(self.path / "samples", r"step_\d{8,}\.png")
+        remove_leftovers(self.path / "samples", PICTURE.pattern)
         replace(file, to_yaml(config).encode())
+        if self._ended_at() < config.train.steps:  # the end of a run that is extended
+            (self.path / "DONE").unlink()
+
+    def _bind(self, file: Path, config: Config) -> None:
+        """Check that the run was made with this config, or record what train.extend changes. Without a step to lose,
+        which only a first checkpoint makes, another config begins anew."""
+        last = max((checkpoint.step_of(path) for path in checkpoint.checkpoints(self.checkpoints)), default=0)
+        if last > 0:
+            changed = check_same_run(load_config(file), config, str(self.path))
+            if changed and config.train.steps < last:
+                raise ConfigError(
+                    f"train.steps={config.train.steps}: {self.path} is at step {last} already; give {last} or more"
+                )
+            if changed:
+                history.record(self.path, last, changed)
+            return
+        try:
+            if not changes(load_config(file), config):
+                return
+        except ConfigError:  # of another version, or damaged
+            pass
+        log.info(f"{self.path} held a start under another config that got to no checkpoint; the run begins anew")
+        for path in checkpoint.checkpoints(self.checkpoints):
+            checkpoint.remove(path)
+        pictures = [path for path in (self.path / "samples").glob("step_*.png") if PICTURE.fullmatch(path.name)]
+        for path in pictures:
+            path.unlink()
+        for name in OF_ONE_CONFIG:
+            (self.path / name).unlink(missing_ok=True)
+
+    def _ended_at(self) -> float:
+        """The step that DONE names; infinite where there is none."""
+        try:
+            words = (self.path / "DONE").read_text()[:64].split()
+        except (OSError, ValueError):
+            return math.inf
+        return int(words[1]) if len(words) == 2 and words[1].isdecimal() else math.inf
+
+    def record_change(self, step: int, changed: dict[str, tuple[Any, Any]]) -> None:
+        """Keep in the run's history what is different from `step` on. All ranks together."""
+        self._together(lambda: history.record(self.path, step, changed))
 
     def _lock(self) -> None:
         """Keep other jobs out until this process ends, however it ends."""

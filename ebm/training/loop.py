@@ -15,7 +15,8 @@ from ebm.runtime.stopping import StopRequest
 from ebm.runtime.watchdog import Watchdog
 from ebm.tracking import Tracker
 from ebm.training.readings import Interval, measure, panels, read_health, trace
-from ebm.training.state import TrainState, build_state, load, snapshot
+from ebm.training.start import begin, resume
+from ebm.training.state import TrainState, build_state, snapshot
 from ebm.training.step import StepResult, train_step
 
 log = logging.getLogger(__name__)
@@ -29,13 +30,15 @@ def train(config: Config, world: World, watchdog: Watchdog, started: float) -> i
     """
     run = RunDirectory(config, world, watchdog.beat)
     if run.done:
-        log.info(f"{run.path} is done already; another run.dir begins a new run")
+        log.info(
+            f"{run.path} is done already; another run.dir begins a new run, and train.extend=true with more "
+            "train.steps goes on with this one"
+        )
         return 0
     watchdog.beat()
     state = build_state(config, world)
     watchdog.beat()
-    if resume(state, run):
-        log.info(f"resuming {run.path} at step {state.step}")
+    begin(state, run)
     run.begin(state.step, config.health.max_restarts)
     if idle := world.idle_cores():
         log.info(idle)
@@ -83,14 +86,6 @@ def open_tracker(state: TrainState, run: RunDirectory) -> Tracker | None:
             error = caught
     state.world.raise_together(error)
     return tracker
-
-
-def resume(state: TrainState, run: RunDirectory) -> bool:
-    """Go on from the newest checkpoint. Returns whether there is one."""
-    path, divergence = run.resume_point()
-    if path is not None:
-        load(state, path, divergence)
-    return path is not None
 
 
 @dataclass

@@ -97,6 +97,7 @@ class TrainState:
     engine: Engine
     buffer: ReplayBuffer | None
     reader: ShardReader
+    data: checkpoint.DataIdentity
     random: StreamGenerators
     divergence: DivergenceMonitor
     adapted_step: Tensor | None  # float32 scalar on the device, of a sampler that adapts its step size
@@ -171,6 +172,7 @@ def build_state(config: Config, world: World) -> TrainState:
         Engine(chain_energy(config, folded)),
         build_buffer(config, world, streams),
         reader=open_reader(config, world, manifest, streams, {}),
+        data=checkpoint.DataIdentity(identity=manifest.identity, name=manifest.title),
         random=StreamGenerators(config.run.seed, streams, world.device),
         divergence=DivergenceMonitor(config.health),
         adapted_step=torch.tensor(config.sampler.step_size, device=world.device) if adapts else None,
@@ -253,6 +255,7 @@ def snapshot(state: TrainState) -> tuple[dict[str, dict[str, Tensor]], dict[str,
         "adapted_step": None if state.adapted_step is None else state.adapted_step.item(),
         "good": state.step == 0 or state.divergence.good,
         "world_size": state.world.size,
+        "data": state.data.model_dump(),
         "scaler": scaler.state_dict() if scaler is not None else None,
     }
 
