@@ -22,6 +22,7 @@ from ebm.evaluation.sets import MOST, Sets
 from ebm.inference.inputs import read_states
 from ebm.inference.pictures import grid, landscape, side_by_side, to_png
 from ebm.inference.run import open_run
+from ebm.report import figures
 from ebm.runtime.files import replace
 
 METRICS = ("frechet", "classes", "ood", "energy", "density", "accuracy", "likelihood")
@@ -207,8 +208,8 @@ def _keep(sets: Sets, values: Metrics) -> list[str]:
     record = {"step": run.step, "num": sets.num, "lengths": sets.lengths, "values": _finite(values)}
     files = {"evaluation.json": _json(record).encode()}
     if any(key.startswith("length/") for key in values):
-        files["lengths.png"] = to_png(_of_lengths(sets))
-        said.append(f"chains of each length -> {run.directory / 'lengths.png'}")
+        files["lengths.png"] = to_png(_of_lengths(sets, values))
+        said.append(f"distances and chains of each length -> {run.directory / 'lengths.png'}")
     if "likelihood/kl" in values:
         files["landscape.png"] = to_png(_landscape(sets))
         said.append(f"the true density, the learned one, and fresh chains -> {run.directory / 'landscape.png'}")
@@ -220,14 +221,18 @@ def _keep(sets: Sets, values: Metrics) -> list[str]:
     return said
 
 
-def _of_lengths(sets: Sets) -> np.ndarray:
-    """A panel a length; where chains keep the noise of the data, one below it of the same chains denoised."""
+def _of_lengths(sets: Sets, values: Metrics) -> np.ndarray:
+    """The distances against the length, and the chains of each length; below it, where chains keep the noise of the
+    data, the same chains denoised."""
     chains = {f"{length} steps": sets.of_lengths[0][length][:SHOWN] for length in sets.lengths}
-    rows = [np.asarray(side_by_side({title: grid(x) for title, x in chains.items()}))]
+    points = np.array([(length, values[f"length/{length}"]) for length in sets.lengths], dtype=float)
+    ends = {end: [float(values[f"length/{length}_{end}"]) for length in sets.lengths] for end in ("low", "high")}
+    curve = figures.pixels(lambda ax: figures.draw_lengths(ax, points, **ends), (3.2, 2.6))
+    rows = [{"distance in floors": curve, **{title: grid(x) for title, x in chains.items()}}]
     if sets.noise:
         denoised = {f"{title}, denoised": grid(sets.run.denoised(x)) for title, x in chains.items()}
-        rows.append(np.asarray(side_by_side(denoised)))
-    return np.concatenate(rows)
+        rows.append({"": np.full_like(curve, 255), **denoised})
+    return np.concatenate([np.asarray(side_by_side(row)) for row in rows])
 
 
 def _landscape(sets: Sets, half_width: float = 6.0) -> np.ndarray:

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 COLOURS = ("#2f6db3", "#d9822b", "#4f9d69")
 INK, FAINT, BAND, MARK = "#333333", "#d9d9d9", "#e4f2e7", "#c0392b"
@@ -96,9 +97,19 @@ def draw_lengths(ax: Axes, curve: np.ndarray, low: list[float], high: list[float
 
 def svg(draw: Callable[[Axes], None], size: tuple[float, float]) -> bytes:
     """A figure of `size` inches that `draw(ax)` has drawn."""
+    return _saved(draw, size, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+
+
+def pixels(draw: Callable[[Axes], None], size: tuple[float, float]) -> np.ndarray:
+    """The same as a picture of 100 pixels an inch, uint8 (height, width, 3)."""
+    with Image.open(io.BytesIO(_saved(draw, size, format="png", dpi=100)), formats=("PNG",)) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def _saved(draw: Callable[[Axes], None], size: tuple[float, float], **options: Any) -> bytes:
     with rc_context(STYLE):  # type: ignore[arg-type]  # keys are checked by matplotlib when they are set
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.subplots())
         file = io.BytesIO()
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+        figure.savefig(file, **options)
         return file.getvalue()
