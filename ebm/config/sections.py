@@ -214,6 +214,11 @@ class TrainConfig(Section):
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
         "no", description="type that the network computes in: no is float32"
     )
+    compile: Literal["auto", "true", "false"] = Field(
+        "auto",
+        description="compile the network of chains by torch.compile: auto where that is faster, tried out once on a "
+        "GPU; compiled chains are used only where energies and gradients agree with the others",
+    )
     deterministic: bool = Field(
         True,
         description="on a GPU, use algorithms that give the same bits every time, so that a resumed run ends like one "
@@ -240,6 +245,11 @@ class TrainConfig(Section):
     time_limit: float | None = Field(
         None, gt=0, description="seconds after which the run writes a checkpoint and stops (exit 75); null: no limit"
     )
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _words(cls, value: object) -> object:
+        return str(value).lower() if isinstance(value, bool) else value  # as YAML reads true and false
 
 
 class HealthConfig(Section):

@@ -1,10 +1,11 @@
 """The engine runs samplers at the speed of the hardware and gives the chains of the plain functions."""
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from threading import Barrier
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ebm.philox import Philox
 from ebm.samplers.base import Energy, Info, mean_info
+from ebm.samplers.compiled import Compiler, Function
 from ebm.streams import StreamSources
 
 log = logging.getLogger(__name__)
@@ -29,47 +31,58 @@ class Engine:
     replayed by one launch: at small batches thousands of single launches take longer than the network. A chain that
     can't be captured (its energy reads device memory on the host, say) runs as it is, and the log says so once. In all
     cases the noise comes from the same generators in the same order. The energy must keep no state between calls.
+
+    With a `compiler`, the energy may be compiled at the first call with inputs of a shape.
     """
 
-    def __init__(self, energy: Callable[..., Tensor], *, capture: bool = True):
-        self.energy, self.capture = energy, capture
+    def __init__(self, energy: Function, *, capture: bool = True, compiler: Compiler | None = None):
+        self.energy, self.capture, self.compiler = energy, capture, compiler
         self._graphs: dict[tuple[Any, ...], _Captured] = {}
+        self._functions: dict[tuple[torch.Size, ...], Function] = {}  # by the shapes of their inputs
 
     def __call__(
         self, sampler: Sampler[Info], x: Tensor, *labels: Tensor, generator: StreamSources, **settings: Any
     ) -> tuple[Tensor, Info]:
         """`sampler(x -> energy(x, *labels), x, generator=generator, **settings)`: the final states, and what happened
         as a named tuple of means over the batch."""
+        threads = 1 if x.is_cuda or isinstance(generator, Philox) else _threads(len(generator))
+        energy = self._function(threads, sampler, x, labels, generator, settings)
         if x.is_cuda and self.capture:
-            captured = self._captured(sampler, x, labels, generator, settings)
+            captured = self._captured(energy, sampler, x, labels, generator, settings)
             if captured is not None:
                 return captured(x, labels, generator, settings)
-        threads = 1 if x.is_cuda else _threads(len(generator))
         if threads > 1 and not isinstance(generator, Philox):
-            return self._in_threads(threads, sampler, x, labels, generator, settings)
-        return sampler(_of_states(self.energy, labels), x, generator=generator, **settings)
+            return _in_threads(threads, energy, sampler, x, labels, generator, settings)
+        return sampler(_of_states(energy, labels), x, generator=generator, **settings)
 
-    def _in_threads(
+    def _function(
         self,
         threads: int,
         sampler: Sampler[Info],
         x: Tensor,
         labels: Sequence[Tensor],
-        generator: Sequence[torch.Generator],
+        generator: StreamSources,
         settings: dict[str, Any],
-    ) -> tuple[Tensor, Info]:
-        share = len(generator) // threads  # streams of each thread
+    ) -> Function:
+        """The energy, or its compiled form, for inputs of these shapes."""
+        if self.compiler is None:
+            return self.energy
+        shapes = (x.shape, *(y.shape for y in labels))
+        if shapes not in self._functions:
+            states, *extra = _first_inputs(sampler, [y.chunk(threads)[0] for y in (x, *labels)], settings)
 
-        def chain(part: int) -> tuple[Tensor, Info]:
-            own = [y.chunk(threads)[part] for y in (x, *labels)]
-            generators = generator[part * share : (part + 1) * share]
-            return sampler(_of_states(self.energy, own[1:]), own[0], generator=generators, **settings)
+            def here(function: Callable[[], Any]) -> Any:
+                return function() if threads == 1 else _pool(threads).submit(function).result()
 
-        states, infos = zip(*_pool(threads).map(chain, range(threads)), strict=True)
-        return torch.cat(states), mean_info(infos)
+            def seconds(energy: Function) -> float:
+                return _seconds(energy, self.capture, sampler, x, labels, len(generator), settings)
+
+            self._functions[shapes] = self.compiler.choose(self.energy, states, extra, here, seconds)
+        return self._functions[shapes]
 
     def _captured(
         self,
+        energy: Function,
         sampler: Sampler[Info],
         x: Tensor,
         labels: Sequence[Tensor],
@@ -83,7 +96,7 @@ class Engine:
         if captured is None or captured.settings != _numbers(settings):
             self._graphs.pop(key, None)
             try:
-                captured = self._graphs[key] = _Captured(self.energy, sampler, x, labels, generator, settings)
+                captured = self._graphs[key] = _Captured(energy, sampler, x, labels, generator, settings)
             except _CaptureError as error:
                 self.capture = False
                 self._graphs.clear()
@@ -92,15 +105,89 @@ class Engine:
         return captured
 
 
-def _of_states(energy: Callable[..., Tensor], labels: Sequence[Tensor]) -> Energy:
+def _in_threads(
+    threads: int,
+    energy: Function,
+    sampler: Sampler[Info],
+    x: Tensor,
+    labels: Sequence[Tensor],
+    generator: Sequence[torch.Generator],
+    settings: dict[str, Any],
+) -> tuple[Tensor, Info]:
+    """The chain, cut into one for each thread."""
+    share = len(generator) // threads  # streams of each thread
+
+    def chain(part: int) -> tuple[Tensor, Info]:
+        own = [y.chunk(threads)[part] for y in (x, *labels)]
+        generators = generator[part * share : (part + 1) * share]
+        return sampler(_of_states(energy, own[1:]), own[0], generator=generators, **settings)
+
+    states, infos = zip(*_pool(threads).map(chain, range(threads)), strict=True)
+    return torch.cat(states), mean_info(infos)
+
+
+def _of_states(energy: Function, labels: Sequence[Tensor]) -> Energy:
     """x -> energy(x, *labels). Where there are several states for each label, one after the other, as the replicas of
     `tempering` are, the labels are repeated."""
+    return lambda x: energy(x, *_repeated(labels, x))
 
-    def closed(x: Tensor) -> Tensor:
-        each = (y.unsqueeze(1).expand(-1, len(x) // len(y), *y.shape[1:]).flatten(0, 1) for y in labels)
-        return energy(x, *each)
 
-    return closed
+def _repeated(labels: Sequence[Tensor], x: Tensor) -> Iterator[Tensor]:
+    return (y.unsqueeze(1).expand(-1, len(x) // len(y), *y.shape[1:]).flatten(0, 1) for y in labels)
+
+
+class _Seen(Exception):  # no error: it ends a chain at its first energy
+    """Carries the inputs of an energy out of a sampler."""
+
+    def __init__(self, inputs: tuple[Tensor, ...]):
+        super().__init__()
+        self.inputs = inputs
+
+
+def _first_inputs(sampler: Sampler[Info], inputs: Sequence[Tensor], settings: dict[str, Any]) -> tuple[Tensor, ...]:
+    """What `sampler` gives an energy first: states in its layout, those of all replicas in a row, and the labels."""
+
+    def energy(*inputs: Tensor) -> Tensor:
+        raise _Seen(tuple(y.detach() for y in inputs))
+
+    x, *labels = inputs
+    try:
+        sampler(_of_states(energy, labels), x, generator=Philox([0], x.device), **settings)
+    except _Seen as seen:
+        return seen.inputs
+    raise AssertionError("the sampler evaluates no energy")
+
+
+def _seconds(
+    energy: Function,
+    capture: bool,
+    sampler: Sampler[Info],
+    x: Tensor,
+    labels: Sequence[Tensor],
+    streams: int,
+    settings: dict[str, Any],
+) -> float:
+    """The duration of a chain on the GPU, the best of three; captured where it can be, with a source of its own."""
+    source = Philox([0] * streams, x.device)
+
+    def plain() -> object:
+        return sampler(_of_states(energy, labels), x, generator=source, **settings)
+
+    run = plain
+    if capture:
+        try:
+            captured = _Captured(energy, sampler, x, labels, source, settings)
+            run = partial(captured, x, labels, source, settings)
+        except _CaptureError:  # said where the chain itself is captured
+            run = plain
+    times = []
+    for _ in range(4):
+        torch.cuda.synchronize(x.device)
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize(x.device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
 
 
 def _numbers(settings: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from ebm.losses import LossOutput, loss_of
 from ebm.runtime import checkpoint
 from ebm.runtime.distributed import World
 from ebm.samplers import Engine, adapted, sampler_of
+from ebm.samplers.compiled import TOLERANCE, Compiler
 from ebm.samplers.factory import chain_shape, sampler_in_use
 from ebm.streams import StreamGenerators, derive_seed, owned_streams
 from ebm.training.buffer import Draw, ReplayBuffer
@@ -169,7 +170,7 @@ def build_state(config: Config, world: World) -> TrainState:
         build_optimizer(config.optim, energy),
         ema,
         folded,
-        Engine(chain_energy(config, folded)),
+        Engine(chain_energy(config, folded), compiler=compiler_of(config, world, folded.dtype)),
         build_buffer(config, world, streams),
         reader=open_reader(config, world, manifest, streams, {}),
         data=checkpoint.DataIdentity(identity=manifest.identity, name=manifest.title),
@@ -192,6 +193,21 @@ def moment_data(config: Config, manifest: Manifest) -> Tensor:
         if count >= MOMENT_DATA:
             break
     return torch.cat(blocks)
+
+
+def compiler_of(config: Config, world: World, dtype: torch.dtype) -> Compiler | None:
+    """How the run's chains, which compute in `dtype`, are compiled, where train.compile says so."""
+    wish = config.train.compile
+    if wish == "false" or (wish == "auto" and world.device.type != "cuda"):
+        return None
+    return Compiler(
+        always=wish == "true",
+        tolerance=TOLERANCE[dtype],
+        limit=min(120.0, config.train.collective_timeout / 4),  # the ranks wait for each other
+        agree=world.all,
+        file=Path(config.run.dir) / "compiled.json",
+        writes=world.is_main,
+    )
 
 
 def build_buffer(config: Config, world: World, streams: list[int]) -> ReplayBuffer | None:
