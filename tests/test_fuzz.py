@@ -199,7 +199,7 @@ def test_hostile_tars(tmp_path, data):
 
 def test_pax_headers_are_read(tmp_path):
     (tmp_path / "shard.tar").write_bytes(pax_tar())
-    assert index_shards(tmp_path).samples == 5
+    assert index_shards(tmp_path, on_error="skip").samples == 5
     assert len(list(read_block(pax_tar()))) == 5
 
 

@@ -1,5 +1,6 @@
 """The resumable reader: batches that are a pure function of (seed, stream, position), decoded in worker processes."""
 
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,16 @@ from ebm.errors import DataError
 MAX_PIXELS = DataConfig.model_fields["max_pixels"].default
 PART = 1 << 25  # bytes of decoded samples that travel together
 MAX_SKIPPED = DataConfig.model_fields["max_skipped"].default
+
+
+def reader_bytes(shape: Sequence[int], *, streams: int, per_stream: int, window: int, workers: int) -> int:
+    """The most memory that a rank's reader and its workers take for `streams` of its own, beside what a process takes
+    for itself: windows, encoded (which is at most as large as decoded), parts that wait, and the batch."""
+    sample = math.prod(shape) * (1 if len(shape) == 3 else 4)
+    part = min(max(PART, sample), window * sample)
+    in_parts = window * sample > part
+    encoded = window * sample * (streams if in_parts else max(workers, 1))
+    return encoded + part * (streams + workers + 1) + 2 * streams * per_stream * sample
 
 
 class Position(NamedTuple):

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ebm.config import Config, differences, to_yaml
 from ebm.config.losses import LossConfig, ScoreMatchingConfig
+from ebm.data.reader import reader_bytes
 from ebm.energies import FoldedEnergy, build_energy
 from ebm.losses import loss_of
 from ebm.samplers.base import evaluate
@@ -57,7 +58,20 @@ def estimate(config: Config) -> dict[str, str]:
         "weights and optimizer": f"{_human(cost.parameters * 24, 'B')} a process (weights, gradient, Adam, EMA, chain)",
         "activations": f"about {_human(cost.saved * halved * batch / config.train.accumulate, 'B')} over all processes",
         "replay buffer": memory,
+        "data reader": f"at most {_human(reader_memory(config), 'B')} (data.window bounds it; one process and its workers)",
     }
+
+
+def reader_memory(config: Config) -> int:
+    """Bytes, for one process with all streams: several processes have a part of the streams each."""
+    data = config.data
+    return reader_bytes(
+        data.shape,
+        streams=data.streams,
+        per_stream=config.train.batch_size // data.streams,
+        window=data.window,
+        workers=data.workers,
+    )
 
 
 def measure_cost(config: Config) -> Cost:

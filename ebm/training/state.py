@@ -150,7 +150,7 @@ def build_state(config: Config, world: World) -> TrainState:
     """The state of a run at step 0: a function of the config alone."""
     streams = owned_streams(config.data.streams, world.rank, world.size)
     manifest = load_manifest(config.data.shards, Access.of(config.data))
-    world.on_main(lambda: check_files(manifest))
+    world.on_main(lambda: check_files(manifest, config.data.on_error, config.data.max_skipped))
     energy = build_energy(config.energy, config.data.shape, config.run.seed)
     if isinstance(energy, NoiseConditionalEnergy):
         energy.fit(moment_data(config, manifest))
@@ -243,6 +243,7 @@ def open_reader(
         max_skipped=data.max_skipped,
         max_pixels=data.max_pixels,
         num_classes=config.energy.num_classes,
+        pin_memory=world.device.type == "cuda",
     )
 
 
