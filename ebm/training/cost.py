@@ -58,7 +58,7 @@ def estimate(config: Config) -> dict[str, str]:
         "weights and optimizer": f"{_human(cost.parameters * 24, 'B')} a process (weights, gradient, Adam, EMA, chain)",
         "activations": f"about {_human(cost.saved * halved * batch / config.train.accumulate, 'B')} over all processes",
         "replay buffer": memory,
-        "data reader": f"at most {_human(reader_memory(config), 'B')} (data.window bounds it; one process and its workers)",
+        "data reader": f"at most {_human(reader_memory(config), 'B')} (one process; data.window bounds it)",
     }
 
 
