@@ -48,7 +48,8 @@ def alone(run_dir, digits, **settings) -> list[str]:
 
 
 def test_the_config_is_checked_under_the_lock(tmp_path, config, shown):
-    """Two jobs that begin together with different configs: the second waits, and is refused by what the first wrote."""
+    """Two jobs that begin together with different configs: the second waits for the first, and is refused by its
+    config, and not only by what stood there before."""
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     with (run_dir / "lock").open("w") as lock:
@@ -65,6 +66,7 @@ def test_the_config_is_checked_under_the_lock(tmp_path, config, shown):
         job.start()
         time.sleep(0.5)
         (run_dir / "config.yaml").write_text(to_yaml(config("optim.lr=0.25")))
+        (run_dir / "checkpoints/step_00000010").mkdir(parents=True)
     job.join(30)
     assert len(refused) == 1 and "optim.lr: 0.25 there, 0.5 now" in refused[0]
     assert "optim:\n  lr: 0.25" in (run_dir / "config.yaml").read_text()
