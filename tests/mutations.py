@@ -18,7 +18,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 TESTS = tuple(
-    f"tests/losses/test_{name}.py" for name in ("contrastive", "losses_exact", "losses_kinds", "losses_device")
+    f"tests/losses/test_{name}.py" for name in ("contrastive", "losses_exact", "losses_kinds", "losses_device", "dual")
 )
 
 
@@ -81,7 +81,7 @@ LOSSES = {
     ),
     "evaluation": Loss(
         "output",
-        ("energies", "energy_and_gradient", "gradient_of", "without_float16"),
+        ("energies", "energy_and_gradient", "gradients_of", "without_float16"),
         "labels or float16",
         [
             ("y.repeat_interleave(len(x) // len(y))", "y.repeat(len(x) // len(y))"),
@@ -237,6 +237,30 @@ LOSSES = {
             ("clamp_max(1)", "clamp_min(1)"),
             (".square().mean()", ".square().sum()"),
             ("loss + l2 *", "loss - l2 *"),
+        ],
+    ),
+    "dual": Loss(
+        "dual",
+        ("dual_score_matching", "log_normaliser"),
+        "dual_score_matching_written or normaliser_of",
+        [
+            ("z - scale * in_space", "z + scale * in_space"),
+            ("z - scale * in_space", "z - in_space"),
+            ("(z - scale * in_space).square().mean()", "(z - scale * in_space).square().sum()"),
+            ("(1 - z.square()", "(z.square()"),
+            ("(1 - z.square().flatten(1).mean(1)) / 2", "(1 - z.square().flatten(1).mean(1))"),
+            ("flatten(1).mean(1)", "flatten(1).sum(1)"),
+            ("/ 2 - t.detach()", "/ 2 + t.detach()"),
+            ("t.detach() / size * in_time", "t.detach() * in_time"),
+            ("output(space + time", "output(space - time"),
+            ("t.detach().sqrt()", "t.detach()"),
+            ("x_pos + scale * z", "x_pos - scale * z"),
+            ("math.sqrt(t_max)", "t_max"),
+            ("+ size / 2", "- size / 2"),
+            ("torch.log(2 * math.pi * variance)", "torch.log(math.pi * variance)"),
+            ("/ (2 * variance)", "/ variance"),
+            ("gaussian - u", "u - gaussian"),
+            ("t_max + (x_pos - mean)", "t_max - (x_pos - mean)"),
         ],
     ),
     "jem": Loss(

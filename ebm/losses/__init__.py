@@ -9,6 +9,7 @@ from ebm.losses.contrastive import (
     recovery_likelihood,
     tilted,
 )
+from ebm.losses.dual import dual_score_matching, log_normaliser
 from ebm.losses.factory import loss_of
 from ebm.losses.flow_matching import energy_matching, equilibrium_matching
 from ebm.losses.noise_contrastive import GaussianNoise, UniformNoise, energy_discrepancy, noise_contrastive
@@ -39,6 +40,7 @@ __all__ = [
     "improved_contrastive_divergence",
     "interpolate",
     "joint_energy",
+    "log_normaliser",
     "loss_of",
     "marginal",
     "multilevel_denoising",
