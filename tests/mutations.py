@@ -18,7 +18,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 TESTS = tuple(
-    f"tests/losses/test_{name}.py" for name in ("contrastive", "losses_exact", "losses_kinds", "losses_device", "dual")
+    f"tests/losses/test_{name}.py"
+    for name in ("contrastive", "losses_exact", "losses_kinds", "losses_device", "dual", "noise_levels_loss")
 )
 
 
@@ -81,7 +82,7 @@ LOSSES = {
     ),
     "evaluation": Loss(
         "output",
-        ("energies", "energy_and_gradient", "gradients_of", "without_float16"),
+        ("energies", "energy_and_gradient", "gradient_of", "without_float16"),
         "labels or float16",
         [
             ("y.repeat_interleave(len(x) // len(y))", "y.repeat(len(x) // len(y))"),
@@ -240,27 +241,30 @@ LOSSES = {
         ],
     ),
     "dual": Loss(
-        "dual",
-        ("dual_score_matching", "log_normaliser"),
-        "dual_score_matching_written or normaliser_of",
+        "noise_levels",
+        ("dual_score_matching", "dual_terms", "log_normaliser", "_with_noise"),
+        "dual_score_matching_written or normaliser_of or contrast_vanishes",
         [
-            ("z - scale * in_space", "z + scale * in_space"),
-            ("z - scale * in_space", "z - in_space"),
-            ("(z - scale * in_space).square().mean()", "(z - scale * in_space).square().sum()"),
-            ("(1 - z.square()", "(z.square()"),
-            ("(1 - z.square().flatten(1).mean(1)) / 2", "(1 - z.square().flatten(1).mean(1))"),
-            ("flatten(1).mean(1)", "flatten(1).sum(1)"),
-            ("/ 2 - t.detach()", "/ 2 + t.detach()"),
-            ("t.detach() / size * in_time", "t.detach() * in_time"),
-            ("output(space + time", "output(space - time"),
-            ("t.detach().sqrt()", "t.detach()"),
-            ("x_pos + scale * z", "x_pos - scale * z"),
-            ("math.sqrt(t_max)", "t_max"),
-            ("+ size / 2", "- size / 2"),
+            ("(level / 2, x).exp() * in_x - z", "(level / 2, x).exp() * in_x + z"),
+            ("(level / 2, x).exp() * in_x - z", "in_x - z"),
+            ("in_x - z).flatten(1).square().mean(1)", "in_x - z).flatten(1).square().sum(1)"),
+            ("((1 - z.flatten(1)", "((z.flatten(1)"),
+            ("(1 - z.flatten(1).square().mean(1)) / 2", "(1 - z.flatten(1).square().mean(1))"),
+            ("/ 2 - in_level", "/ 2 + in_level"),
+            ("in_level / x[0].numel()", "in_level"),
+            ("score + change, {", "score - change, {"),
+            ("level / 2, x).exp() * z, z", "level, x).exp() * z, z"),
+            ("x + per_state(level / 2, x)", "x - per_state(level / 2, x)"),
+            (
+                "x[0].numel() / 2 * torch.log(2 * math.pi * variance)",
+                "x[0].numel() * torch.log(2 * math.pi * variance)",
+            ),
             ("torch.log(2 * math.pi * variance)", "torch.log(math.pi * variance)"),
             ("/ (2 * variance)", "/ variance"),
-            ("gaussian - u", "u - gaussian"),
+            ("gaussian - e)", "e - gaussian)"),
             ("t_max + (x_pos - mean)", "t_max - (x_pos - mean)"),
+            ("loss + contrastive_weight * contrast", "loss - contrastive_weight * contrast"),
+            ("e_pos.mean() - e_neg.mean()", "e_neg.mean() - e_pos.mean()"),
         ],
     ),
     "jem": Loss(

@@ -9,11 +9,10 @@ from ebm.losses.contrastive import (
     recovery_likelihood,
     tilted,
 )
-from ebm.losses.dual import dual_score_matching, log_normaliser
 from ebm.losses.factory import loss_of
 from ebm.losses.flow_matching import energy_matching, equilibrium_matching
 from ebm.losses.noise_contrastive import GaussianNoise, UniformNoise, energy_discrepancy, noise_contrastive
-from ebm.losses.noise_levels import at_noise_levels, dual_score_matching
+from ebm.losses.noise_levels import at_noise_levels, dual_score_matching, log_normaliser
 from ebm.losses.output import LossOutput, energy_l2, gradient_penalty, interpolate
 from ebm.losses.score_matching import (
     denoising_score_matching,

@@ -1,12 +1,22 @@
 """Dual score matching, and contrastive divergence of the joint density of states and noise levels."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ebm.energies.noise_conditional import conditioned_on_noise, with_noise_level
-from ebm.losses.output import LossOutput, energies, energy_and_gradient, energy_l2, output
+from ebm.losses.output import (
+    Energy,
+    LossOutput,
+    energies,
+    energy_and_gradient,
+    energy_l2,
+    output,
+    per_state,
+    squared_norm,
+)
 from ebm.streams import Generators, normal_, uniform_
 
 
@@ -33,15 +43,8 @@ def dual_score_matching(
     mean E(x + sqrt(t) z, t) - mean E(x_neg) is added, t drawn from `log_variances` with the chains' `lowest_share`:
     the gradient of the likelihood of the joint density of states and levels (Zhang, Tan & Ou 2023, eq. 9).
     """
-    conditional = conditioned_on_noise(energy)
-    level = uniform_(x_pos.new_empty(len(x_pos)), generator, *conditional.log_variances)
-    x, z = _with_noise(x_pos, level, generator)
-    e_pos, gradient = energy_and_gradient(energy, with_noise_level(x, level).requires_grad_(True), y_pos)
-    in_x, in_level = gradient[:, :-1], gradient[:, -1:].flatten(1).sum(1)
-    scores = (_over(level / 2, x).exp() * in_x - z).flatten(1).square().mean(1)
-    changes = ((1 - z.flatten(1).square().mean(1)) / 2 - in_level / x[0].numel()).square()
-    loss = scores.mean() + changes.mean()
-    terms = {"score": scores.mean(), "level": changes.mean()}
+    e_pos, score, change = dual_terms(energy, x_pos, conditioned_on_noise(energy).log_variances, y_pos, generator)
+    loss, terms = score + change, {"score": score, "level": change}
     if x_neg is None:
         return output(loss if not l2 else loss + l2 * energy_l2(e_pos), e_pos, **terms)
     noisy = at_noise_levels(x_pos, log_variances, lowest_share, generator)
@@ -51,6 +54,46 @@ def dual_score_matching(
     if l2:
         loss = loss + l2 * energy_l2(e_pos, e_neg)
     return output(loss, e_pos, e_neg, **terms, contrast=contrast)
+
+
+def dual_terms(
+    energy: Energy,
+    x_pos: Tensor,
+    log_variances: tuple[float, float],
+    y_pos: Tensor | None = None,
+    generator: Generators = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """E (B,) of noisy data that carry their levels, and the terms of `dual_score_matching` in x and in t, scalars.
+
+    Given the noisy state, the mean of z / sqrt(t) is minus the score of p_t, and the mean of (D - |z|^2) / 2 is
+    -d log p_t / d log t. `log_variances`: the range of log t.
+    """
+    level = uniform_(x_pos.new_empty(len(x_pos)), generator, *log_variances)
+    x, z = _with_noise(x_pos, level, generator)
+    e, gradient = energy_and_gradient(energy, with_noise_level(x, level).requires_grad_(True), y_pos)
+    in_x, in_level = gradient[:, :-1], gradient[:, -1:].flatten(1).sum(1)
+    scores = (per_state(level / 2, x).exp() * in_x - z).flatten(1).square().mean(1)
+    changes = ((1 - z.flatten(1).square().mean(1)) / 2 - in_level / x[0].numel()).square()
+    return e, scores.mean(), changes.mean()
+
+
+def log_normaliser(
+    energy: Energy, x_pos: Tensor, t_max: float, y_pos: Tensor | None = None, generator: Generators = None
+) -> Tensor:
+    """The constant C with -log p_t(x) = E(x, t) + C in nats, a scalar, for an energy trained by `dual_score_matching`.
+
+    At a variance of noise t_max far above the data's, the noisy data are almost Gaussian. C is the mean of
+    -log N(x; m, (t_max + v) I) - E(x, t_max) over them, with m the data's mean and v the mean variance of a component
+    (Guth et al. 2025, eq. 10, who leave m and v out). `x_pos`: (B, *shape), the more the better.
+    """
+    mean = x_pos.mean(0)
+    variance = t_max + (x_pos - mean).square().mean()
+    level = x_pos.new_full((len(x_pos),), math.log(t_max))
+    x, _ = _with_noise(x_pos, level, generator)
+    with torch.no_grad():
+        (e,) = energies(energy, [with_noise_level(x, level)], [y_pos])
+    gaussian = squared_norm(x - mean) / (2 * variance) + x[0].numel() / 2 * torch.log(2 * math.pi * variance)
+    return (gaussian - e).mean()
 
 
 def at_noise_levels(
@@ -70,9 +113,4 @@ def at_noise_levels(
 def _with_noise(x: Tensor, level: Tensor, generator: Generators) -> tuple[Tensor, Tensor]:
     """x + sqrt(t) z and z, for log variances `level` (B,)."""
     z = normal_(torch.empty_like(x), generator)
-    return x + _over(level / 2, x).exp() * z, z
-
-
-def _over(values: Tensor, x: Tensor) -> Tensor:
-    """`values` (B,) in a shape that multiplies `x` (B, ...)."""
-    return values.view(-1, *[1] * (x.ndim - 1))
+    return x + per_state(level / 2, x).exp() * z, z

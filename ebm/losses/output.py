@@ -54,14 +54,11 @@ def energy_and_gradient(
 
 
 def gradient_of(value: Tensor, x: Tensor, create_graph: bool = True) -> Tensor:
-    """The gradient of a scalar with respect to `x`, zeros where it does not depend on it."""
-    return gradients_of(value, [x], create_graph)[0]
-
-
-def gradients_of(value: Tensor, xs: Sequence[Tensor], create_graph: bool = True) -> tuple[Tensor, ...]:
-    """As `gradient_of`, for several tensors. Every gradient inside a loss is taken here."""
-    with without_float16(value.device.type):
-        return torch.autograd.grad(value, xs, create_graph=create_graph, materialize_grads=True)
+    """The gradient of a scalar with respect to `x`, zeros where it does not depend on it. Every gradient inside a loss
+    is taken here."""
+    with without_float16(x.device.type):
+        (gradient,) = torch.autograd.grad(value, x, create_graph=create_graph, materialize_grads=True)
+    return gradient
 
 
 @contextmanager

@@ -4,10 +4,13 @@ from typing import get_args
 
 import pytest
 import torch
+from gaussians import Network
 from test_losses_kinds import CHAIN, Classifier, batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ebm.config.losses import LossConfig
+from ebm.energies import MLPEnergyFunction, NoiseConditionalEnergy, with_noise_level
+from ebm.energies.noise_conditional import PLANES
 from ebm.losses import loss_of
 
 KINDS = {kind.model_fields["kind"].default: kind for kind in get_args(get_args(LossConfig)[0])}
@@ -17,6 +20,7 @@ OPTIONS = {  # further settings of a kind that take another way through its code
     "score_matching": [{"method": "exact"}, {"method": "sliced"}, {"method": "sliced", "variance_reduction": False}],
     "noise_contrastive": [{"noise": "uniform", "noise_bounds": (-9.0, 9.0)}],
     "energy_discrepancy": [{"stabiliser": 0.0}],
+    "dual_score_matching": [{"contrastive_weight": 0.1}],
     "jem": [{"joint": True, "gradient_penalty": 0.1}],
 }
 # The pairing of the flow runs on the host by design (ebm.losses.flow_matching.pairing): only the rest is asked.
@@ -25,14 +29,24 @@ assert "contrastive" in KINDS and OPTIONS.keys() <= KINDS.keys()
 CASES = [(kind, options) for kind in KINDS for options in [{}, *OPTIONS.get(kind, [])]]
 
 
+def energy_for(kind: str):
+    if kind != "dual_score_matching":
+        return Classifier()
+    return NoiseConditionalEnergy(MLPEnergyFunction(2 + PLANES, 8, num_classes=3), (2,)).double()
+
+
 def computed(kind: str, options: dict, energy, device: str = "cpu", dtype: torch.dtype = torch.float64):
-    """The loss, and the function that computes it, once all tensors are on the device."""
+    """The function that computes the loss, with all its tensors on the device already."""
     x_pos, x_neg, y_pos, y_neg = (t.to(device) for t in batch())
+    x_pos, x_neg = x_pos.to(dtype), x_neg.to(dtype)
+    chain = CHAIN | {"bounds": (-9.0, 9.0), "boundary": "reflect"}
+    if kind == "dual_score_matching":
+        x_neg = with_noise_level(x_neg, torch.zeros(len(x_neg), device=device))
+        chain |= {"log_variances": (-2.0, -1.0, 0.0), "lowest_share": 0.5}
     generators = [torch.Generator(device).manual_seed(seed) for seed in (1, 2)]
     loss = loss_of(KINDS[kind](**options))
-    chain = CHAIN | {"bounds": (-9.0, 9.0), "boundary": "reflect"}
     settings = {"y_pos": y_pos, "y_neg": y_neg, "generator": generators, "chain": chain}
-    return lambda: loss(energy, x_pos.to(dtype), x_neg.to(dtype), step=5, **settings)
+    return lambda: loss(energy, x_pos, x_neg, step=5, **settings)
 
 
 class HostTraffic(TorchDispatchMode):
@@ -80,7 +94,7 @@ def test_traffic_with_the_host_is_noticed(operation):
 
 @pytest.mark.parametrize(("kind", "options"), CASES)
 def test_a_loss_has_no_traffic_with_the_host(kind, options):
-    loss = computed(kind, options | NO_WAIT.get(kind, {}), Classifier())
+    loss = computed(kind, options | NO_WAIT.get(kind, {}), energy_for(kind))
     with HostTraffic() as traffic:
         loss()
     assert traffic.found == []
@@ -89,7 +103,7 @@ def test_a_loss_has_no_traffic_with_the_host(kind, options):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("kind", "options"), CASES)
 def test_a_loss_never_waits_for_the_device(kind, options):
-    energy = Classifier().cuda()
+    energy = energy_for(kind).cuda()
     loss = computed(kind, options | NO_WAIT.get(kind, {}), energy, "cuda")
     loss().loss.backward()
     torch.cuda.set_sync_debug_mode("error")
@@ -102,7 +116,7 @@ def test_a_loss_never_waits_for_the_device(kind, options):
 @pytest.mark.parametrize(("kind", "options"), CASES)
 def test_gradients_inside_a_loss_are_never_float16(kind, options, monkeypatch):
     """No loss scale reaches them. The energy whose gradient is taken runs without float16 autocast too."""
-    energy, inner = Classifier().float(), []
+    energy, inner = energy_for(kind).float(), []
     grad = torch.autograd.grad
 
     def watched(*args, **kwargs):
@@ -115,8 +129,9 @@ def test_gradients_inside_a_loss_are_never_float16(kind, options, monkeypatch):
             assert not torch.is_autocast_enabled("cpu")
 
     monkeypatch.setattr(torch.autograd, "grad", watched)
-    for part in energy.parts:
-        part.register_forward_pre_hook(of_states)
+    for part in energy.modules():
+        if isinstance(part, Network | MLPEnergyFunction):
+            part.register_forward_pre_hook(of_states)
     with torch.autocast("cpu", torch.float16):
         output = computed(kind, options, energy, dtype=torch.float32)()
         assert torch.is_autocast_enabled("cpu")
