@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ebm.config import TrainConfig
+from ebm.errors import DataError
 from ebm.runtime import checkpoint, files
 from ebm.runtime.checkpoint import Saver
 from ebm.runtime.distributed import World
@@ -162,3 +163,11 @@ def test_an_error_while_pruning_ends_nothing(tmp_path, monkeypatch, shown):
                 failing.setattr(Path, "rename", lambda *_: os.close(-1))  # an OSError
                 assert saver.finish(keep=1) == tmp_path / f"step_{step:08d}"
     assert "can't be removed" in shown() and len(checkpoint.checkpoints(tmp_path)) == 2
+
+
+def test_a_checkpoint_that_its_run_pruned_meanwhile(tmp_path):
+    with pytest.raises(DataError, match="its run, which goes on, pruned it; use a newer checkpoint"):
+        checkpoint.read_tensors(tmp_path / "step_00000010", "ema")
+    (tmp_path / "step_00000010").mkdir()
+    with pytest.raises(DataError, match=r"ema\.safetensors"):
+        checkpoint.read_tensors(tmp_path / "step_00000010", "ema")

@@ -393,3 +393,15 @@ def test_lines_of_the_log_stand_above_the_bar(monkeypatch, shown):
     progress.close()
     before, _, after = terminal.getvalue().partition("diverging\n")
     assert before.endswith("\r") and "10/100" in before and "10/100" in after  # the bar is cleared, and drawn again
+
+
+def test_a_user_without_a_home_logs_offline(tmp_path, monkeypatch):
+    """A container whose user stands in no passwd file."""
+
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("NETRC", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    monkeypatch.setattr(WandbRun, "_start", lambda self: None)  # the choice alone, no connection
+    assert WandbRun(config(tmp_path), tmp_path / "run", 0).mode == "offline"
