@@ -18,6 +18,7 @@ from ebm.data.toys import known_density
 from ebm.errors import ConfigError
 from ebm.evaluation.classifier import default_ruler_directory
 from ebm.evaluation.measures import MEASURES, OF_SOME_RUNS, Metrics, measure_ood, problem_with
+from ebm.evaluation.outliers import MADE_UP
 from ebm.evaluation.sets import MOST, Sets
 from ebm.inference.inputs import read_states
 from ebm.inference.pictures import grid, landscape, side_by_side, to_png
@@ -79,16 +80,17 @@ def run(arguments: argparse.Namespace) -> int:
     outliers = {name: read_states(place, trained.config, most=sets.most)[0] for name, place in places.items()}
     values: Metrics = {}
     words: list[str] = []
+    asked = {"lengths": bool(lengths), "ood": bool(places)}
     for name in (*names, *(["lengths"] if lengths else [])):
         problem = problem_with(name, sets)
         if problem is None:
             found = measure_ood(sets, outliers) if name == "ood" else MEASURES[name](sets)
             values |= found.values
             words += found.words
-        elif arguments.metrics is None and name not in OF_SOME_RUNS and name != "lengths":
-            words.append(f"{name}: left out: {problem}")
-        elif arguments.metrics is not None or name == "lengths":
+        elif arguments.metrics is not None or asked.get(name):
             raise problem
+        elif name not in OF_SOME_RUNS:
+            words.append(f"{name}: left out: {problem}")
     progress.close()
     if arguments.json:
         _write(Path(arguments.json), values)
@@ -122,7 +124,7 @@ def _checked(arguments: argparse.Namespace) -> tuple[tuple[str, ...], list[int],
     places: dict[str, str] = {}
     for item in arguments.ood:
         name, found, place = item.partition("=")
-        if not found or not place or not NAME.fullmatch(name) or name in (*places, *RESERVED):
+        if not found or not place or not NAME.fullmatch(name) or name in (*places, *MADE_UP):
             raise ConfigError(
                 f"--ood {item}: must be NAME=SOURCE with a name of letters and digits, a new one, such as mnist=mnist"
             )
@@ -130,9 +132,6 @@ def _checked(arguments: argparse.Namespace) -> tuple[tuple[str, ...], list[int],
     if places and "ood" not in names:
         raise ConfigError(f"--ood {arguments.ood[0]}: goes with the metric ood; add it to --metrics")
     return names, lengths, places
-
-
-RESERVED = ("flipped", "noise", "constant", "permuted")
 
 
 class Progress:

@@ -12,6 +12,7 @@ from ebm.inference.images import to_states
 from ebm.streams import generator
 
 Energies = Callable[[Tensor], Tensor]  # uint8 images (N, C, H, W) -> (N,)
+MADE_UP = ("flipped", "noise", "constant", "permuted")  # the sets of `ood_sets`
 BIN = 2 / 256  # width of a level of an image in [-1, 1]
 COMPONENTS = 64  # principal components of the PCA-Gaussian
 SAMPLES = 2048  # images that its components are taken of, where there are more values than that in an image
@@ -61,12 +62,9 @@ def ood_sets(images: Tensor, seed: int = 0) -> dict[str, Tensor]:
 
     order = torch.rand(count, height * width, generator=generator(seed, "ood/permuted")).argsort(1)
     permuted = images.flatten(2).gather(2, order[:, None].expand(-1, channels, -1))
-    return {
-        "flipped": images.flip(2),
-        "noise": levels(tuple(images.shape), "ood/noise"),
-        "constant": levels((count, channels, 1, 1), "ood/constant").expand(images.shape),
-        "permuted": permuted.reshape(images.shape),
-    }
+    noise = levels(tuple(images.shape), "ood/noise")
+    constant = levels((count, channels, 1, 1), "ood/constant").expand(images.shape)
+    return dict(zip(MADE_UP, (images.flip(2), noise, constant, permuted.reshape(images.shape)), strict=True))
 
 
 def pixel_gaussian(train: Tensor) -> Energies:
