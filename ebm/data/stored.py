@@ -17,6 +17,7 @@ from ebm.data.indexing import find_shards
 from ebm.data.items import Item, image_item
 from ebm.data.labels import Label, LabelTable, numbered
 from ebm.data.manifest import LeftOut, Origin, load_manifest, manifest_path
+from ebm.data.scanning import scan_shard
 from ebm.data.tars import (
     BLOCK,
     Grouping,
@@ -26,7 +27,6 @@ from ebm.data.tars import (
     parse_label,
     read_block,
     read_range,
-    scan_shard,
 )
 from ebm.errors import DataError
 
