@@ -11,7 +11,7 @@ from ebm.evaluation.classifier import Classifier
 from ebm.streams import generator
 
 DRAWS = 8  # subsets of a set that is larger than the others, whose distances are averaged
-RESAMPLES = 60  # of the bootstrap
+RESAMPLES = 100  # of the bootstrap
 INTERVAL = (0.025, 0.975)
 
 
