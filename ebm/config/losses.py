@@ -64,6 +64,9 @@ class JEMConfig(ContrastiveFamily):
     kind: Literal["jem"] = "jem"
     joint: bool = Field(False, description="chains of p(x, y), each with its label; false: of p(x)")
     contrastive_weight: float = Field(1.0, ge=0, description="weight of -log p(x) beside that of -log p(y | x)")
+    bounded: bool = Field(
+        False, description="tell data from chains by a logistic loss, which can't diverge, in place of -log p(x)"
+    )
 
     @property
     def conditional_chains(self) -> bool:

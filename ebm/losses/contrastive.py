@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, softplus
 
 from ebm.energies import marginal_energy
 from ebm.losses.output import (
@@ -180,6 +180,7 @@ def joint_energy(
     y_neg: Tensor | None = None,
     joint: bool = False,
     contrastive_weight: float = 1.0,
+    bounded: bool = False,
     l2: float = 0.0,
     generator: Generators = None,
 ) -> LossOutput:
@@ -189,6 +190,10 @@ def joint_energy(
     7). If both terms have weight 1 and `x_neg` are samples of p(x), this is the negative log-likelihood of (x, y) at
     temperature 1. `joint`: `x_neg` are samples with labels `y_neg`, of p(x | y_neg), and E(x, y) takes the place of
     E(x).
+
+    `bounded`: the contrast is -mean log s(-E(x_pos)) - mean log(1 - s(-E(x_neg))) with the logistic function s, the
+    loss of telling data from chains (arXiv 2510.13872). It is never negative, so it can't diverge. For samples x_neg of
+    a fixed density q its minimum is E(x) = log q(x) - log p(x), which is 0 where the chains have become the data.
 
     Raises ValueError for `joint` without `y_neg`.
     """
@@ -202,7 +207,8 @@ def joint_energy(
     else:
         e = values.gather(1, torch.cat([y_pos, y_neg])[:, None]).squeeze(1)
     e_pos, e_neg = torch.split(e, [len(x_pos), len(x_neg)])
-    loss = classification + contrastive_weight * (e_pos.mean() - e_neg.mean())
+    contrast = softplus(e_pos).mean() + softplus(-e_neg).mean() if bounded else e_pos.mean() - e_neg.mean()
+    loss = classification + contrastive_weight * contrast
     if l2:
         loss = loss + l2 * energy_l2(e_pos, e_neg)
     right = (logits.argmax(1) == y_pos).float().mean()

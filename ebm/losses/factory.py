@@ -74,7 +74,7 @@ def objective_of(config: kinds.LossConfig) -> Callable[..., LossOutput]:
         case kinds.ImprovedContrastiveConfig():
             return _with(improved_contrastive_divergence, config, "kl_steps", "kl_weight", "entropy_weight")
         case kinds.JEMConfig():
-            return _with(joint_energy, config, "joint", "contrastive_weight")
+            return _with(joint_energy, config, "joint", "contrastive_weight", "bounded")
         case kinds.RecoveryConfig():
             return recovery_likelihood
         case kinds.EnergyMatchingConfig():

@@ -97,7 +97,7 @@ def equilibrium_matching(
 ) -> LossOutput:
     """mean |dE/dx(x_t) + c(t) (x1 - x0)|**2 / D, with data x1, x0 ~ N(0, I), x_t = (1 - t) x0 + t x1, t ~ U(0, 1).
 
-    Equilibrium matching (Wang & Du 2025, with the truncated decay of their table 2): c(t) = gradient_scale until
+    Equilibrium matching (Wang & Du 2025, arXiv 2510.02300, with their truncated decay): c(t) = gradient_scale until
     t = decay_start, and then falls linearly to 0 at t = 1, so that the gradient vanishes at the data and gradient
     descent on E, from anywhere, ends there. E knows no time. It has its minima at the data, but exp(-E) is not their
     density. `x_neg` and `y_neg` are not used.

@@ -84,7 +84,7 @@ def log_normaliser(
 
     At a variance of noise t_max far above the data's, the noisy data are almost Gaussian. C is the mean of
     -log N(x; m, (t_max + v) I) - E(x, t_max) over them, with m the data's mean and v the mean variance of a component
-    (Guth et al. 2025, eq. 10, who leave m and v out). `x_pos`: (B, *shape), the more the better.
+    (Guth et al. 2025, who leave m and v out). `x_pos`: (B, *shape), the more the better.
     """
     mean = x_pos.mean(0)
     variance = t_max + (x_pos - mean).square().mean()

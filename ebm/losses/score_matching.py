@@ -170,10 +170,10 @@ def multilevel_denoising(
 ) -> LossOutput:
     """mean |(sigma**2 / sigma_i) s(x + sigma_i z) + z|**2 / 2, z ~ N(0, I), with the score s = -dE/dx / temperature.
 
-    Multi-level denoising (Li, Chen & Sommer 2019, eq. 8, times sigma**4): the data get noise of many levels sigma_i,
-    and at all of them the target of s is the displacement divided by the one variance sigma**2. It does not contradict
-    itself between levels: a state far from the data has a gradient in proportion to its distance, whereas the target
-    z / sigma_i of denoising score matching differs at one state with the level it was drawn at.
+    Multi-level denoising (Li, Chen & Sommer 2019, arXiv 1910.07762, times sigma**4): the data get noise of many levels
+    sigma_i, and at all of them the target of s is the displacement divided by the one variance sigma**2. It does not
+    contradict itself between levels: a state far from the data has a gradient in proportion to its distance, whereas
+    the target z / sigma_i of denoising score matching differs at one state with the level it was drawn at.
 
     In many dimensions a noisy state's distance from the data tells its level. The minimum then has the score of the
     data smoothed by N(0, sigma**2) where that density has its mass, and around the levels sigma_i the score of the

@@ -494,11 +494,11 @@ class ClassEnergies(nn.Module):
         return torch.stack([part(x) for part in self.parts], dim=1)
 
 
-@pytest.mark.parametrize("joint", [False, True])
-def test_jem_written_out(joint):
+@pytest.mark.parametrize(("joint", "bounded"), [(False, False), (True, False), (False, True), (True, True)])
+def test_jem_written_out(joint, bounded):
     energy, x_pos, x_neg = ClassEnergies(), normal(5, 2), normal(4, 2, seed=1)
     y_pos, y_neg = torch.tensor([0, 1, 2, 1, 0]), torch.tensor([2, 2, 0, 1])
-    settings = {"contrastive_weight": 0.6, "l2": 0.1}
+    settings = {"contrastive_weight": 0.6, "l2": 0.1, "bounded": bounded}
     output = losses.joint_energy(energy, x_pos, x_neg, y_pos=y_pos, y_neg=y_neg, joint=joint, **settings)
     weights_pos, weights_neg = ((-energy.class_energies(x)).exp() for x in (x_pos, x_neg))
     chosen_pos, chosen_neg = weights_pos[range(5), y_pos], weights_neg[range(4), y_neg]
@@ -506,7 +506,10 @@ def test_jem_written_out(joint):
     e_pos, e_neg = -weights_pos.sum(1).log(), -weights_neg.sum(1).log()
     if joint:
         e_pos, e_neg = -chosen_pos.log(), -chosen_neg.log()
-    loss = classification + 0.6 * (e_pos.mean() - e_neg.mean())
+    contrast = e_pos.mean() - e_neg.mean()
+    if bounded:
+        contrast = -(1 / (1 + e_pos.exp())).log().mean() - (1 - 1 / (1 + e_neg.exp())).log().mean()
+    loss = classification + 0.6 * contrast
     loss = loss + 0.1 * (e_pos.square().mean() + e_neg.square().mean())
     torch.testing.assert_close(output.loss, loss)
     torch.testing.assert_close(gradients(output.loss, energy), gradients(loss, energy))

@@ -252,3 +252,23 @@ def test_jem(joint):
         assert_found(part, PRECISION, mean)
     share = torch.stack([-part.bias - part.precision.logdet() / 2 for part in energy.parts]).softmax(0)[1].item()
     assert share == pytest.approx(0.75, abs=0.01)
+
+
+def test_bounded_jem_of_known_negatives():
+    """Against samples of a fixed density q: p(y | x) is that of the data, and exp(-E(x)) is p(x) / q(x)."""
+    means, shares, centre = (MEAN, MEAN + 1.5), (5_000, 15_000), MEAN + 0.5
+    data = torch.cat([gaussian(n, mean, generator=seeded(n)) for n, mean in zip(shares, means, strict=True)])
+    y_pos, x_neg = torch.arange(2).repeat_interleave(torch.tensor(shares)), gaussian(20_000, centre, 2 * COVARIANCE)
+    energy = TwoClasses()
+    minimise(
+        lambda: losses.joint_energy(energy, data, x_neg, y_pos=y_pos, bounded=True).loss, energy.parameters(), steps=150
+    )
+
+    def log_density(mean, covariance):
+        return torch.distributions.MultivariateNormal(mean, covariance).log_prob(data)
+
+    joint = torch.stack([math.log(n / 20_000) + log_density(m, COVARIANCE) for n, m in zip(shares, means, strict=True)])
+    with torch.no_grad():
+        found = -energy.class_energies(data).T + log_density(centre, 2 * COVARIANCE)
+    assert (found.logsumexp(0) - joint.logsumexp(0)).abs().mean() < 0.05
+    assert (found.softmax(0) - joint.softmax(0)).abs().mean() < 0.01

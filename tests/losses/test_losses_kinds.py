@@ -81,6 +81,7 @@ KINDS = {
 }
 JEM = {
     "jem": ({"contrastive_weight": 0.4}, losses.joint_energy, {"contrastive_weight": 0.4, "l2": 0.1}),
+    "jem_bounded": ({"kind": "jem", "bounded": True}, losses.joint_energy, {"bounded": True, "l2": 0.1}),
     "jem_joint": ({"kind": "jem", "joint": True}, losses.joint_energy, {"joint": True, "l2": 0.1}),
 }
 
@@ -270,7 +271,7 @@ def test_gradient_penalty_of_the_config():
 
 def test_where_chains_start():
     starts = {name: config_of(name).negatives_at(5) for name in KINDS | JEM}
-    chained = {"contrastive", "contrastive_l2", "improved_contrastive", "jem", "jem_joint"}
+    chained = {"contrastive", "contrastive_l2", "improved_contrastive", "jem", "jem_bounded", "jem_joint"}
     assert {name for name, start in starts.items() if start == "persistent"} == chained
     assert starts["recovery"] == "recovery" and starts["energy_matching"] == "noise"
     assert {starts[name] for name in starts.keys() - chained - {"recovery", "energy_matching"}} == {None}

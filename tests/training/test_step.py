@@ -46,6 +46,7 @@ VARIANTS = {
     "recovery_conditional": ["loss.kind=recovery", "sampler.kind=mala", "energy.num_classes=10"],
     "energy_matching": ["loss.kind=energy_matching", "loss.warmup_steps=2", *FLOW],
     "jem": ["loss.kind=jem", "energy.num_classes=10", "loss.gradient_penalty=0.1"],
+    "jem_bounded": ["loss.kind=jem", "loss.bounded=true", "energy.num_classes=10"],
     "jem_joint": ["loss.kind=jem", "loss.joint=true", "energy.num_classes=10"],
     "mala": ["sampler.kind=mala", "sampler.num_steps=2"],
     "hmc": ["sampler.kind=hmc", "sampler.num_steps=2", "train.accumulate=2"],
