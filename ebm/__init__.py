@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False  # typing's own would be loaded by all who only ask for the version
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ebm.inference.run import TrainedRun
 
 __version__ = "0.2.0"

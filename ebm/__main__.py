@@ -6,10 +6,6 @@ import signal
 import sys
 
 from ebm import __version__
-from ebm.errors import UserError
-from ebm.runtime.process import configure_logging, flush_output, prepare_process, show_error
-
-prepare_process()
 
 COMMANDS = {
     "train": "train an energy, or resume a run",
@@ -24,7 +20,18 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Run a command and return its exit code. What it needs is imported inside: Ctrl-C ends that quietly, too."""
+    try:
+        return run(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:
+        return 130
+
+
+def run(arguments: list[str]) -> int:
+    from ebm.errors import UserError
+    from ebm.runtime.process import configure_logging, flush_output, prepare_process, show_error
+
+    prepare_process()
     try:
         options = parse(arguments)
         configure_logging()
@@ -33,8 +40,6 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         show_error(error)
         return error.exit_code
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:
         if arguments[0] == "train" and not {"--dry-run", "--help", "-h"} & {*arguments}:
             # Its own output can't end it: this is another pipe.

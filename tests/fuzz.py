@@ -49,8 +49,8 @@ from ebm.runtime import checkpoint, environment
 from ebm.runtime.distributed import World
 from ebm.runtime.run_directory import RunDirectory
 from ebm.tracking.delivery import Handed, rows_between
+from ebm.tracking.identity import run_id
 from ebm.tracking.records import Records
-from ebm.tracking.wandb_run import run_id
 from ebm.training.buffer import ReplayBuffer
 from ebm.training.divergence import DivergenceMonitor
 
@@ -514,7 +514,7 @@ def records_target(root: Path):
             Records(path / name, 3).close()
             assert all(json.loads(line)["step"] <= 3 for line in (path / name).open("rb"))
         elif name in texts:
-            handed = Handed(path, run_id(path), 1.0)
+            handed = Handed(path, run_id(path, {}), 1.0)
             assert isinstance(handed.lacks(4), bool) and handed.first_lacking <= handed.step + 1
             handed.miss(50), handed.rewind(10)
         else:

@@ -21,6 +21,7 @@ from ebm.errors import ConfigError, UserError
 from ebm.runtime.files import NO_LOCKS, open_own, try_lock
 from ebm.runtime.process import show_error
 from ebm.tracking.delivery import CLOSED, part_number
+from ebm.tracking.identity import folders_of, run_id
 
 QUIET = 120.0  # seconds; a file being written gets the machine's load every 15
 BLOCK, HEADER, FULL, LAST = 1 << 15, 7, 1, 4  # of a .wandb file
@@ -57,28 +58,35 @@ def run(arguments: argparse.Namespace) -> int:
 
 def sync(run_dir: Path) -> bool:
     """Upload the closed files of a run. Returns whether none is left. Raises UserError if the upload fails."""
-    folder = run_dir / "wandb"
-    if not folder.is_dir():
+    folders = folders_of(run_dir)
+    if not folders:
         print(f"{run_dir}: nothing was logged to W&B")
-        return True
+    left = [name for folder in folders for name in sync_folder(folder, run_dir)]
+    if not left and (run_dir / "DONE").exists():
+        shutil.rmtree(run_dir / "wandb" / "artifacts", ignore_errors=True)  # what they had to outlive is over
+    return not left
+
+
+def sync_folder(folder: Path, run_dir: Path) -> list[str]:
+    """Upload the closed files of a run in one directory, which runs may share if it is not the run's own. Returns the
+    names of parts that are still written to."""
+    own = "*" if folder == run_dir / "wandb" else run_id(run_dir, {})
     with alone(folder / "sync.lock"):
-        parts = [part for part in parts_of(folder) if not all(marker(file).exists() for file in files_of(part))]
+        parts = [part for part in parts_of(folder, own) if not all(marker(file).exists() for file in files_of(part))]
         now, training = clock(folder), is_training(run_dir)
-        newest = newest_of_each_id(parts_of(folder))
+        newest = newest_of_each_id(parts_of(folder, own))
         ready = [part for part in parts if is_closed(part, now, part in newest, training)]
         if ready:
             time.sleep(max(0.0, SETTLED - min(now - written(part) for part in ready)))
             upload(ready)
-        left = [part.name for part in parts if part not in ready]
-        if not left and (run_dir / "DONE").exists():
-            shutil.rmtree(folder / "artifacts", ignore_errors=True)  # what they had to outlive is over
+    left = [part.name for part in parts if part not in ready]
     print(f"{run_dir}: {len(ready)} files uploaded" + "".join(f"; {name} is still written to" for name in left))
-    return not left
+    return left
 
 
-def parts_of(folder: Path) -> list[Path]:
-    """Returns the directories of a run's offline parts, in the order in which they were begun."""
-    parts = [path for path in folder.glob("offline-run-*") if not path.is_symlink() and files_of(path)]
+def parts_of(folder: Path, of: str = "*") -> list[Path]:
+    """Returns the directories of the offline parts of the run with the id `of`, in the order of their beginnings."""
+    parts = [path for path in folder.glob(f"offline-run-*-{of}") if not path.is_symlink() and files_of(path)]
     return sorted(parts, key=lambda part: (part_number(part), part.name))
 
 

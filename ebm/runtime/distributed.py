@@ -5,7 +5,7 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, Self, TypeVar
@@ -33,6 +33,8 @@ TIMEOUT = timedelta(days=7)
 CLEAN_UP = 30.0  # seconds that a failed rank may take to end
 EXCHANGE = 5.0  # seconds at most between two exchanges of ranks that wait for rank 0
 
+UNSET = "launch with torchrun or accelerate launch, which set them all, or unset RANK, WORLD_SIZE and LOCAL_RANK"
+
 # What `accelerate launch`, its config file or the user's environment can ask accelerate for, and what follows here.
 REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -53,6 +55,7 @@ class World:
 
     def __init__(self, config: TrainConfig):
         _refuse_foreign_settings()
+        check_launch(os.environ)
         device = choose_device(config.device)
         _check_precision(config, device)
         set_numerics(device, config.deterministic, config.tf32)
@@ -293,6 +296,24 @@ def _refuse_foreign_settings() -> None:
         raise ConfigError(
             f"ACCELERATE_TORCH_DEVICE={os.environ['ACCELERATE_TORCH_DEVICE']}: unset it, and choose by train.device "
             "(auto, cuda or cpu)"
+        )
+
+
+def check_launch(environment: Mapping[str, str]) -> None:
+    """Raises ConfigError where the variables that launchers set are there in part, or say what can't be."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        if not environment.get(name, "0").isdecimal():
+            raise ConfigError(f"{name}={environment[name]!r} of the environment: must be a number; {UNSET}")
+    rank, size = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
+    if rank >= max(size, 1) or size == 0:
+        raise ConfigError(f"RANK={rank} of the environment: must be below WORLD_SIZE={size}; {UNSET}")
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR") if size > 1 or "LOCAL_RANK" in environment else ()
+    missing = [name for name in needed if not environment.get(name)]
+    if missing:
+        there = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in environment]
+        raise ConfigError(
+            f"the environment has {', '.join(f'{name}={environment[name]}' for name in there)}, as of a rank of a job, "
+            f"but no {' and no '.join(missing)}; {UNSET}"
         )
 
 

@@ -5,8 +5,6 @@ import logging
 import math
 import netrc
 import os
-import re
-import secrets
 import shlex
 import shutil
 import threading
@@ -22,7 +20,7 @@ import numpy as np
 
 from ebm.config import Config, TrackingConfig
 from ebm.errors import EXIT_STOPPED
-from ebm.runtime.files import replace
+from ebm.tracking import identity
 from ebm.tracking.delivery import CLOSED, Artifacts, Handed, newest_samples, number_part, rows_between
 
 log = logging.getLogger(__name__)
@@ -31,8 +29,6 @@ log = logging.getLogger(__name__)
 # the first to be left out.
 MAX_WAITING, MAX_BYTES = 10_000, 256 << 20
 BYTES_A_VALUE = 200  # of a row
-MAX_ID = 128
-ID = re.compile(r"[\w.-]{1,128}")
 UNSAFE = {"offline": 10.0, "online": 60.0}  # seconds a row is with the client before it is on the disk, or uploaded
 
 
@@ -48,6 +44,7 @@ class WandbRun:
     def __init__(self, config: Config, run_dir: Path, resume_step: int):
         self._config, self._run_dir, self._resume_step = config, run_dir, resume_step
         self._log_level = logging.WARNING
+        self._folder = run_dir / "wandb"  # of the client's files
         self._timeout = config.tracking.wandb_timeout
         self._artifacts = Artifacts(run_dir, config.tracking.artifacts_gb)
         self._failures = self._left_out = 0
@@ -104,19 +101,24 @@ class WandbRun:
 
     def _init(self) -> Any:
         wandb, tracking = self._wandb, self._config.tracking
+        identity.share_with_client(identity.asked_for(tracking, self._run_dir, os.environ))
         wandb.setup(wandb.Settings(silent=True))
         settings = {"init_timeout": self._timeout, "console": "off", "silent": True}
         settings["x_transaction_log_flush_interval"] = 1.0  # seconds; SIGKILL loses what came later
-        identity = run_id(self._run_dir)
+        asked = identity.asked_for(tracking, self._run_dir, os.environ)
+        asked.folder.mkdir(parents=True, exist_ok=True)
+        config = self._config.model_dump(mode="json")
         run = wandb.init(
-            dir=self._run_dir, mode=self.mode, id=identity, resume="allow", project=tracking.project,
-            entity=tracking.entity, name=tracking.name or self._run_dir.name, group=tracking.group,
-            tags=list(tracking.tags) or None, config=self._config.model_dump(mode="json"),
+            dir=asked.folder, mode=self.mode, id=asked.id, resume="allow", project=asked.project, entity=asked.entity,
+            name=asked.name, group=tracking.group, tags=list(tracking.tags) or None, config=config,
             settings=wandb.Settings(**settings))  # fmt: skip
+        if self._resume_step:
+            run.config.update(config, allow_val_change=True)  # what train.extend changed
+        obtained, self._folder = identity.keep(run, self._run_dir, asked.folder), asked.folder / "wandb"
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
         if self._handed is None:
-            self._handed = Handed(self._run_dir, identity, UNSAFE[self.mode])
+            self._handed = Handed(self._run_dir, obtained, UNSAFE[self.mode])
         self._part_ends = time.monotonic() + tracking.offline_part
         if self.mode == "offline":
             number_part(Path(run.dir).parent)
@@ -219,8 +221,8 @@ class WandbRun:
 
     def _log(self, row: dict[str, Any]) -> None:
         self._run.log(row)
-        if shutil.disk_usage(self._run_dir / "wandb").free < 2**16:  # its service loses data without a word
-            raise OSError(errno.ENOSPC, "no space left for its files", str(self._run_dir / "wandb"))
+        if shutil.disk_usage(self._folder).free < 2**16:  # its service loses data without a word
+            raise OSError(errno.ENOSPC, "no space left for its files", str(self._folder))
 
     def _try(self, call: Callable[[], Any]) -> None:
         try:
@@ -271,17 +273,14 @@ class WandbRun:
             return None
         command = f"python -m ebm sync {shlex.quote(str(self._run_dir))}"
         if self.mode == "online":  # what the service did not get to
-            files = f"{shlex.quote(str(self._run_dir / 'wandb'))}/run-*-{self._run.id}"
+            files = f"{shlex.quote(str(self._folder))}/run-*-{self._run.id}"
             command = f"wandb sync --include-online {files}"
         return f"not uploaded to W&B; to do so: wandb login && {command}"
 
 
 def _mode(tracking: TrackingConfig, wandb: Any) -> str:
-    """Returns the mode. auto is online with a login, else offline; WANDB_MODE decides if it is set."""
-    if tracking.wandb != "auto":
-        return tracking.wandb
-    mode = os.environ.get("WANDB_MODE")
-    if mode in ("online", "offline", "disabled"):
+    """Returns the mode: what config or environment say, else online with a login, and offline without."""
+    if (mode := identity.mode_of(tracking, os.environ)) is not None:
         return mode
     settings = wandb.setup(wandb.Settings(silent=True)).settings
     return "online" if settings.api_key or _in_netrc(settings) else "offline"
@@ -297,18 +296,6 @@ def _in_netrc(settings: Any) -> bool:
     except (OSError, RuntimeError, netrc.NetrcParseError):  # RuntimeError: a user without a home directory
         return False
     return any(keys.authenticators(host) for host in hosts)
-
-
-def run_id(run_dir: Path) -> str:
-    """Returns the run's W&B id. It is made once and kept in RUN/wandb_id, so that a resumed run is the same W&B run."""
-    path = run_dir / "wandb_id"
-    found = path.read_text(errors="replace")[: MAX_ID + 1].strip() if path.is_file() else ""
-    if not ID.fullmatch(found):
-        if found:
-            log.warning(f"{path} holds no W&B id; a new W&B run begins")
-        found = secrets.token_hex(4)
-        replace(path, found.encode())
-    return found
 
 
 def _first_line(error: Exception) -> str:
