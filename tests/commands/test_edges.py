@@ -69,5 +69,6 @@ def test_ctrl_c_while_loading(tmp_path, digits, seconds):
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path, digits):
+    """A third may fall into the interpreter's own end, which it kills."""
     code, said = interrupted(tmp_path, digits, None, 0.02, 0.02)
-    assert code in (130, 75) and "Traceback" not in said, said[-3000:]
+    assert code in (130, 75, -signal.SIGINT) and "Traceback" not in said, said[-3000:]
