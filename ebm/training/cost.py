@@ -15,7 +15,7 @@ from ebm.data.reader import reader_bytes
 from ebm.energies import FoldedEnergy, build_energy
 from ebm.losses import loss_of
 from ebm.samplers.base import evaluate
-from ebm.samplers.factory import chain_shape, sampler_of
+from ebm.samplers.factory import chain_shape, negative_states, sampler_of, with_replicas
 from ebm.streams import generator, uniform_
 from ebm.training.negatives import chain_energy
 from ebm.training.state import Objective
@@ -58,8 +58,16 @@ def estimate(config: Config) -> dict[str, str]:
         "weights and optimizer": f"{_human(cost.parameters * 24, 'B')} a process (weights, gradient, Adam, EMA, chain)",
         "activations": f"about {_human(cost.saved * halved * batch / config.train.accumulate, 'B')} over all processes",
         "replay buffer": memory,
+        "age of its chains": f"up to {oldest_chains(config):,} steps at the end of the run" if persistent else "none",
         "data reader": f"at most {_human(reader_memory(config), 'B')} (one process; data.window bounds it)",
     }
+
+
+def oldest_chains(config: Config) -> int:
+    """Steps that a chain of the replay buffer has taken by the end of the run if it never restarts: an energy is
+    trained for chains up to this age, however rarely they restart."""
+    steps = sum(config.loss.negatives_at(step) is not None for step in range(1, config.train.steps + 1))
+    return steps * config.sampler.num_steps * config.train.batch_size // config.buffer.size
 
 
 def reader_memory(config: Config) -> int:
@@ -120,7 +128,8 @@ def loss_cost_of(
     section: LossConfig, config: Config, energy: torch.nn.Module, x: Tensor, labels: Tensor | None, step: int
 ) -> tuple[int, int]:
     objective = Objective(energy.train(), loss_of(section), of_scores=section.of_scores)
-    x_neg = x.clone() if section.negatives_at(step) is not None else None
+    chains = with_replicas(config.sampler, x.clone())
+    x_neg = negative_states(config.sampler, chains) if section.negatives_at(step) is not None else None
     y_neg = labels if section.conditional_chains else None
     noise, chain = [generator(0, "cost")], sampler_of(config.sampler)[1]
     saved = 0
