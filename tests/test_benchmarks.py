@@ -34,3 +34,16 @@ def test_the_table_names_every_script_and_result():
     results = {path.name for path in (ROOT / "benchmarks" / "results").glob("*.json")}
     assert set(re.findall(r"`(\w+\.py)`", table)) == scripts
     assert set(re.findall(r"`(\w+\.json)`", table)) == results
+
+
+@pytest.mark.slow
+def test_the_kit_for_a_gpu_runs_on_a_cpu(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--tiny", "--out", str(tmp_path / "gpu.json")]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert {part["status"] for part in result["parts"].values()} == {"done"}
+    assert set(result["parts"]) == {"tests", "chain", "step", "compile", "ranks", "quality"}
+    assert result["parts"]["ranks"]["result"]["same_trace"]
