@@ -9,6 +9,7 @@ from ebm import __version__
 
 COMMANDS = {
     "train": "train an energy, or resume a run",
+    "doctor": "what this machine has, and how a run fares: what is odd, what to do next",
     "shard": "write images to webdataset shards with a manifest",
     "index": "make a manifest for shards written elsewhere, or verify one",
     "sample": "draw fresh chains with a run's averaged weights",

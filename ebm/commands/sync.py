@@ -6,7 +6,6 @@ written when it is closed: the command can be run again and again while the run 
 """
 
 import argparse
-import fcntl
 import os
 import shutil
 import struct
@@ -20,6 +19,7 @@ from pathlib import Path
 from ebm.errors import ConfigError, UserError
 from ebm.runtime.files import NO_LOCKS, open_own, try_lock
 from ebm.runtime.process import show_error
+from ebm.runtime.run_directory import is_training
 from ebm.tracking.delivery import CLOSED, part_number
 from ebm.tracking.identity import folders_of, run_id
 
@@ -103,18 +103,6 @@ def marker(file: Path) -> Path:
 def newest_of_each_id(parts: list[Path]) -> set[Path]:
     """Returns the last part of each W&B id, which its run writes to. A part's name is offline-run-DATE_TIME-ID."""
     return set({part.name.rpartition("-")[2]: part for part in parts}.values())
-
-
-def is_training(run_dir: Path) -> bool:
-    """Returns whether a training has the run's lock. False if the file system has no locks."""
-    try:
-        with open(open_own(run_dir / "lock", os.O_RDONLY), "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def is_closed(part: Path, now: float, is_newest: bool, training: bool) -> bool:

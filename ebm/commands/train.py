@@ -35,7 +35,7 @@ keys that most runs set:
 
 sections: {", ".join(Config.model_fields)}
 exit codes: 0 done, 2 bad usage or config, 3 diverged, 4 data error, 75 stopped and resumable
-stop a run: touch RUN/STOP, or Ctrl-C; all of it: docs/configuration.md
+stop a run: touch RUN/STOP, or Ctrl-C; how a run fares: ebm doctor RUN; all of it: docs/configuration.md
 """
 COMMON = (
     "run.dir",

@@ -1,5 +1,6 @@
 """The run directory: which job may use it, the records of starts and rollbacks, and what is said at the end."""
 
+import fcntl
 import json
 import logging
 import math
@@ -274,6 +275,18 @@ class RunDirectory:
                 with suppress(OSError):  # what is left then is a start that goes on
                     self.stop_file.touch()
             log.info(f"stopped at step {step}, checkpoint in {self.checkpoints}/; the same command goes on from there")
+
+
+def is_training(run_dir: Path) -> bool:
+    """Returns whether a training has the run's lock. False if the file system has no locks."""
+    try:
+        with open(open_own(run_dir / "lock", os.O_RDONLY), "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _restarts() -> int:

@@ -278,6 +278,16 @@ class WandbRun:
         return f"not uploaded to W&B; to do so: wandb login && {command}"
 
 
+def mode_here(tracking: TrackingConfig) -> str:
+    """Returns the mode that a run would have here; or, where W&B can't be used, why."""
+    try:
+        import wandb
+
+        return _mode(tracking, wandb)
+    except Exception as error:  # not installed, or installed beside a package it does not work with
+        return f"can't be used ({_first_line(error)})"
+
+
 def _mode(tracking: TrackingConfig, wandb: Any) -> str:
     """Returns the mode: what config or environment say, else online with a login, and offline without."""
     if (mode := identity.mode_of(tracking, os.environ)) is not None:
