@@ -54,6 +54,8 @@ def main() -> None:
         return
     result = {"machine": machine(), "commit": commit(), "tiny": options.tiny, "parts": {}}
     with tempfile.TemporaryDirectory() as folder:
+        if options.data:
+            shards(options.data, Path(folder))
         for name in options.parts:
             result["parts"][name] = found = part(name, options, Path(folder))
             options.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -187,25 +189,35 @@ def has_torchebm() -> bool:
     return find_spec("torchebm") is not None
 
 
-def config(options: argparse.Namespace, work: Path) -> list[str]:
-    """Arguments of train.py for the parts that train: Fashion-MNIST from --data, or the digits."""
-    if options.data is None:
-        shards = [f"data.shards={work / 'train'}", f"evaluate.shards={work / 'test'}"]
-        return ["--config", "configs/digits.yaml", *shards, *(SMALL if options.tiny else [])]
+def shards(data: Path, folder: Path) -> None:
+    """Write the shards of --data once, for all parts."""
     for split in ("train", "test"):
-        shard = [sys.executable, "-m", "ebm", "shard", "--out", str(work / split), "--split", split, "--source"]
-        if (options.data / f"{split}.npz").exists():
+        shard = [sys.executable, "-m", "ebm", "shard", "--out", str(folder / split), "--split", split, "--source"]
+        if (data / f"{split}.npz").exists():
             import numpy as np
 
-            np.save(work / f"{split}.npy", np.load(options.data / f"{split}.npz")["images"])
-            shard += [f"npy:{work / f'{split}.npy'}"]
+            np.save(folder / f"{split}.npy", np.load(data / f"{split}.npz")["images"])
+            shard += [f"npy:{folder / split}.npy"]
         else:
-            shard += ["fashion_mnist", "--root", str(options.data)]
-        subprocess.run(shard, cwd=ROOT, check=True)
-    shards = [f"data.shards={work / 'train'}", f"evaluate.shards={work / 'test'}", "data.source=null"]
-    shards += ["evaluate.source=null"]
-    return ["--config", "configs/fashion_mnist.yaml", *shards, "tracking.wandb=disabled",
-            *(["energy.features=[8,8]", *SMALL] if options.tiny else [])]  # fmt: skip
+            shard += ["fashion_mnist", "--root", str(data)]
+        subprocess.run(shard, cwd=ROOT, check=True, stdout=sys.stderr, timeout=120)
+
+
+def config(options: argparse.Namespace, work: Path) -> list[str]:
+    """Arguments of train.py for the parts that train: Fashion-MNIST from --data, or the digits."""
+    folder, name, more = work.parent, "fashion_mnist", ["data.source=null", "evaluate.source=null"]
+    if options.data is None:
+        folder, name, more = work, "digits", []
+    elif options.tiny:
+        more += ["energy.features=[8,8]"]
+    where = [f"data.shards={folder / 'train'}", f"evaluate.shards={folder / 'test'}"]
+    return [
+        "--config",
+        f"configs/{name}.yaml",
+        *where,
+        *more,
+        *(SMALL if options.tiny else ["tracking.wandb=disabled"]),
+    ]
 
 
 def script(name: str, out: Path, *arguments: str) -> dict:
