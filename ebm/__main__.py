@@ -12,6 +12,7 @@ COMMANDS = {
     "doctor": "what this machine has, and how a run fares: what is odd, what to do next",
     "shard": "write images to webdataset shards with a manifest",
     "index": "make a manifest for shards written elsewhere, or verify one",
+    "init": "write a config that fits your images, with a time estimate",
     "sample": "draw fresh chains with a run's averaged weights",
     "score": "energies of images",
     "evaluate": "Fréchet distance, out-of-distribution AUROC and more",

@@ -3,7 +3,7 @@
 import argparse
 from typing import get_args
 
-from ebm.commands.shard import add_grouping, grouping_of, tell
+from ebm.commands.shard import add_grouping, grouping_of, tell, tell_next
 from ebm.config import ObjectStore
 from ebm.data import Access
 from ebm.data.indexing import index_shards
@@ -61,5 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         on_error=arguments.on_error,
         out=arguments.out,
     )
-    tell(manifest, str(manifest.directory) if arguments.out is None else arguments.out)
+    where = str(manifest.directory) if arguments.out is None else arguments.out
+    tell(manifest, where)
+    tell_next(manifest, where)
     return 0

@@ -1,6 +1,7 @@
 """python -m ebm shard --source SOURCE --out DIR"""
 
 import argparse
+import shlex
 
 from ebm.data.conversion import Conversion, check_background, parse_levels
 from ebm.data.decode import describe
@@ -12,6 +13,7 @@ from ebm.data.tars import Grouping
 from ebm.errors import ConfigError, printable
 
 SHOWN = 20  # class names
+FOR_TRAINING = ("train", "training", "extra", "unlabeled", ".", "")  # splits
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,11 +109,12 @@ def run(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
     )
     tell(manifest, arguments.out)
+    tell_next(manifest, arguments.out)
     return 0
 
 
 def tell(manifest: Manifest, where: str) -> None:
-    """Prints what is in a manifest, what was left out, and the command to train on it."""
+    """Prints what is in a manifest, and what was left out."""
     classes = f", {manifest.num_classes} classes" if manifest.num_classes else ""
     print(f"{manifest.samples} {describe(manifest.shape)}{classes} in {len(manifest.shards)} shards -> {where}")
     if manifest.classes:
@@ -120,5 +123,17 @@ def tell(manifest: Manifest, where: str) -> None:
         print(f"classes: {' '.join(names)}{more}")
     for left_out in manifest.left_out:
         print(f"left out: {printable(str(left_out))}")
-    shape = ",".join(map(str, manifest.shape))
-    print(f"next: accelerate launch train.py data.source=null data.shards={where} 'data.shape=[{shape}]'")
+
+
+def tell_next(manifest: Manifest, where: str) -> None:
+    """Prints the command that makes a config for these shards. Those of a split that is held out are not trained on."""
+    if len(manifest.shape) == 1:
+        shape = f"'data.shape=[{manifest.shape[0]}]'"
+        settings = f"run.dir=runs/mine data.source=null data.shards={shlex.quote(where)} {shape} evaluate.source=null"
+        print(f"next: python -m ebm train --config configs/four_peaks.yaml {settings} evaluate.shards=null")
+    elif manifest.source is None or manifest.source.split in FOR_TRAINING:
+        print(f"next: python -m ebm init --data {shlex.quote(where)}")
+    else:
+        print(
+            f"next: python -m ebm init --data TRAIN --val {shlex.quote(where)}  (TRAIN: the shards of the split train)"
+        )

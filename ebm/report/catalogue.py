@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ebm.config import Config
-from ebm.training.divergence import largest_grad_norm
+from ebm.training.divergence import MIN_FRESH_SPREAD, largest_grad_norm
 
 Range = tuple[float, float]
 
@@ -58,6 +58,15 @@ METRICS = (
            "near the sampler's target"),
     Metric("sampler/*", "what a sampler reports of its own", "", "as its keys in train.py --help sampler say"),
     Metric("loss/*", "a term of the objective, by its name", "energy", "finite; weighted, they sum to train/loss"),
+    Metric("fresh/energy_mean", "mean energy of a panel's fresh chains, by the averaged weights", "energy",
+           "close to pos_mean"),
+    Metric("fresh/auc", "as energy/auc, for a panel's fresh chains", "probability",
+           "near .5 at the end; near 1 they don't reach the data, near 0 they run past it, as early in a run",
+           lambda *_: (0.05, 0.95)),
+    Metric("fresh/saturated", "share of the fresh chains' pixels at a bound", "share",
+           "near data/saturated, at most .25 above it", lambda _, data: (0.0, data["data/saturated"] + 0.25)),
+    Metric("fresh/spread", "how much fresh chains differ from each other, as a share of how much data do", "share",
+           "near 1; below .1 all chains are the same picture", lambda *_: (MIN_FRESH_SPREAD, 2.0)),
     Metric("data/saturated", "share of the data's pixels at a bound", "share", "constant, a property of the data"),
     Metric("data/epoch", "epoch of the data", "epochs", "grows"),
     Metric("data/skipped", "samples passed over (data.on_error=skip)", "samples", "0", _zero),

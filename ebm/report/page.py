@@ -15,10 +15,11 @@ from ebm.config import to_yaml
 from ebm.report import figures
 from ebm.report.catalogue import METRICS, Metric, metric_of
 from ebm.report.records import RECENT, Records
+from ebm.training.divergence import judged_after
 
 log = logging.getLogger(__name__)
 
-IN_RANGE, OUT_OF_RANGE = "in range", "out of range"
+IN_RANGE, OUT_OF_RANGE, TOO_EARLY = "in range", "out of range", "too early to judge"
 
 STYLE = """
 :root { color: #222; background: #fff; font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
@@ -85,6 +86,10 @@ CHARTS = (
     ("Loss", ("train/loss",)),
     ("Gradient of the weights", ("optim/grad_norm",)),
     ("Gradient along the chains", ("sampler/grad_norm",)),
+    ("Spread of fresh chains", ("fresh/spread",)),
+    ("AUC of fresh chains", ("fresh/auc",)),
+    ("Pixels of fresh chains at a bound", ("fresh/saturated",)),
+    ("Energy of fresh chains", ("fresh/energy_mean",)),
     ("Pixels at a bound", ("sampler/saturated", "data/saturated")),
     ("Displacement", ("sampler/displacement",)),
     ("Age of the chains", ("buffer/age_mean",)),
@@ -134,6 +139,11 @@ def is_within(value: float, bounds: tuple[float, float]) -> bool:
     return bounds[0] <= value <= bounds[1]
 
 
+def is_too_early(records: Records, key: str) -> bool:
+    """Whether fresh chains can't tell anything yet about a run that is so short."""
+    return key.startswith("fresh/") and records.step <= judged_after(records.config)
+
+
 def header(records: Records) -> str:
     config = records.config
     state = "done" if records.done else f"unfinished, step {records.step} of {config.train.steps}"
@@ -171,6 +181,7 @@ def health(records: Records) -> str:
         shown = number(bounds[0]) if bounds[0] == bounds[1] else f"{number(bounds[0])} to {number(bounds[1])}"
         rows.append([
             cell(metric.key, verdict=metric.key), cell(number(now), "n"), cell(shown, "n"),
+            cell(TOO_EARLY, "faint") if is_too_early(records, metric.key) else
             cell(IN_RANGE if ok else OUT_OF_RANGE, "ok" if ok else "off"),
             cell(f"{outside} of {len(every)}" if outside else "–", "n"), cell(metric.meaning, "faint"),
         ])  # fmt: skip
@@ -273,6 +284,8 @@ def chart(records: Records, title: str, keys: list[str]) -> str:
     picture = figures.svg(lambda ax: figures.draw_curves(ax, series, bounds, marks), (3.5, 1.9))
     line = ", ".join(f"{key} {number(values[-1])}" for key, (_, values) in series.items())
     state = "" if bounds is None else f" · {verdict(is_within(records.present(keys[0]), bounds))}"
+    if is_too_early(records, keys[0]):
+        state = f" · {TOO_EARLY}"
     advice = "" if metric is None else f"{metric.meaning[0].upper()}{metric.meaning[1:]}. Healthy: {metric.healthy}."
     return (
         f"<div><h3>{escape(title)}</h3><small>{escape(line)}{state}</small>{image(picture, 'svg+xml', title)}"

@@ -71,9 +71,13 @@ class Records:
         return pairs[:, 0], pairs[:, 1]
 
     def present(self, key: str) -> float:
-        """The median of the newest lines, a number that is not finite included; NaN where there are none."""
-        values = self.series(key)[1][-RECENT:]
-        return float(np.median(values)) if len(values) else math.nan
+        """The median of the newest lines that have the key, or its newest value where these lines have none. A number
+        that is not finite counts; NaN where the run has no value."""
+        steps, values = self.series(key)
+        if not len(values):
+            return math.nan
+        newest = self.rows[-RECENT:][0]["step"]
+        return float(np.median(values[min(int(np.searchsorted(steps, newest)), len(values) - 1) :]))
 
     @property
     def panels(self) -> list[Path]:

@@ -13,11 +13,12 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from ebm.config import HealthConfig, SamplerConfig
+from ebm.config import Config, HealthConfig, SamplerConfig
 from ebm.errors import DataError
 
 HISTORY = 50  # good checks that the energy gap is compared with
 ENOUGH_GAPS = 20  # number of good checks after which the gap's usual range is known
+MIN_FRESH_SPREAD = 0.1  # spread across fresh chains, over that of the data, below which they are all one picture
 ENOUGH_SPREADS = 5  # number of good checks after which the scale of the energies is known
 
 
@@ -41,6 +42,23 @@ def largest_grad_norm(limit: float, sampler: SamplerConfig, shape: Sequence[int]
 
 def _drift_per_norm(step_size: float, bounds: tuple[float, float], shape: Sequence[int]) -> float:
     return step_size / math.sqrt(math.prod(shape)) / (bounds[1] - bounds[0])
+
+
+def judged_after(config: Config) -> float:
+    """The step after which a run's fresh chains tell something about it. By then it is past its warm-up, and has taken
+    more chain steps than a persistent chain lives on average, which are num_steps / reinit_prob."""
+    persistent = config.loss.negatives == "persistent" and config.buffer.reinit_prob > 0
+    return max(config.optim.warmup_steps, 1 / config.buffer.reinit_prob if persistent else 0)
+
+
+def collapse(step: int, spread: float, config: Config) -> float:
+    """How far fresh chains are on the way to being all one picture, as a share of the limit: 1 or more is bad.
+
+    `spread`: their standard deviation over that of the data. 0 where it is too early to judge.
+    """
+    if step <= judged_after(config):
+        return 0.0
+    return MIN_FRESH_SPREAD / spread if spread > 0 else math.inf  # also where it is NaN
 
 
 class ChainReading(NamedTuple):

@@ -14,6 +14,7 @@ from ebm.runtime.run_directory import RunDirectory
 from ebm.runtime.stopping import StopRequest
 from ebm.runtime.watchdog import Watchdog
 from ebm.tracking import Tracker
+from ebm.training.divergence import MIN_FRESH_SPREAD, collapse
 from ebm.training.readings import Interval, measure, panels, read_health, trace
 from ebm.training.start import begin, resume
 from ebm.training.state import TrainState, build_state, snapshot
@@ -114,13 +115,14 @@ class Training:
             if step % config.health.every == 0 and self.heal(result):
                 interval = Interval(state.step)
                 continue
-            if step % config.train.log_every == 0 or last:
+            showing = step % config.tracking.samples_every == 0 or last
+            if step % config.train.log_every == 0 or showing:
                 metrics = measure(state, result, interval)
+                interval = Interval(step)
+                if showing:
+                    self.show(batch, result, metrics)
                 if self.tracker is not None:
                     self.tracker.log(step, metrics)
-                interval = Interval(step)
-            if step % config.tracking.samples_every == 0 or last:
-                panels(state, batch, result, self.tracker)
             stopping, writing = agreed()
             if saver.busy and not writing:
                 self.finish_save()
@@ -145,6 +147,22 @@ class Training:
             self.state.skipped_samples += batch.skipped
             log.warning(f"step {self.state.step + 1}: passed over {batch.skipped}: {batch.errors[0]}")
         return batch
+
+    def show(self, batch: Batch, result: StepResult, metrics: dict[str, float]) -> None:
+        """Show this step's panels. Adds the metrics of their fresh chains to `metrics`, and to its warning their
+        collapse, which no action follows: what has collapsed needs another recipe."""
+        fresh = panels(self.state, batch, result, self.tracker)
+        if self.tracker is None:
+            return
+        sign = min(collapse(self.state.step, fresh["fresh/spread"], self.state.config), 1e6)
+        metrics |= fresh | {"health/warning": max(metrics["health/warning"], sign)}
+        if sign >= 1:
+            told = (
+                f"step {self.state.step}: fresh chains are nearly the same picture (fresh/spread "
+                f"{fresh['fresh/spread']:.2g}, below {MIN_FRESH_SPREAD}); docs/your_images.md says what to change"
+            )
+            log.warning(told)
+            self.tracker.alert("fresh chains are alike", told)
 
     def heal(self, result: StepResult) -> bool:
         """Judge the run's health and act on it. Returns whether the run went back to an earlier state."""

@@ -5,12 +5,15 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 
 import torch
+from torch import Tensor
 
 from ebm.data import Batch
 from ebm.data.augment import dequantize
 from ebm.energies import FoldedEnergy
 from ebm.evaluation.metrics import auc
+from ebm.runtime.process import to_device
 from ebm.samplers import fresh_chains
+from ebm.samplers.base import saturated
 from ebm.samplers.factory import cold_states
 from ebm.tracking import Tracker
 from ebm.training.buffer import Draw
@@ -104,14 +107,15 @@ def trace(state: TrainState, batch: Batch, draw: Draw | None, tracker: Tracker |
         tracker.trace(state.step, samples, sorted((chain for _, own in per_rank for chain in own), key=by_stream))
 
 
-def panels(state: TrainState, batch: Batch, result: StepResult, tracker: Tracker | None) -> None:
-    """Pictures of fresh chains (as `ebm sample` draws them: from noise, averaged weights, float32), of persistent
-    chains and of data; energy histograms."""
-    if tracker is None:
-        return
+def panels(state: TrainState, batch: Batch, result: StepResult, tracker: Tracker | None) -> dict[str, float]:
+    """Shows fresh chains (as `ebm sample` draws them: from noise, averaged weights, float32), persistent chains and
+    data, and histograms of energies. Returns the metrics of the fresh chains, on rank 0 alone."""
     config, n = state.config, state.config.tracking.num_samples
+    data, data_labels = first_data(state, batch)
+    if tracker is None:
+        return {}
     folded = FoldedEnergy(state.ema).refresh()
-    fresh, _ = fresh_chains(
+    fresh, labels = fresh_chains(
         folded,
         state.sampler_in_use(),
         config.data.shape,
@@ -124,8 +128,37 @@ def panels(state: TrainState, batch: Batch, result: StepResult, tracker: Tracker
     panels = {"samples/fresh": fresh}
     if state.buffer is not None:
         panels["samples/buffer"] = cold_states(config.sampler, state.buffer.x[:n].float())
-    data = batch.images[:n]
-    panels["samples/data"] = dequantize(data, None) if data.dtype == torch.uint8 else data
+    panels["samples/data"] = data[:n]
     tracker.panels(state.step, panels)
-    energies = {"energy/pos": result.e_pos, "energy/neg": result.e_neg}
+    with torch.no_grad():
+        e_fresh = folded(fresh, *(() if labels is None else (labels,)))
+        e_data = folded(data, *(() if labels is None else (data_labels,)))
+    energies = {"energy/pos": result.e_pos, "energy/neg": result.e_neg, "energy/fresh": e_fresh}
     tracker.histograms(state.step, {name: e for name, e in energies.items() if e is not None})
+    return {
+        "fresh/energy_mean": e_fresh.mean().item(),
+        "fresh/auc": auc(e_data, e_fresh).item(),
+        "fresh/saturated": saturated(fresh, config.sampler.bounds).item(),
+        "fresh/spread": relative_spread(fresh, data),
+    }
+
+
+def first_data(state: TrainState, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The first data of each stream's part of this step, in all as many as a panel shows or a few more, as states
+    (N, *shape), and their labels (N,). They do not depend on the number of ranks."""
+    streams = state.config.data.streams
+    each = -(-state.config.tracking.num_samples // streams)
+    own = streams // state.world.size
+    images, labels = (
+        to_device(x.reshape(own, -1, *x.shape[1:])[:, :each].flatten(0, 1), state.world.device)
+        for x in (batch.images, batch.labels)
+    )
+    images, labels = state.world.concatenate(images), state.world.concatenate(labels)
+    return dequantize(images, None) if images.dtype == torch.uint8 else images, labels
+
+
+def relative_spread(chains: Tensor, data: Tensor) -> float:
+    """How much `chains` (N, *shape) differ from each other, as a share of how much `data` (M, *shape) do: the ratio of
+    the standard deviations, root mean square over the components. 0: the chains are all alike."""
+    ours, theirs = (x.float().var(dim=0, correction=0).mean().sqrt() for x in (chains, data))
+    return (ours / theirs).item()

@@ -103,9 +103,8 @@ def test_it_needs_nothing_else_and_has_the_runs_numbers(trained):
     lines = records(trained / "metrics.jsonl")
     of = {"last": lambda v: v[-1], "smallest": min, "median": np.median, "largest": max}
     expected = {
-        (key, name): number(float(f([line[key] for line in lines])))
-        for key in lines[0]
-        if key != "step"
+        (key, name): number(float(f([line[key] for line in lines if key in line])))
+        for key in {key for line in lines for key in line} - {"step"}
         for name, f in of.items()
     }
     assert page.values == expected
@@ -158,6 +157,18 @@ def test_an_unfinished_run_with_a_torn_line_a_rollback_and_nothing_else(tmp_path
     assert page.values["train/loss", "last"] == number(1 / 9) and page.values["own/number", "largest"] == "18"
     assert page.values["sampler/grad_norm", "last"] == "nan" and page.verdicts["health/rollbacks"] == "out of range"
     assert "own/number" in [picture["alt"] for picture in page.pictures]
+
+
+@pytest.mark.parametrize(("step", "verdict"), [(25, None), (26, "out of range")])
+def test_fresh_chains_are_judged_once_the_run_is_long_enough(tmp_path, step, verdict):
+    """A panel's metrics are those of the newest lines, or of the newest panel where these have none."""
+    rows = [{"step": s, "train/loss": 0.0} for s in range(1, step)] + [{"step": step, "fresh/spread": 0.02}]
+    rows[0]["fresh/spread"] = 1.0
+    page = report(write_run(tmp_path / "run", rows), "--energies", "0")
+    assert page.verdicts.get("fresh/spread") == verdict
+    assert ("too early to judge" in page.text) == (verdict is None)
+    late = write_run(tmp_path / "late", [*rows, *({"step": step + s, "train/loss": 0.0} for s in range(1, 40))])
+    assert report(late, "--energies", "0").verdicts["fresh/spread"] == "out of range"
 
 
 def test_a_name_that_is_markup_stays_a_name(tmp_path):

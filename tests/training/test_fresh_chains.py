@@ -1,0 +1,69 @@
+"""The metrics of fresh chains, and how their collapse is told."""
+
+import math
+
+import pytest
+import torch
+from runs import command, finish, records
+from test_step import new_state  # noqa: F401
+
+from ebm.config import load_config
+from ebm.data.shards import ensure_shards
+from ebm.training.divergence import MIN_FRESH_SPREAD, collapse, judged_after
+from ebm.training.readings import first_data, relative_spread
+
+# A narrow Gaussian at grey, and chains without noise: all end in the same picture.
+ONE_PICTURE = {
+    "energy.kind": "gaussian",
+    "energy.std": 0.3,
+    "sampler.step_size": 0.03,
+    "sampler.noise_scale": 0,
+    "sampler.grad_clamp": "null",
+    "optim.lr": 1e-6,
+}
+
+
+def test_the_spread_is_a_ratio_of_deviations():
+    draws = torch.Generator().manual_seed(0)
+    data = torch.randn(4000, 3, 4, 4, generator=draws)
+    chains = 0.2 * torch.randn(4000, 3, 4, 4, generator=draws) + torch.randn(3, 4, 4, generator=draws)
+    assert relative_spread(chains, data) == pytest.approx(0.2, rel=0.02)
+    assert relative_spread(data[:1].expand(9, -1, -1, -1), data) == 0.0
+
+
+def test_a_collapse_counts_once_the_run_is_long_enough():
+    config = load_config(None, ["buffer.reinit_prob=0.05"])
+    assert judged_after(config) == 20
+    assert collapse(20, 0.0, config) == 0.0 and collapse(21, 0.0, config) == math.inf
+    assert collapse(21, MIN_FRESH_SPREAD / 2, config) == pytest.approx(2)
+    assert collapse(21, 1.0, config) < 1 < collapse(21, math.nan, config)
+    assert judged_after(load_config(None, ["optim.warmup_steps=300"])) == 300
+    assert judged_after(load_config(None, ["buffer.reinit_prob=0"])) == 0
+
+
+def test_the_data_of_a_panel_are_the_first_of_each_stream(new_state):  # noqa: F811
+    state = new_state("tracking.num_samples=8")
+    batch = next(state.reader)
+    data, labels = first_data(state, batch)
+    each, streams = len(batch.images) // state.config.data.streams, state.config.data.streams
+    places = [v * each + i for v in range(streams) for i in range(-(-8 // streams))]
+    assert torch.equal(labels, batch.labels[places])
+    assert torch.equal(((data + 1) * 127.5).round(), batch.images[places].float())
+
+
+def test_a_collapsed_run_says_so(tmp_path):
+    ensure_shards(str(tmp_path / "shards"), "digits", "train")
+    settings = {key.replace(".", "__"): value for key, value in ONE_PICTURE.items()}
+    settings |= {"train__steps": 45, "train__log_every": 15, "buffer__reinit_prob": 0.04}
+    settings |= {"tracking__samples_every": 20, "tracking__sample_steps": 50}
+    arguments = command(1, tmp_path / "run", tmp_path / "shards", **settings)
+    log = finish([a for a in arguments if not a.startswith(("energy.features", "energy.hidden"))], tmp_path / "log")
+    rows = {row["step"]: row for row in records(tmp_path / "run" / "metrics.jsonl")}
+    assert list(rows) == [15, 20, 30, 40, 45]  # a panel has a line of its own
+    assert [step for step, row in rows.items() if "fresh/spread" in row] == [20, 40, 45]
+    assert all(rows[step]["fresh/spread"] < 1e-3 for step in (20, 40, 45))
+    assert rows[20]["fresh/auc"] == 0.0 and rows[20]["fresh/saturated"] == 0.0
+    assert rows[20]["fresh/energy_mean"] == pytest.approx(0, abs=0.05)
+    assert rows[20]["health/warning"] < 1000 < rows[40]["health/warning"]
+    assert rows[30]["health/warning"] < 1000
+    assert log.count("fresh chains are nearly the same picture") == 2
