@@ -24,6 +24,9 @@ from ebm.errors import ConfigError, UserError
 
 PROJECT = Path(__file__).absolute().parent.parent
 SCRIPT = PROJECT / "launch" / "train.sbatch"
+PASSED_ON = ("partition", "account", "qos", "mem", "constraint", "gres", "dependency", "reservation", "mail-type",
+             "mail-user")  # fmt: skip
+OTHER = re.compile(r"--[a-z][a-z0-9-]*=.*", re.DOTALL)
 TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")  # Slurm's: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S
 
 
@@ -50,10 +53,17 @@ def parse() -> argparse.Namespace:
     ranks.add_argument("--cpu-ranks", type=positive, help="ranks a node, without GPUs (default: 1)")
     parser.add_argument("--cpus", type=positive, help="CPU cores a rank (default: 1 + data.workers)")
     parser.add_argument("--time", required=True, help="limit of one start, as Slurm writes it: 4:00:00, or minutes")
-    parser.add_argument("--partition")
-    parser.add_argument("--account")
+    slurm = parser.add_argument_group("Slurm's own, as sbatch knows them; any other is passed on, as --name=value")
+    for name in PASSED_ON:
+        slurm.add_argument(f"--{name}")
+    slurm.add_argument("--exclusive", action="store_true", help="whole nodes")
+    slurm.add_argument("--job-name", help="default: the name of the run directory")
+    slurm.add_argument("--output", metavar="FILE", help="the log (default: RUN/logs/%%j.out)")
+    slurm.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTIONS", help='several, as "--qos=x --nice=5"'
+    )
     parser.add_argument(
-        "--sbatch", action="append", default=[], metavar="OPTION", help="any other, as --sbatch=--qos=x"
+        "--setup", default="", metavar="FILE|CMD", help="read by the job's shell first: modules, an environment"
     )
     parser.add_argument("--save-seconds", type=positive, default=240, help="time a save may take before the limit")
     parser.add_argument("--sweep", help="a job array: each line of this file has a run's overrides, run.dir among them")
@@ -62,7 +72,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print the script and the command, and submit nothing")
     parser.add_argument("--config", action="append", default=[])
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    return parser.parse_args(overrides_last(parser, sys.argv[1:], only_dotted=True))
+    ours = [name for action in parser._actions for name in action.option_strings]
+    others = [
+        argument for argument in sys.argv[1:]
+        if OTHER.fullmatch(argument) and not any(name.startswith(argument.partition("=")[0]) for name in ours)
+    ]  # fmt: skip
+    rest = [argument for argument in sys.argv[1:] if argument not in others]
+    options = parser.parse_args(overrides_last(parser, rest, only_dotted=True))
+    try:
+        options.sbatch = [*others, *(word for text in options.sbatch for word in shlex.split(text))]
+    except ValueError as error:
+        raise ConfigError(f"--sbatch {options.sbatch}: {error}") from error
+    return options
 
 
 def positive(text: str) -> int:
@@ -93,19 +114,24 @@ def job(options: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
     command = ["sbatch", f"--nodes={options.nodes}", f"--time={options.time}", f"--signal=B:USR1@{lead}"]
     command += [f"--cpus-per-task={ranks * (options.cpus or 1 + max(c.data.workers for c in configs))}"]
     command += [f"--gpus-per-node={options.gpus}"] if options.gpus else []
-    command += [f"--{name}={value}" for name in ("partition", "account") if (value := getattr(options, name))]
+    command += [f"--{name}={value}" for name in PASSED_ON if (value := vars(options)[name.replace("-", "_")])]
+    command += ["--exclusive"] if options.exclusive else []
     environment = {"EBM_PROJECT": str(PROJECT), "EBM_PYTHON": sys.executable, "EBM_RANKS_PER_NODE": str(ranks),
                    "EBM_SAVE_SECONDS": str(options.save_seconds)}  # fmt: skip
     if options.container:
         environment |= {"EBM_CONTAINER": options.container, "EBM_PYTHON": "python"}
+    if options.setup:
+        file = Path(options.setup)
+        environment |= {"EBM_SETUP": str(file.absolute()) if file.is_file() else options.setup}
     if options.sweep:
         at_once = f"%{options.at_once}" if options.at_once else ""
         logs = run_dirs[0].parent / "logs"
-        command += [f"--array=0-{len(lines) - 1}{at_once}", f"--job-name=sweep-{Path(options.sweep).stem}"]
-        command += [f"--output={logs}/%A_%a.out"]
+        command += [f"--array=0-{len(lines) - 1}{at_once}"]
+        names = f"sweep-{Path(options.sweep).stem}", f"{logs}/%A_%a.out"
         environment |= {"EBM_SWEEP": str(Path(options.sweep).absolute())}
     else:
-        command += [f"--job-name={run_dirs[0].name}", f"--output={run_dirs[0]}/logs/%j.out"]
+        names = run_dirs[0].name, f"{run_dirs[0]}/logs/%j.out"
+    command += [f"--job-name={options.job_name or names[0]}", f"--output={options.output or names[1]}"]
     arguments = [f"--config={file}" for file in options.config]
     if options.gpus and all(config.train.device == "auto" for config in configs):
         arguments.append("train.device=cuda")  # a node whose GPUs can't be used ends the job, and does not train slowly
@@ -161,8 +187,18 @@ def submit(command: list[str], environment: dict[str, str]) -> int:
         raise ConfigError(f"{output.parent}: {error}") from error
     if done.returncode:
         raise ConfigError(f"sbatch refused: {done.stderr.strip()}")
-    print(f"{done.stdout.strip()}\nlog: {output}")
+    print(done.stdout.strip())
+    print("\n".join(what_next(done.stdout, str(output))))
     return 0
+
+
+def what_next(said: str, output: str) -> list[str]:
+    """Where the log is, and how to follow and to end the job that sbatch said it had queued."""
+    number = re.search(r"\d+", said)
+    if number is None:
+        return [f"log: {output}"]
+    log = output.replace("%j", number[0]).replace("%A", number[0]).replace("%a", "0")
+    return [f"log: {log}", f"tail -F {shlex.quote(log)}", f"squeue -j {number[0]}", f"scancel {number[0]}"]
 
 
 if __name__ == "__main__":

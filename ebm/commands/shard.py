@@ -134,6 +134,5 @@ def tell_next(manifest: Manifest, where: str) -> None:
     elif manifest.source is None or manifest.source.split in FOR_TRAINING:
         print(f"next: python -m ebm init --data {shlex.quote(where)}")
     else:
-        print(
-            f"next: python -m ebm init --data TRAIN --val {shlex.quote(where)}  (TRAIN: the shards of the split train)"
-        )
+        print("next: write the split train to shards, too; where TRAIN stands for these:")
+        print(f"  python -m ebm init --data TRAIN --val {shlex.quote(where)}")

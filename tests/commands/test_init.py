@@ -1,9 +1,11 @@
 """ebm init: from a folder of one's own pictures to a trained run, by the commands that each command prints."""
 
+import contextlib
 import re
 import shlex
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -50,11 +52,16 @@ def advised(text: str) -> list[str]:
 
 
 def typed(command: str, *more: str) -> str:
-    """Runs a printed command, word for word, with further arguments. Returns its output."""
-    words = [sys.executable, *shlex.split(command)[1:], *more]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment())
-    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-    return done.stdout + done.stderr
+    """Runs a printed command, word for word, with further arguments, and training in a process of its own. Returns its
+    output."""
+    words = [*shlex.split(command)[1:], *more]
+    if words[:3] == ["-m", "ebm", "train"]:
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment())
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        return done.stdout + done.stderr
+    with contextlib.redirect_stdout(StringIO()) as out:
+        assert ebm(words[2:]) == 0, command
+    return out.getvalue()
 
 
 PAGE = (ROOT / "docs" / "your_images.md").read_text()

@@ -51,6 +51,44 @@ def test_dry_run_prints_the_script_and_a_command_that_a_shell_reads_back(monkeyp
     assert variables | set(wanted.split()) <= set(words)
 
 
+def test_options_of_slurm_are_passed_on(monkeypatch, capsys, tmp_path):
+    given = ["--qos=long", "--mem=0", "--constraint=a100", "--gres=gpu:a100:8", "--mail-type=END,FAIL", "--partition=p",
+             "--mail-user=me@x", "--dependency=afterok:7", "--reservation=r", "--licenses=a b"]  # fmt: skip
+    named = ["--job-name=mine", f"--output={tmp_path}/%j.log", "--exclusive", "--sbatch=--nice=5 '--comment=two words'"]
+    key = f"run.dir={tmp_path}/run"
+    code, said, _ = run_submit(monkeypatch, capsys, "--time=60", "--dry-run", *given, *named, key, "--train.steps=9")
+    words = shlex.split(said.rstrip().rpartition("\n# ")[2])
+    assert code == 0 and words[-2:] == [key, "train.steps=9"]
+    assert {*given, *named[:3], "--nice=5", "--comment=two words"} <= set(words[: words.index(str(submit.SCRIPT))])
+    assert len([word for word in words if word.startswith(("--job-name", "--output"))]) == 2
+    with pytest.raises(SystemExit):
+        run_submit(monkeypatch, capsys, "--time=60", "--dry-run", "--licences", key)
+    assert "--licences" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["file", "command", "failing"])
+def test_the_setup_is_read_before_anything_else(monkeypatch, capsys, tmp_path, kind):
+    """By the script itself, up to where it looks for the project: Slurm has no part in this."""
+    (tmp_path / "setup.sh").write_text("export LOADED=$UNSET_BEFORE/file\n")
+    setup = {"file": f"{tmp_path}/setup.sh", "command": "export LOADED=/command", "failing": "false"}[kind]
+    said = run_submit(monkeypatch, capsys, "--time=60", "--dry-run", "--setup", setup, f"run.dir={tmp_path}/run")[1]
+    line = shlex.split(said.rstrip().rpartition("\n# ")[2])
+    assert f"EBM_SETUP={setup}" in line
+    script = submit.SCRIPT.read_text().partition("# What to run:")[0] + 'echo "loaded $LOADED"\n'
+    variables = {"EBM_SETUP": setup, "EBM_PROJECT": str(ROOT), "SLURM_JOB_ID": "1"}
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment(**variables))
+    if kind == "failing":
+        assert done.returncode == 2 and "--setup 'false' failed" in done.stdout
+    else:
+        assert done.stdout.split() == ["loaded", f"/{kind}"]
+
+
+def test_the_log_is_the_real_one():
+    queued = submit.what_next("Submitted batch job 42", "/a b/%j.out")
+    assert queued == ["log: /a b/42.out", "tail -F '/a b/42.out'", "squeue -j 42", "scancel 42"]
+    assert submit.what_next("Submitted batch job 42", "/r/%A_%a.out")[0] == "log: /r/42_0.out"
+
+
 def test_scripts_of_launch_run_from_anywhere(tmp_path):
     """By the package that is installed (here: on PYTHONPATH), without changing the path themselves."""
     for script in ("submit.py", "arguments.py"):

@@ -7,7 +7,6 @@ from test_step import advance, new_state  # noqa: F401 - a fixture
 from ebm.inference.run import open_run
 from ebm.runtime.checkpoint import Saver
 from ebm.runtime.run_directory import RunDirectory
-from ebm.samplers import fresh_chains
 from ebm.training import readings
 from ebm.training.readings import read_health
 from ebm.training.state import snapshot
@@ -79,7 +78,5 @@ def test_pictures_show_what_ebm_sample_draws(new_state, variant):  # noqa: F811
     assert saver.finish(keep=1)
     shown = Panels()
     readings.panels(state, batch, result, shown)
-    trained = open_run(run.path)
-    sampler, seed = trained.config.sampler, state.config.run.seed + state.step
-    drawn, _ = fresh_chains(trained.energy, sampler, (1, 8, 8), 8, 20, seed=seed)
+    drawn = open_run(run.path).sample(8, steps=20, seed=state.config.run.seed + state.step)
     assert torch.equal(shown.samples["samples/fresh"], drawn)
