@@ -37,6 +37,8 @@ METHODS = {
                                    "optim.lr=2e-3"],
     "score_matching, sliced": ["loss.kind=score_matching", "loss.method=sliced", *WITHOUT_CHAINS],
     "denoising": ["loss.kind=denoising", "loss.sigma=0.1", *WITHOUT_CHAINS],
+    "multilevel_denoising": ["loss.kind=multilevel_denoising", "loss.sigma_min=0.08", "loss.sigma_max=0.125",
+                             *WITHOUT_CHAINS],
     "noise_contrastive": ["loss.kind=noise_contrastive", "loss.noise_std=2.5", "loss.ratio=2", *WITHOUT_CHAINS],
     "energy_discrepancy": ["loss.kind=energy_discrepancy", "loss.time=1", *WITHOUT_CHAINS],
     "recovery, MALA": ["loss.kind=recovery", "loss.sigma=1.5", *MALA, "sampler.step_size=0.5", "sampler.num_steps=15",

@@ -64,6 +64,13 @@ def test_the_level_term_alone_sees_a_shift_between_levels():
     assert shifted["level"] > 1.02 * true["level"]
 
 
+def test_dual_score_matching_written_as_its_terms():
+    energy, data = energy_and_data()
+    output = dual_score_matching(energy, data, l2=0.3, generator=seeded(1))
+    total = output.terms["score"] + output.terms["level"] + 0.3 * output.e_pos.square().mean()
+    torch.testing.assert_close(output.loss.detach(), total)
+
+
 @pytest.mark.parametrize("share", [None, 0.6])
 def test_data_at_noise_levels(share):
     levels = tuple(torch.linspace(-3, 1, 5).tolist())
