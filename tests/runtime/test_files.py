@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ebm.config import TrainConfig
-from ebm.errors import DataError
+from ebm.errors import DataError, printable
 from ebm.runtime import checkpoint, files
 from ebm.runtime.checkpoint import Saver
 from ebm.runtime.distributed import World
@@ -129,10 +129,10 @@ def test_a_file_system_that_can_not_sync_directories(tmp_path, monkeypatch, code
 
 def test_control_characters_do_not_reach_a_terminal(shown):
     """A text of others reaches the terminal without its control characters."""
-    logging.getLogger("ebm.data").warning(
-        "key 'a\x1b[2J\u009b31m\rb\udcff' \N{LATIN SMALL LETTER E WITH ACUTE}\tz\nnext"
-    )
-    assert shown() == "key 'a\\x1b[2J\\x9b31m\\rb\\udcff' \N{LATIN SMALL LETTER E WITH ACUTE}\tz\nnext\n"
+    logging.getLogger("ebm.data").warning("key 'a\x1b[2J\u009b31m\rb' \N{LATIN SMALL LETTER E WITH ACUTE}\tz\nnext")
+    assert shown() == "key 'a\\x1b[2J\\x9b31m\\rb' \N{LATIN SMALL LETTER E WITH ACUTE}\tz\nnext\n"
+    # A byte of a name that is no UTF-8. Not logged here: pytest-xdist can't carry a report that holds it.
+    assert printable("a\udcff") == "a\\udcff"
 
 
 def test_ranks_beside_the_first_show_warnings_alone(capsys, monkeypatch, shown):
