@@ -3,8 +3,14 @@
 import subprocess
 import sys
 
+import mutations
 import pytest
 from runs import ROOT
+
+
+@pytest.mark.parametrize("name", mutations.LOSSES)
+def test_mutants_are_of_the_code_as_it_is(name):
+    mutations.check(mutations.LOSSES[name])
 
 
 @pytest.mark.slow
