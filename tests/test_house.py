@@ -10,8 +10,6 @@ ROOT = Path(__file__).parent.parent
 # Each may import those before it, and no others.
 FLOORS = (
     "errors",
-    "philox_kernels",
-    "philox",
     "streams",
     "config",
     "runtime",

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ebm.philox import Philox
 from ebm.samplers.base import Energy, Info, mean_info
 from ebm.samplers.compiled import Compiler, Function
 from ebm.streams import StreamSources
+from ebm.streams.philox import Philox
 
 log = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ebm.philox import Philox
-from ebm.philox_kernels import BLOCK, drawn_normals
 from ebm.samplers.base import Bounds
+from ebm.streams.philox import Philox
+from ebm.streams.philox_kernels import BLOCK, drawn_normals
 
 
 # One kernel for all draws of a chain, and for a chain's every step: triton would build others for other divisors.

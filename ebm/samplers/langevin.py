@@ -6,9 +6,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ebm.philox import Philox, fused_or
 from ebm.samplers.base import Bounds, ChainInfo, Energy, check_domain, dense, describe, evaluate, per_step, reflected
 from ebm.streams import Generators, normal_
+from ebm.streams.philox import Philox, fused_or
 
 BOUNDARIES = ("clamp", "reflect")
 Move = Callable[[Tensor, Tensor, Tensor | Philox | None, float, float, float | None, Bounds, str], None]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ebm.philox import Philox
+from ebm.streams.philox import Philox
 
 # What draws the equal parts of a batch, one a stream: torch's generators, or a counter on a GPU.
 StreamSources = Sequence[torch.Generator] | Philox

@@ -1,4 +1,4 @@
-"""Philox in Triton: the numbers of `ebm.philox`, drawn inside a kernel."""
+"""Philox in Triton: the numbers of `ebm.streams.philox`, drawn inside a kernel."""
 
 import triton
 import triton.language as tl
@@ -9,7 +9,7 @@ BLOCK = 1024
 
 @triton.jit
 def drawn_words(seeds_ptr, first_ptr, draw, stream, block):  # type: ignore[no-untyped-def]  # triton's own types
-    """The four words of each of the blocks `block` (uint32) of a stream's draw, as `ebm.philox.words` has them."""
+    """The four words of each of the blocks `block` (uint32) of a stream's draw, as `streams.philox.words` has them."""
     zero = block * 0
     number = (tl.load(first_ptr) + draw).to(tl.uint32)
     return tl.philox(tl.load(seeds_ptr + stream), block, zero + number, zero, zero)
@@ -55,6 +55,6 @@ def _fill(  # type: ignore[no-untyped-def]
 
 
 def fill(x: Tensor, seeds: Tensor, first: Tensor, draw: int, kind: str) -> None:
-    """`ebm.philox.plain_fill` in one pass over memory."""
+    """`ebm.streams.philox.plain_fill` in one pass over memory."""
     size = x.numel() // len(seeds)
     _fill[(triton.cdiv(size, BLOCK), len(seeds))](x, seeds, first, draw, size, NORMAL=kind == "normal", BLOCK=BLOCK)

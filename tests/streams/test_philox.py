@@ -8,9 +8,9 @@ import pytest
 import torch
 from scipy import stats
 
-from ebm.philox import Philox, normals, philox4x32, plain_fill, words
 from ebm.samplers import hmc, langevin, mala, tempering
 from ebm.streams import StreamGenerators, derive_seed, normal_, start_, uniform_
+from ebm.streams.philox import Philox, normals, philox4x32, plain_fill, words
 
 # "kat_vectors" of the authors' library Random123, philox4x32 with 10 rounds: counter, key, result.
 KNOWN = [
@@ -152,8 +152,8 @@ def test_stream_generators_on_a_gpu_are_a_counter():
 
 INTERPRETED = """
 import torch
-from ebm.philox import Philox, plain_fill
-from ebm.philox_kernels import fill
+from ebm.streams.philox import Philox, plain_fill
+from ebm.streams.philox_kernels import fill
 from ebm.samplers.kernels import move_ as fused
 from ebm.samplers.langevin import move_
 
@@ -190,7 +190,7 @@ def test_the_kernels_draw_the_same_numbers():
 @pytest.mark.parametrize("kind", ["normal", "uniform"])
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_kernel_on_the_device(kind):
-    from ebm.philox_kernels import fill
+    from ebm.streams.philox_kernels import fill
 
     own = torch.tensor(seeds(range(3)), device="cuda")
     first = torch.zeros((), dtype=torch.int64, device="cuda")

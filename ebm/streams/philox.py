@@ -105,7 +105,7 @@ def _filler(device: str) -> Callable[..., None]:
     """How a type of device fills a tensor: on CUDA by one kernel where triton is installed and can build it."""
 
     def load() -> Callable[..., None]:
-        from ebm.philox_kernels import fill
+        from ebm.streams.philox_kernels import fill
 
         return fill
 
