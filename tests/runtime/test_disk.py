@@ -89,5 +89,7 @@ def wait(run: Run, condition, timeout: float = 60) -> None:
     end = time.monotonic() + timeout
     while not condition():
         assert run.process.poll() is None, run.log.read_text()[-3000:]
-        assert time.monotonic() < end, run.log.read_text()[-3000:]
+        if time.monotonic() > end:
+            run.kill()
+            raise AssertionError(run.log.read_text()[-3000:])
         time.sleep(0.01)
