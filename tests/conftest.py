@@ -1,11 +1,16 @@
 """One thread a test process: small tensors gain nothing from more, and every machine then adds in the same order."""
 
 import logging
+import signal
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# A shell ignores these for what it starts in the background, and so does nohup; the tests' runs would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Folders whose tests start processes and wait for them, the longest first.
 LONG = ("launch", "runtime", "training", "tracking", "commands", "report", "data", "inference", "evaluation")

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from runs import ROOT, TINY, command, environment
+from runs import ROOT, command, environment, finish
 
 from ebm.__main__ import main
 from ebm.data.shards import ensure_shards
@@ -84,14 +84,10 @@ def test_an_error_while_a_checkpoint_is_being_written(tmp_path, digits):
 
 
 def test_run_directory_of_another_config(tmp_path, digits):
-    (tmp_path / "run").mkdir()
-    from ebm.config import load_config, to_yaml
-
-    values = TINY | {"optim.lr": 0.25, "run.dir": tmp_path / "run", "data.shards": digits}
-    settings = [f"{key}={value}" for key, value in values.items()]
-    (tmp_path / "run" / "config.yaml").write_text(to_yaml(load_config(None, settings)))
-    message = fail(tmp_path, digits, 2, optim__lr=0.5, sampler__num_steps=3)
-    assert "optim.lr: 0.25 there, 0.5 now" in message and "sampler.num_steps: 2 there, 3 now" in message
+    """A config binds once there is a checkpoint, which another config would not go on with."""
+    finish(command(1, tmp_path / "run", digits, train__steps=10), tmp_path / "log")
+    message = fail(tmp_path, digits, 2, train__steps=10, optim__lr=0.5, sampler__num_steps=3)
+    assert "optim.lr: 0.0001 there, 0.5 now" in message and "sampler.num_steps: 2 there, 3 now" in message
     assert "train.steps" not in message
 
 
@@ -111,7 +107,9 @@ def test_ranks_that_do_not_divide_the_streams(tmp_path, digits):
 def test_ranks_that_did_not_join_one_group():
     """A process that was launched as one of two, but sees itself alone."""
     code = (
-        "import os; from accelerate import Accelerator; Accelerator(cpu=True); os.environ['WORLD_SIZE'] = '2'\n"
+        "import os; from accelerate import Accelerator; Accelerator(cpu=True)\n"
+        "os.environ |= {'WORLD_SIZE': '2', 'RANK': '0', 'LOCAL_RANK': '0'}\n"
+        "os.environ |= {'MASTER_ADDR': 'localhost', 'MASTER_PORT': '1'}\n"
         "from ebm.config import TrainConfig; from ebm.runtime.distributed import World; World(TrainConfig())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), cwd=ROOT)

@@ -328,7 +328,7 @@ def test_schemes_and_keys_in_the_config():
     config = load_config(None, ["data.shards=s3://bucket/set", "data.schemes=[s3]", "data.retries=9"])
     access = Access.of(config.data)
     assert (access.schemes, access.retries, access.timeout) == (("s3",), 9, 60.0)
-    for bad in ("[pipe]", "[file]", "[simplecache]", "s3"):
+    for bad in ("[pipe]", "[file]", "[simplecache]", "pipe"):
         with pytest.raises(ConfigError, match=r"data\.schemes"):
             load_config(None, [f"data.schemes={bad}"])
 
