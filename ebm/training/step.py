@@ -41,11 +41,10 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
         x_pos, y_pos = positives(config, world, random, batch, step)
         start = initial_states(config, random, state.buffer, x_pos, y_pos, step)
 
-    # Part by part (one, unless train.accumulate says more): chains on the frozen copy of the energy, then loss and
-    # gradient of both phases by one forward of the wrapped module.
+    # Part by part: chains on the frozen copy, then loss and gradient of both phases by one forward of what is wrapped.
     state.folded.refresh()
     sampler, settings = state.chain()
-    chain_noise, loss_noise = random("chain", step), random("loss", step)
+    noise, loss_noise = random("chain", step), random("loss", step)
     parts = Parts(config.train.accumulate, len(random.streams))
     chains: list[Tensor] = []
     infos, outputs = [], []
@@ -53,16 +52,14 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
         take = partial(parts.take, part)
         x_neg = y_neg = None
         if start is not None:
-            extra = map(take, start.extra_inputs)
-            x, info = state.engine(sampler, take(start.x), *extra, generator=chain_noise, **settings)
+            x, info = state.engine(sampler, take(start.x), *map(take, start.extra_inputs), generator=noise, **settings)
             x_neg, y_neg = negative_states(config.sampler, x), optional(take, start.labels)
             chains.append(x)
             infos.append(info)
         labels = {"y_pos": optional(take, y_pos), "y_neg": y_neg}
         with world.accumulating(state.model, last=part == parts.number - 1):
-            output = state.model(take(x_pos), x_neg, **labels, generator=loss_noise, step=step, chain=settings)
-            world.backward(output.loss / parts.number)
-        outputs.append(output)
+            outputs.append(state.model(take(x_pos), x_neg, **labels, generator=loss_noise, step=step, chain=settings))
+            world.backward(outputs[-1].loss / parts.number)
     e_pos, e_neg = parts.join_if_any([o.e_pos for o in outputs]), parts.join_if_any([o.e_neg for o in outputs])
 
     # Update, or none where the gradient is not finite: averaged over the ranks, its norm tells all of them alike.
