@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ebm import evaluation
+from ebm.commands import add_device, add_weights
 from ebm.data.toys import known_density
 from ebm.errors import ConfigError
 from ebm.evaluation.classifier import default_ruler_directory
@@ -59,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where the classifier that distances are measured with is kept, once a data set, such as the directory of "
         "its shards, which is looked into first (default: ~/.cache/ebm/rulers)",
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged (default), or the last ones")
+    add_device(parser)
+    add_weights(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

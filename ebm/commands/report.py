@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ebm import report
+from ebm.commands import add_device
 from ebm.errors import ConfigError, DataError, UserError
 from ebm.evaluation.sets import read_evaluation_data
 from ebm.inference.images import to_states
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--energies", type=int, default=1000, metavar="N", help="samples of each set (default 1000; 0: none)"
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    add_device(parser)
     parser.add_argument("--out", metavar="FILE.html", help="where to (default RUN/report.html)")
 
 

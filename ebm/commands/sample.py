@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ebm.commands import add_device, add_weights
 from ebm.data import Access, load_manifest
 from ebm.errors import ConfigError, DataError
 from ebm.evaluation.trust import WARM
@@ -41,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show x - sigma^2 dE/dx / T, the mean of the clean data given the sample x, where the energy is the "
         "density of data with the noise sigma=data.noise_std (runs at T = 1)",
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged (default), or the last ones")
+    add_device(parser)
+    add_weights(parser)
     parser.add_argument(
         "--out",
         required=True,

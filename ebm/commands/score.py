@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ebm.commands import add_device, add_weights
 from ebm.config import Config
 from ebm.errors import ConfigError, DataError
 from ebm.evaluation.outliers import rates
@@ -31,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER|FILE.npy|SHARDS",
         help="other data, such as what is known to be normal: prints the AUROC of --data above it",
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged (default), or the last ones")
+    add_device(parser)
+    add_weights(parser)
     parser.add_argument(
         "--out",
         required=True,

@@ -57,3 +57,4 @@ def test_no_step_waits_on_a_gpu(new_state, variant):  # noqa: F811
             train_step(state, batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert int(state.skipped_steps) == 0
