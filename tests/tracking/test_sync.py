@@ -3,6 +3,7 @@
 Whole runs under `accelerate launch` with the real client; its files are read back, and uploaded by `python -m ebm sync`
 to a server on this machine that keeps what it gets."""
 
+import os
 import signal
 import struct
 import subprocess
@@ -125,13 +126,15 @@ def test_it_is_uploaded_part_by_part_while_it_goes_on(digits, server, homes, tmp
     run_dir = tmp_path / "run"
     settings = SETTINGS | {"train__steps": 1200, "tracking__offline_part": 2}
     run = Run(command(1, run_dir, digits, **settings), tmp_path / "log", **homes)
-    assert run.until_step(run_dir, 300)
-    sizes = []
+    sizes, seen = [], 1
     while run.process.poll() is None:
-        if len(parts(run_dir)) > 1:
+        if len(parts(run_dir)) > seen:
+            seen = len(parts(run_dir))
+            os.killpg(run.process.pid, signal.SIGSTOP)  # an upload can take longer than the run that is left
             sync(server, homes, str(run_dir))
             sizes.append(sum(map(len, (server.history(name) for name in server.runs))))
-        time.sleep(0.5)
+            os.killpg(run.process.pid, signal.SIGCONT)
+        time.sleep(0.1)
     assert run.wait() == 0
     assert sum(r.HasField("preempting") for p in parts(run_dir) for r in wandb_records(p)) == len(parts(run_dir)) - 1
     assert "still written to" not in sync(server, homes, str(run_dir))
