@@ -16,8 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ebm import report
-from ebm.report import figures
-from ebm.report.page import healthy_range
+from ebm.report.page import FIGURE_STYLE, draw_curves, healthy_range
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,12 +53,12 @@ def main() -> int:
 
 def draw(records: report.Records, file: Path) -> None:
     """Six charts, with their healthy ranges shaded, over the newest sample panel."""
-    with rc_context(figures.STYLE):
+    with rc_context(FIGURE_STYLE):
         figure = Figure(figsize=(9, 7.4), layout="constrained")
         rows = figure.subfigures(2, 1, height_ratios=[1.45, 1])
         for ax, keys in zip(rows[0].subplots(2, 3).flat, CHARTS, strict=True):
             bounds = healthy_range(records, report.metric_of(keys[0]))
-            figures.draw_curves(ax, {key: records.series(key) for key in keys}, bounds, [])
+            draw_curves(ax, {key: records.series(key) for key in keys}, bounds, [])
             ax.set_title(keys[0] if len(keys) == 1 else "", fontsize=9.5)
         ax = rows[1].subplots()
         ax.imshow(np.asarray(Image.open(records.panels[-1])))

@@ -22,7 +22,7 @@ from timing import machine, publish, seconds, spread, table  # noqa: E402
 from ebm.config import load_config  # noqa: E402
 from ebm.data.shards import ensure_shards  # noqa: E402
 from ebm.runtime.distributed import World  # noqa: E402
-from ebm.training import optimizer as optimisation  # noqa: E402
+from ebm.training import state as optimisation  # noqa: E402
 from ebm.training import step as training_step  # noqa: E402
 from ebm.training.state import build_state  # noqa: E402
 

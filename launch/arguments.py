@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ebm.config import load_config
-from ebm.config.arguments import overrides_last
+from ebm.config.reading import overrides_last
 from ebm.errors import ConfigError, UserError
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from arguments import sweep
 
 from ebm.config import Config, check_same_run, load_config
-from ebm.config.arguments import overrides_last
+from ebm.config.reading import overrides_last
 from ebm.errors import ConfigError, UserError
 
 PROJECT = Path(__file__).absolute().parent.parent

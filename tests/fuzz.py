@@ -42,17 +42,16 @@ from ebm.data.decode import encode_vector
 from ebm.data.indexing import index_shards
 from ebm.data.items import ArraySource
 from ebm.data.manifest import check_files, verify
-from ebm.data.order import Order
+from ebm.data.samples import Order
 from ebm.data.shards import write_shards
 from ebm.errors import UserError
-from ebm.runtime import checkpoint, environment
+from ebm.runtime import checkpoint, history
 from ebm.runtime.distributed import World
 from ebm.runtime.run_directory import RunDirectory
-from ebm.tracking.delivery import Handed, rows_between
-from ebm.tracking.identity import run_id
-from ebm.tracking.records import Records
-from ebm.training.buffer import ReplayBuffer
+from ebm.tracking.delivery import Handed, rows_between, run_id
+from ebm.tracking.tracker import Records
 from ebm.training.divergence import DivergenceMonitor
+from ebm.training.negatives import ReplayBuffer
 
 LIMIT = 5.0  # seconds an input
 WARM_UP = 200  # inputs before the count begins
@@ -518,7 +517,7 @@ def records_target(root: Path):
             assert isinstance(handed.lacks(4), bool) and handed.first_lacking <= handed.step + 1
             handed.miss(50), handed.rewind(10)
         else:
-            environment.read(path / "environment.json")
+            history.read_starts(path / "environment.json")
             run_dir.failed("a reason")
             run_dir.starts_before()
             run_dir.resume_point()

@@ -16,7 +16,7 @@ from runs import ROOT
 
 from ebm.__main__ import COMMANDS
 from ebm.config import Config, EnergyConfig, describe
-from ebm.report.catalogue import METRICS
+from ebm.report.records import METRICS
 
 GUIDE = ROOT / "docs" / "custom_energies.md"
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 # Each may import those before it, and no others.
 FLOORS = (
     "errors",
+    "kernels",
     "streams",
     "config",
     "runtime",

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 from ebm import __version__
 from ebm.config import Config, TrackingConfig, load_config
 from ebm.errors import DataError, UserError
-from ebm.runtime import checkpoint, environment, history
+from ebm.runtime import checkpoint, history
+from ebm.runtime import history as environment
 from ebm.runtime.files import read_json
 from ebm.runtime.run_directory import Attempts, is_training
-from ebm.tracking import identity
+from ebm.tracking import delivery as identity
 from ebm.tracking.wandb_run import mode_here
 
 PACKAGES = ("torch", *environment.PACKAGES)
@@ -119,7 +120,7 @@ def _what(run_dir: Path, config: Config) -> list[str]:
         f"{config.energy.kind} energy of {data.shape} by {config.loss.kind}, data {data.shards}"
         + (f" from {data.source}" if data.source else ""),
     ]
-    starts = environment.read(run_dir / environment.FILE_NAME)
+    starts = history.read_starts(run_dir / history.STARTS)
     if starts:
         last = starts[-1]
         lines.append(
@@ -127,9 +128,9 @@ def _what(run_dir: Path, config: Config) -> list[str]:
             f"{last.ranks} ranks, {last.threads} threads"
         )
     try:
-        lines += [f"changed at step {change.step}: {change}" for change in history.read(run_dir)]
+        lines += [f"changed at step {change.step}: {change}" for change in history.read_changes(run_dir)]
     except (OSError, ValueError) as error:
-        lines.append(f"{history.FILE_NAME} can't be read: {str(error).splitlines()[0]}")
+        lines.append(f"{history.CHANGES} can't be read: {str(error).splitlines()[0]}")
     place = identity.obtained(run_dir)
     if place is not None:
         name = "/".join(part for part in (place.entity, place.project, identity.run_id(run_dir, {})) if part)

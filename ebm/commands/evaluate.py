@@ -15,16 +15,15 @@ from tqdm import tqdm
 
 from ebm import evaluation
 from ebm.commands import add_device, add_weights
-from ebm.data.toys import known_density
+from ebm.data.sources import known_density
 from ebm.errors import ConfigError
 from ebm.evaluation.classifier import default_ruler_directory
-from ebm.evaluation.measures import MEASURES, OF_SOME_RUNS, Metrics, measure_ood, problem_with
-from ebm.evaluation.outliers import MADE_UP
+from ebm.evaluation.measures import MADE_UP, MEASURES, OF_SOME_RUNS, Metrics, measure_ood, problem_with
 from ebm.evaluation.sets import MOST, Sets
+from ebm.inference.images import grid, landscape, side_by_side, to_png
 from ebm.inference.inputs import read_states
-from ebm.inference.pictures import grid, landscape, side_by_side, to_png
 from ebm.inference.run import open_run
-from ebm.report import figures
+from ebm.report.page import draw_lengths, pixels
 from ebm.runtime.files import replace
 
 METRICS = ("frechet", "classes", "ood", "energy", "density", "accuracy", "likelihood")
@@ -227,7 +226,7 @@ def _of_lengths(sets: Sets, values: Metrics) -> np.ndarray:
     chains = {f"{length} steps": sets.of_lengths[0][length][:SHOWN] for length in sets.lengths}
     points = np.array([(length, values[f"length/{length}"]) for length in sets.lengths], dtype=float)
     ends = {end: [float(values[f"length/{length}_{end}"]) for length in sets.lengths] for end in ("low", "high")}
-    curve = figures.pixels(lambda ax: figures.draw_lengths(ax, points, **ends), (3.2, 2.6))
+    curve = pixels(lambda ax: draw_lengths(ax, points, **ends), (3.2, 2.6))
     rows = [{"distance in floors": curve, **{title: grid(x) for title, x in chains.items()}}]
     if sets.noise:
         denoised = {f"{title}, denoised": grid(sets.run.denoised(x)) for title, x in chains.items()}

@@ -7,7 +7,7 @@ from ebm.commands.shard import add_grouping, grouping_of, tell, tell_next
 from ebm.config import ObjectStore
 from ebm.data import Access
 from ebm.data.indexing import index_shards
-from ebm.data.labels import LabelTable, read_labels
+from ebm.data.items import LabelTable, read_labels
 from ebm.data.manifest import FILE_NAME, load_manifest, verify
 from ebm.errors import ConfigError
 

@@ -10,10 +10,9 @@ from torch import Tensor
 from ebm.commands import add_device, add_weights
 from ebm.data import Access, load_manifest
 from ebm.errors import ConfigError, DataError
-from ebm.evaluation.trust import WARM
-from ebm.inference.images import to_array, to_states
+from ebm.evaluation.metrics import WARM
+from ebm.inference.images import pictures, to_array, to_png, to_states
 from ebm.inference.inputs import read_states
-from ebm.inference.pictures import pictures, to_png
 from ebm.inference.run import TrainedRun, open_run
 from ebm.streams import generator
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ebm.commands import add_device, add_weights
 from ebm.config import Config
 from ebm.errors import ConfigError, DataError
-from ebm.evaluation.outliers import rates
+from ebm.evaluation.measures import rates
 from ebm.evaluation.sets import MOST, read_evaluation_data
 from ebm.inference.images import to_states
 from ebm.inference.inputs import read_inputs

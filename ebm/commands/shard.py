@@ -3,9 +3,8 @@
 import argparse
 import shlex
 
-from ebm.data.conversion import Conversion, check_background, parse_levels
 from ebm.data.decode import describe
-from ebm.data.items import select
+from ebm.data.items import Conversion, check_background, parse_levels, select
 from ebm.data.manifest import Manifest
 from ebm.data.shards import write_shards
 from ebm.data.sources import KINDS, Options, open_source

@@ -20,8 +20,7 @@ from ebm.errors import ConfigError, UserError
 from ebm.runtime.files import NO_LOCKS, open_own, try_lock
 from ebm.runtime.process import show_error
 from ebm.runtime.run_directory import is_training
-from ebm.tracking.delivery import CLOSED, part_number
-from ebm.tracking.identity import folders_of, run_id
+from ebm.tracking.delivery import CLOSED, folders_of, part_number, run_id
 
 QUIET = 120.0  # seconds; a file being written gets the machine's load every 15
 BLOCK, HEADER, FULL, LAST = 1 << 15, 7, 1, 4  # of a .wandb file

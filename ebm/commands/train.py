@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ebm.config import DEFAULT_CONFIG, Config, describe, load_config
-from ebm.config.arguments import overrides_last
 from ebm.config.describing import Row, meant
+from ebm.config.reading import overrides_last
 from ebm.errors import ConfigError, UserError
 from ebm.runtime.process import configure_logging, leave_code, show_error
 
@@ -158,9 +158,9 @@ def train(config: Config, rank: int) -> int:
     """Train in this process, one of the run's ranks. Returns the exit code."""
     from ebm.data.shards import ensure_shards  # torch and its libraries load from here on: --help needs none of them
     from ebm.runtime.distributed import World
-    from ebm.runtime.watchdog import Watchdog
+    from ebm.runtime.stopping import Watchdog
     from ebm.training import loop
-    from ebm.training.memory import check_memory
+    from ebm.training.cost import check_memory
 
     with Watchdog(config.train.collective_timeout, rank) as watchdog:
         world = World(config.train)

@@ -1,7 +1,6 @@
 """The configuration: every key with its type, default and meaning, each stated once. Unknown keys are errors."""
 
-from ebm.config.comparing import changes, check_same_run, differences, flatten, to_yaml
-from ebm.config.describing import describe
+from ebm.config.describing import changes, check_same_run, describe, differences, flatten, to_yaml
 from ebm.config.energies import ConvConfig, EnergyConfig, ImportConfig, MLPConfig, ResNetConfig
 from ebm.config.loading import DEFAULT_CONFIG, load_config, validate
 from ebm.config.losses import ContrastiveConfig

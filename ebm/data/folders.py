@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ebm.data.decode import IMAGE_SUFFIXES
-from ebm.data.items import Item, image_item, unique_keys
-from ebm.data.labels import LabelTable, natural, numbered
+from ebm.data.items import Item, LabelTable, image_item, natural, numbered, unique_keys
 from ebm.data.manifest import LeftOut, Origin
 from ebm.errors import DataError
 

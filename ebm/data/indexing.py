@@ -11,10 +11,9 @@ from braceexpand import braceexpand
 from tqdm import tqdm
 
 from ebm.data.decode import show
-from ebm.data.labels import Label, LabelTable, numbered
+from ebm.data.items import Label, LabelTable, numbered
 from ebm.data.manifest import FILE_NAME, LeftOut, Manifest, Origin, Shard, is_remote, load_manifest
-from ebm.data.scanning import Scan, scan_shard
-from ebm.data.tars import BY_FIRST_DOT, Grouping
+from ebm.data.tars import BY_FIRST_DOT, Grouping, Scan, scan_shard
 from ebm.errors import ConfigError, DataError
 
 UNFINISHED = ".unfinished"  # a directory of shards that are being written

@@ -1,16 +1,21 @@
-"""What a source of samples is: an array, a label and a name each, in a fixed order."""
+"""What a source of samples is: an array, a label and a name each, in a fixed order; labels from a file beside the
+images; and what is done to images before they are written."""
 
+import csv
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import PurePosixPath
-from typing import NamedTuple, Protocol
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
+from PIL import Image, ImageColor
 
-from ebm.data.decode import OWN_FORMATS, decode_deep, read_header
+from ebm.data.decode import OWN_FORMATS, decode_deep, encode, read_header, to_array, to_pillow, to_uint8
 from ebm.data.manifest import LeftOut, Origin
-from ebm.errors import DataError
+from ebm.errors import ConfigError, DataError
 
 MAX_PIXELS = 1 << 29  # of one image of a source; its decoder takes several bytes each
 
@@ -171,3 +176,213 @@ def unique_keys(paths: Iterable[str]) -> list[str]:
             key += "_"
         keys[key] = None
     return list(keys)
+
+
+TWELVE_BITS = 1 << 12
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How images are changed, in this order.
+
+    `levels`: values of 16-bit images that become 0 and 255 (default: 0 and 65,535). `background`: a colour put under
+    transparent images. `mode`: L or RGB. `size`: shorter side resized to it, then the centre square. `format`: None
+    keeps PNG and JPEG files as they are where nothing else changes them, and writes PNG otherwise.
+    """
+
+    size: int | None = None
+    mode: Literal["L", "RGB"] | None = None
+    format: Literal["png", "jpg"] | None = None
+    levels: tuple[int, int] | None = None
+    background: str | None = None
+
+    def options(self) -> dict[str, str | int | float]:
+        """The settings that are not the default, for the manifest."""
+        changed = {name: value for name, value in asdict(self).items() if value is not None}
+        return {n: f"{v[0]},{v[1]}" if isinstance(v, tuple) else v for n, v in changed.items()}
+
+    def image(self, image: np.ndarray) -> np.ndarray:
+        """uint8 (H, W, C) of a uint8 or uint16 image. Raises ValueError where transparency has no background."""
+        image = self._eight_bits(image)
+        if self.background is not None and image.shape[2] in (2, 4):
+            image = _over(image, self.background)
+        if self.size is None and self.mode is None:
+            return image
+        if self.mode is not None and image.shape[2] in (2, 4) and image[..., -1].min() < 255:
+            raise ValueError("is transparent in part; give --background COLOUR (white, black, #808080)")
+        picture = to_pillow(image)
+        if self.mode is not None:
+            picture = picture.convert(self.mode)
+        if self.size is not None and picture.size != (self.size, self.size):
+            picture = _centre_square(picture, self.size)
+        return to_array(picture)
+
+    def _eight_bits(self, image: np.ndarray) -> np.ndarray:
+        if image.dtype != np.uint16:
+            return image
+        if self.levels is None:
+            return to_uint8(image)
+        low, high = self.levels
+        return np.rint((image.astype(np.float64) - low).clip(0, high - low) * (255 / (high - low))).astype(np.uint8)
+
+    def check(self, item: Item) -> None:
+        """Raises ConfigError where the settings do not fit the first sample: settings of images for a vector, or an
+        image of 16 bits that seems to use only 12, and would come out nearly black."""
+        if item.array.ndim == 1 and self != Conversion():
+            raise ConfigError(
+                f"{item.name} is a vector of {len(item.array)} values; --size, --grayscale, --rgb and --format are for "
+                "images, as --range and --background are"
+            )
+        if item.array.dtype == np.uint8 and self.levels is not None:
+            raise ConfigError(f"{item.name} has 8 bits a value; --range is for images of 16")
+        if item.array.dtype == np.uint16 and self.levels is None and item.array.max() < TWELVE_BITS:
+            raise ConfigError(
+                f"{item.name} has 16 bits a value, and none above {item.array.max()}: taken as it is, it is nearly "
+                "black. Give --range 0,4095 for 12-bit data (LOW,HIGH become 0 and 255), or --range 0,65535 to go on"
+            )
+
+    def encoded(self, item: Item, image: np.ndarray) -> tuple[bytes, str]:
+        kept = item.encoded
+        if kept is not None and image is item.array and self.format in (None, kept[1]):
+            return kept
+        suffix = self.format or "png"
+        return encode(image, suffix), suffix
+
+
+def parse_levels(text: str) -> tuple[int, int]:
+    """(low, high) of `LOW,HIGH`. Raises ConfigError."""
+    try:
+        low, high = (int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"--range {text}: must be LOW,HIGH, such as 0,4095") from error
+    if not 0 <= low < high <= 65535:
+        raise ConfigError(f"--range {text}: must be rising, and within 0,65535")
+    return low, high
+
+
+def check_background(colour: str) -> None:
+    """Raises ConfigError."""
+    try:
+        ImageColor.getcolor(colour, "RGB")
+    except ValueError as error:
+        raise ConfigError(f"--background {colour}: must be a colour, such as white, black or #808080") from error
+
+
+def _over(image: np.ndarray, background: str) -> np.ndarray:
+    """A grey or colour image with transparency, over a colour; grey stays grey only over grey."""
+    red, green, blue = ImageColor.getrgb(background)[:3]
+    colour = (red,) if image.shape[2] == 2 and red == green == blue else (red, green, blue)
+    alpha = image[..., -1:].astype(np.float64) / 255
+    return np.rint(image[..., :-1] * alpha + np.array(colour) * (1 - alpha)).astype(np.uint8)
+
+
+def _centre_square(picture: Image.Image, size: int) -> Image.Image:
+    """Bicubic with antialiasing, of the largest centred square."""
+    width, height = picture.size
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return picture.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+
+
+Label = int | str
+HEADINGS = ("key", "keys", "id", "name", "file", "filename", "file_name", "image", "path")  # a CSV file's first cell
+NUMBER = re.compile(r"[0-9]{1,9}")
+
+
+class LabelTable(NamedTuple):
+    """Labels by key, as a file has them. `path` is for messages."""
+
+    path: str
+    values: Mapping[str, Label]
+
+    def of(self, key: str) -> Label | None:
+        """The label of a sample or file: by its whole name, its name without suffix, or its last part alone."""
+        path = PurePosixPath(key)
+        for name in (key, path.with_suffix("").as_posix(), path.name, path.stem):
+            if name in self.values:
+                return self.values[name]
+        return None
+
+
+def read_labels(path: str) -> LabelTable | np.ndarray:
+    """Labels by key from a .csv file (key, label) or a .json object, or int64 (N,) in order from a .npy file. Raises
+    DataError."""
+    suffix = Path(path).suffix.lower()
+    try:
+        if suffix == ".csv":
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                return LabelTable(path, _table(csv.reader(file)))
+        if suffix == ".json":
+            with open(path, encoding="utf-8") as file:
+                return LabelTable(path, _object(json.load(file)))
+        if suffix == ".npy":
+            return checked(np.load(path, mmap_mode="r", allow_pickle=False), path)
+    except (OSError, ValueError, OverflowError, RecursionError, csv.Error) as error:
+        raise DataError(f"labels {path}: {error}") from error
+    raise DataError(f"labels {path}: must be a .csv file (key, label), a .json object {{key: label}}, or a .npy array")
+
+
+def _table(rows: Iterable[list[str]]) -> dict[str, Label]:
+    values: dict[str, Label] = {}
+    for number, row in enumerate(rows, 1):
+        if not row or (number == 1 and row[0].strip().lower() in HEADINGS):
+            continue
+        if len(row) < 2:
+            raise ValueError(f"line {number} has one column; each line is: key, label")
+        _add(values, row[0].strip(), _typed(row[1].strip()), f"line {number}")
+    return values
+
+
+def _object(found: object) -> dict[str, Label]:
+    if not isinstance(found, dict):
+        raise ValueError(f"must be an object {{key: label}}, found {type(found).__name__}")
+    values: dict[str, Label] = {}
+    for key, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise ValueError(f"{key}: {str(value)[:40]!r} must be a class's name or number")
+        _add(values, key, _typed(value) if isinstance(value, str) else value, key)
+    return values
+
+
+def _add(values: dict[str, Label], key: str, value: Label, where: str) -> None:
+    if values.setdefault(key, value) != value:
+        raise ValueError(f"{where}: {key} has the label {values[key]} already")
+
+
+def _typed(text: str) -> Label:
+    return int(text) if NUMBER.fullmatch(text) else text
+
+
+def checked(labels: np.ndarray, name: str) -> np.ndarray:
+    """int64 (N,) of class numbers. Raises DataError."""
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or (len(labels) and labels.min() < 0):
+        raise DataError(f"labels {name}: {labels.dtype} {labels.shape}; must be class numbers, integers (N,) from 0 on")
+    return labels.astype(np.int64)
+
+
+def natural(names: Iterable[str]) -> list[str]:
+    """Sorted by text, with the numbers in it by value: 0, 1, 2, 10."""
+    return sorted(names, key=lambda name: ([_part(part) for part in re.split(r"([0-9]+)", name)], name))
+
+
+def _part(part: str) -> tuple[bool, int, str]:
+    return (False, int(part), "") if part.isascii() and part.isdigit() else (True, 0, part)
+
+
+def numbered(
+    labels: Sequence[Label | None], classes: Sequence[str] | None = None
+) -> tuple[list[int | None], tuple[str, ...] | None]:
+    """(class numbers, names in order). Labels that are all numbers keep them and have no names, unless `classes` are
+    given, whose places are the numbers. Raises ValueError for a name that `classes` has not."""
+    typed = [_typed(label) if isinstance(label, str) else label for label in labels]
+    if classes is None and all(label is None or isinstance(label, int) for label in typed):
+        return [label for label in typed if label is None or isinstance(label, int)], None
+    texts = [None if label is None else str(label) for label in labels]
+    names = tuple(classes) if classes is not None else tuple(natural({text for text in texts if text is not None}))
+    places = {name: place for place, name in enumerate(names)}
+    unknown = next((text for text in texts if text is not None and text not in places), None)
+    if unknown is not None:
+        raise ValueError(f"class {unknown!r} is not among {', '.join(names[:20])}")
+    return [None if text is None else places[text] for text in texts], names

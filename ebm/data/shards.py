@@ -21,13 +21,12 @@ import numpy as np
 from tqdm import tqdm
 from webdataset import TarWriter
 
-from ebm.data.conversion import Conversion
 from ebm.data.decode import VECTOR_SUFFIX, check_finite, encode_vector, show
 from ebm.data.indexing import SHOWN, UNFINISHED, Scanned, assemble
-from ebm.data.items import Item, Source
+from ebm.data.items import Conversion, Item, Source
 from ebm.data.manifest import FILE_NAME, LeftOut, Manifest, is_remote, load_manifest, manifest_path
-from ebm.data.scanning import Scan, scan_shard
 from ebm.data.sources import PATHS, identify, open_source
+from ebm.data.tars import Scan, scan_shard
 from ebm.errors import ConfigError, DataError
 from ebm.runtime import files
 from ebm.runtime.process import init_worker, worker_context

@@ -7,9 +7,17 @@ from ebm.energies.analytic import (
     GaussianMixtureEnergy,
     RingEnergy,
 )
-from ebm.energies.base import BaseEnergyFunction, MixtureEnergy, WeightedSum, marginal_energy, mixture
-from ebm.energies.factory import build_energy
-from ebm.energies.folded import FoldedEnergy, chain_dtype
+from ebm.energies.base import (
+    BaseEnergyFunction,
+    MixtureEnergy,
+    NoiseConditionalEnergy,
+    WeightedSum,
+    marginal_energy,
+    mixture,
+    split_noise_level,
+    with_noise_level,
+)
+from ebm.energies.factory import FoldedEnergy, build_energy, chain_dtype
 from ebm.energies.graph import PixelGraphEnergyFunction, PointGraphEnergyFunction
 from ebm.energies.networks import (
     ConvolutionalEnergyFunction,
@@ -18,7 +26,6 @@ from ebm.energies.networks import (
     NetworkEnergy,
     TransformerEnergyFunction,
 )
-from ebm.energies.noise_conditional import NoiseConditionalEnergy, split_noise_level, with_noise_level
 from ebm.energies.resnet import ResNetEnergyFunction, WideResNetEnergyFunction
 
 __all__ = [

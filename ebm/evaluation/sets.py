@@ -16,8 +16,7 @@ from ebm.data.reader import read_all
 from ebm.data.samples import SampleReader
 from ebm.errors import DataError
 from ebm.evaluation.classifier import Classifier, ruler_of
-from ebm.evaluation.frechet import Comparison, compare
-from ebm.evaluation.trust import WARM
+from ebm.evaluation.metrics import WARM, Comparison, compare
 from ebm.inference.images import to_levels, to_states
 from ebm.inference.inputs import read_states
 from ebm.inference.run import TrainedRun

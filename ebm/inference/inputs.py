@@ -12,10 +12,9 @@ from torch import Tensor
 
 from ebm.config import Config
 from ebm.data import Access, load_manifest
-from ebm.data.conversion import Conversion
 from ebm.data.decode import IMAGE_SUFFIXES, show, to_uint8
 from ebm.data.folders import FileSource
-from ebm.data.items import Source
+from ebm.data.items import Conversion, Source
 from ebm.data.manifest import is_remote
 from ebm.data.reader import read_all
 from ebm.data.sources import open_source

@@ -19,7 +19,7 @@ from ebm.config.samplers import NoiseLevelsConfig
 from ebm.energies import FoldedEnergy, build_energy, marginal_energy, split_noise_level
 from ebm.errors import ConfigError, DataError
 from ebm.runtime import checkpoint
-from ebm.runtime.device import set_numerics
+from ebm.runtime.distributed import set_numerics
 from ebm.samplers import Engine, advance, chain_shape, chains_of_lengths, cold_states
 from ebm.samplers.factory import sampler_in_use
 from ebm.streams import stream_sources

@@ -12,11 +12,13 @@ from ebm.losses.contrastive import (
 from ebm.losses.factory import loss_of
 from ebm.losses.flow_matching import energy_matching, equilibrium_matching
 from ebm.losses.noise_contrastive import GaussianNoise, UniformNoise, energy_discrepancy, noise_contrastive
-from ebm.losses.noise_levels import at_noise_levels, dual_score_matching, log_normaliser
 from ebm.losses.output import LossOutput, energy_l2, gradient_penalty, interpolate
 from ebm.losses.score_matching import (
+    at_noise_levels,
     denoising_score_matching,
+    dual_score_matching,
     implicit_score_matching,
+    log_normaliser,
     multilevel_denoising,
     refuse_piecewise_linear,
     sliced_score_matching,

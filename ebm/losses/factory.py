@@ -16,10 +16,10 @@ from ebm.losses.contrastive import (
 )
 from ebm.losses.flow_matching import energy_matching, equilibrium_matching
 from ebm.losses.noise_contrastive import GaussianNoise, UniformNoise, energy_discrepancy, noise_contrastive
-from ebm.losses.noise_levels import dual_score_matching
 from ebm.losses.output import LossOutput, gradient_penalty, interpolate
 from ebm.losses.score_matching import (
     denoising_score_matching,
+    dual_score_matching,
     implicit_score_matching,
     multilevel_denoising,
     sliced_score_matching,

@@ -16,7 +16,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter
 
 from ebm.config import Config, changes, check_same_run, load_config, to_yaml
 from ebm.errors import EXIT_STOPPED, ConfigError, DataError
-from ebm.runtime import checkpoint, environment, history
+from ebm.runtime import checkpoint, history
 from ebm.runtime.distributed import World
 from ebm.runtime.files import open_own, read_json, remove_leftovers, replace, try_lock
 
@@ -105,7 +105,7 @@ class RunDirectory:
                     f"train.steps={config.train.steps}: {self.path} is at step {last} already; give {last} or more"
                 )
             if changed:
-                history.record(self.path, last, changed)
+                history.record_change(self.path, last, changed)
             return
         try:
             if not changes(load_config(file), config):
@@ -131,7 +131,7 @@ class RunDirectory:
 
     def record_change(self, step: int, changed: dict[str, tuple[Any, Any]]) -> None:
         """Keep in the run's history what is different from `step` on. All ranks together."""
-        self._together(lambda: history.record(self.path, step, changed))
+        self._together(lambda: history.record_change(self.path, step, changed))
 
     def _lock(self) -> None:
         """Keep other jobs out until this process ends, however it ends."""
@@ -231,7 +231,7 @@ class RunDirectory:
                 "checkpoint.every"
             )
         replace(self._attempts, Attempts(step=step, starts=starts).model_dump_json().encode())
-        environment.record(self.path, self.world, step)
+        history.record_start(self.path, self.world, step)
 
     def starts_before(self) -> Attempts:
         """Returns the starts counted so far. A file of another kind counts as none, and is logged."""

@@ -16,11 +16,9 @@ from ebm.samplers.factory import (
     settings_of,
     with_replicas,
 )
-from ebm.samplers.gibbs import GibbsInfo, class_flips, within_gibbs
 from ebm.samplers.langevin import langevin
-from ebm.samplers.metropolis import MetropolisInfo, adapted, hmc, mala
-from ebm.samplers.noise_levels import NoiseLevelsInfo, annealed, noise_levels
-from ebm.samplers.tempering import TemperingInfo, tempering
+from ebm.samplers.levels import NoiseLevelsInfo, TemperingInfo, annealed, noise_levels, tempering
+from ebm.samplers.metropolis import GibbsInfo, MetropolisInfo, adapted, class_flips, hmc, mala, within_gibbs
 
 __all__ = [
     "ChainInfo",

@@ -13,8 +13,8 @@ from ebm.config.samplers import noise_scale_of, temperature_of
 from ebm.samplers.base import Bounds, ChainInfo, Energy, Info, check_domain, mean_info
 from ebm.samplers.langevin import BOUNDARIES as BOUNDARIES_OF_LANGEVIN
 from ebm.samplers.langevin import langevin
+from ebm.samplers.levels import TemperingInfo, tempering
 from ebm.samplers.metropolis import BOUNDARIES, MetropolisInfo, adapted, hmc, mala
-from ebm.samplers.tempering import TemperingInfo, tempering
 from ebm.streams import Generators, normal_
 
 AnyInfo = TypeVar("AnyInfo", MetropolisInfo, TemperingInfo)
@@ -235,7 +235,7 @@ class HamiltonianMonteCarlo(MetropolisAdjustedLangevin):
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class ParallelTempering(AdaptiveDynamics[TemperingInfo]):
-    """Samples p(x) ~ exp(-E(x) / temperatures[0]) exactly by parallel tempering (`ebm.samplers.tempering`), where
+    """Samples p(x) ~ exp(-E(x) / temperatures[0]) exactly by parallel tempering (`ebm.samplers.levels`), where
     single chains do not cross between modes. All replicas of a chain start at one point; the states of the cold ones
     are kept. `step_size` adapts to the mean acceptance of all levels.
     """

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ebm.samplers.base import Energy, Info, mean_info
 from ebm.samplers.compiled import Compiler, Function
-from ebm.streams import StreamSources
-from ebm.streams.philox import Philox
+from ebm.streams import Philox, StreamSources
 
 log = logging.getLogger(__name__)
 

@@ -9,13 +9,12 @@ from torch import Tensor
 
 from ebm.config import LangevinConfig, NoiseLevelsConfig, SamplerConfig
 from ebm.config.samplers import noise_scale_of
-from ebm.energies.noise_conditional import split_noise_level, with_noise_level
+from ebm.energies.base import split_noise_level, with_noise_level
 from ebm.samplers.base import ChainInfo
 from ebm.samplers.engine import Engine
 from ebm.samplers.langevin import langevin
+from ebm.samplers.levels import NoiseLevelsInfo, TemperingInfo, annealed, noise_levels, tempering
 from ebm.samplers.metropolis import MetropolisInfo, hmc, mala
-from ebm.samplers.noise_levels import NoiseLevelsInfo, annealed, noise_levels
-from ebm.samplers.tempering import TemperingInfo, tempering
 from ebm.streams import StreamSources, start_, stream_sources
 
 STRETCH = 100  # steps of `chains_of_lengths` between two calls of `moved`

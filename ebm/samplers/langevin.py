@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from ebm.samplers.base import Bounds, ChainInfo, Energy, check_domain, dense, describe, evaluate, per_step, reflected
-from ebm.streams import Generators, normal_
-from ebm.streams.philox import Philox, fused_or
+from ebm.streams import Generators, Philox, fused_or, normal_
 
 BOUNDARIES = ("clamp", "reflect")
 Move = Callable[[Tensor, Tensor, Tensor | Philox | None, float, float, float | None, Bounds, str], None]
@@ -86,7 +85,7 @@ def _mover(device: str) -> Move:
     """The update for a type of device: on CUDA one kernel where triton is installed and can build it, else `move_`."""
 
     def load() -> Move:
-        from ebm.samplers.kernels import move_ as fused
+        from ebm.kernels import move_ as fused
 
         return fused
 

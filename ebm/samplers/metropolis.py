@@ -1,23 +1,15 @@
-"""Samplers with a Metropolis test, which makes them exact at any step size: MALA and HMC.
-
-The arguments that they share:
-    energy: states (B, *shape) -> energies (B,). Proposals at which it is not finite are rejected.
-    x: initial states (B, *shape), inside the bounds; computed in float32 whatever type the energy computes in.
-    temperature: T > 0 of exp(-E / T); one number, or one for each step (simulated annealing).
-    bounds, boundary: the domain is [low, high] in every component. "reject" refuses proposals that end outside, which
-        nearly all do in high dimensions; "reflect" folds trajectories back at the walls. Both are exact.
-    grad_scale: see `ebm.samplers.base.evaluate`.
-    generator: makes all draws; a list of generators cuts the batch into equal parts, one for each.
-"""
+"""Samplers that are exact at any step size: MALA and HMC by a Metropolis test, and Gibbs draws of the classes of a
+conditional energy E(x, y)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from ebm.samplers.base import Bounds, Energy, check_domain, dense, describe, evaluate, per_step, reflected
+from ebm.samplers.base import Bounds, ChainInfo, Energy, check_domain, dense, describe, evaluate, per_step, reflected
+from ebm.samplers.langevin import langevin
 from ebm.streams import Generators, normal_, uniform_
 
 BOUNDARIES = ("reject", "reflect")
@@ -230,3 +222,82 @@ def hmc(
         grad_scale=grad_scale,
         generator=generator,
     )
+
+
+class GibbsInfo(NamedTuple):
+    """What happened in a chain: the values of `ChainInfo` (grad_norm in the last round), and of the Gibbs rounds."""
+
+    grad_norm: Tensor
+    displacement: Tensor
+    saturated: Tensor
+    acceptance: Tensor  # acceptance of the moves of x, mean over the rounds; 1 for a sampler without a test
+    flipped: Tensor  # share of the draws that change the class, mean over the rounds
+
+
+def class_flips(
+    energy_of_classes: Callable[[Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    *,
+    temperature: float = 1.0,
+    generator: Generators = None,
+) -> tuple[Tensor, Tensor]:
+    """Draws y from p(y | x) = softmax(-E(x, .) / T), as the argmax of -E(x, y) / T plus Gumbel noise.
+
+    Args:
+        energy_of_classes: states (B, *shape) -> energies of all classes (B, K), for example JEM's negative logits.
+        x, y: states (B, *shape) and their classes (B,), integers.
+        generator: makes the draws; a list of generators cuts the batch into equal parts, one for each.
+
+    Returns the new classes (B,), and the share that changed, a scalar on the device. A class of energy +inf is never
+    drawn. A chain keeps its class if one of its energies is NaN or -inf, or none is finite.
+    """
+    with torch.no_grad():
+        energies = energy_of_classes(x).float()
+    uniform = uniform_(torch.empty(energies.shape, device=energies.device), generator)
+    drawn = (energies / -temperature - (-uniform.log()).log()).argmax(1)
+    sound = energies.isfinite().any(1) & ~(energies.isnan() | energies.isneginf()).any(1)
+    new = torch.where(sound, drawn.to(y.dtype), y)
+    return new, (new != y).float().mean()
+
+
+def within_gibbs(
+    sampler: Callable[..., tuple[Tensor, ChainInfo | MetropolisInfo]],
+    energy: Callable[[Tensor, Tensor], Tensor],
+    energy_of_classes: Callable[[Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    *,
+    rounds: int,
+    temperature: float = 1.0,
+    generator: Generators = None,
+    **settings: Any,
+) -> tuple[Tensor, Tensor, GibbsInfo]:
+    """In each of the `rounds`, moves x at its class by `sampler` (`langevin`, `mala` or `hmc`, with `settings`) and
+    then draws the class given x. With `mala` or `hmc` this samples p(x, y) ~ exp(-E(x, y) / T) exactly.
+
+    Args:
+        energy: states (B, *shape) and classes (B,) -> energies (B,).
+        energy_of_classes, x, y, generator: as in `class_flips`.
+        rounds: at least 1.
+        temperature: T of both kinds of moves; with `langevin`, that of x follows from its `noise_scale` instead.
+
+    Returns states (B, *shape) float32, classes (B,) and GibbsInfo.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds={rounds} must be at least 1")
+    start, accepted, flipped = x.detach().float(), [], []
+    if sampler is not langevin:
+        settings["temperature"] = temperature
+
+    def of_states(y: Tensor) -> Energy:
+        return lambda x: energy(x, y)
+
+    for _ in range(rounds):
+        x, info = sampler(of_states(y), x, generator=generator, **settings)
+        y, share = class_flips(energy_of_classes, x, y, temperature=temperature, generator=generator)
+        accepted.append(info.acceptance if isinstance(info, MetropolisInfo) else torch.ones_like(share))
+        flipped.append(share)
+    displacement = (x - start).flatten(1).norm(dim=1).mean()
+    acceptance, changed = (torch.stack(values).mean() for values in (accepted, flipped))
+    return x, y, GibbsInfo(info.grad_norm, displacement, info.saturated, acceptance, changed)

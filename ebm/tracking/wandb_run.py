@@ -20,7 +20,7 @@ import numpy as np
 
 from ebm.config import Config, TrackingConfig
 from ebm.errors import EXIT_STOPPED
-from ebm.tracking import identity
+from ebm.tracking import delivery as identity
 from ebm.tracking.delivery import CLOSED, Artifacts, Handed, newest_samples, number_part, rows_between
 
 log = logging.getLogger(__name__)

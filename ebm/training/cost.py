@@ -1,6 +1,9 @@
-"""--dry-run: the resolved config, and an estimate of what a step costs, before anything is written."""
+"""--dry-run: the resolved config, an estimate of what a step costs, and whether what a run keeps fits the machine,
+before anything is allocated or written."""
 
 import json
+import math
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,12 +16,60 @@ from ebm.config import Config, differences, to_yaml
 from ebm.config.losses import LossConfig, ScoreMatchingConfig
 from ebm.data.reader import reader_bytes
 from ebm.energies import FoldedEnergy, build_energy
+from ebm.errors import ConfigError
 from ebm.losses import loss_of
+from ebm.runtime.distributed import World
 from ebm.samplers.base import evaluate
 from ebm.samplers.factory import chain_shape, negative_states, sampler_of, with_replicas
 from ebm.streams import generator, uniform_
 from ebm.training.negatives import chain_energy
 from ebm.training.state import Objective
+
+STREAM_BYTES = 2000  # of the generators and positions of a stream
+
+
+class Demand(NamedTuple):
+    """What grows with a key, in bytes of one rank."""
+
+    key: str
+    value: int
+    size: int
+
+
+def check_memory(config: Config, world: World) -> None:
+    """Raises ConfigError where one key alone asks for more memory than there is."""
+    available = memory_of(world.device)
+    for key, value, size in demands(config, world.size):
+        if size > available:
+            fits = f"; at most {int(value * available / size)} fits" if value > 1 else ""
+            raise ConfigError(
+                f"{key}={value} takes {size / 1e9:.3g} GB on each rank, and there are {available / 1e9:.3g} GB{fits}: "
+                f"lower {key}, or use more ranks"
+            )
+
+
+def demands(config: Config, ranks: int) -> list[Demand]:
+    """The least that a rank needs for each key that bounds what it keeps."""
+    datum = math.prod(config.data.shape)
+    per_stream = Demand("data.streams", config.data.streams, STREAM_BYTES * config.data.streams // ranks)
+    batch = config.train.batch_size // ranks // config.train.accumulate
+    found = [per_stream, Demand("train.batch_size", config.train.batch_size, 4 * datum * batch)]
+    found.append(Demand("tracking.num_samples", config.tracking.num_samples, 4 * datum * config.tracking.num_samples))
+    if config.loss.negatives == "persistent":
+        itemsize = getattr(torch, config.buffer.dtype).itemsize
+        chain = math.prod(chain_shape(config.sampler, config.data.shape)) * itemsize + 4  # and its age
+        found.append(Demand("buffer.size", config.buffer.size, config.buffer.size // ranks * chain))
+    return found
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes that one rank may use: those of its GPU, or its share of the machine's. Ranks that share a GPU are not
+    counted."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
 
 FEW = 4  # data that a loss is measured on; those that compare chains need more than one
 

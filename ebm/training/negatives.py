@@ -1,6 +1,9 @@
-"""The negative phase: where chains start, and the energy that they sample."""
+"""The negative phase: the replay buffer of persistent chains, sliced by stream (Tieleman 2008; Du & Mordatch 2019,
+section 3.2), where chains start, and the energy that they sample."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -8,12 +11,120 @@ from torch import Tensor
 
 from ebm.config import Config, NoiseLevelsConfig
 from ebm.config.losses import RecoveryConfig
-from ebm.data.augment import augment
 from ebm.energies import FoldedEnergy
+from ebm.inference.images import augment
 from ebm.losses import at_noise_levels, marginal, noisy, tilted
+from ebm.runtime.process import to_device
 from ebm.samplers.factory import with_replicas
-from ebm.streams import StreamGenerators, start_
-from ebm.training.buffer import Draw, ReplayBuffer
+from ebm.streams import StreamGenerators, generator, start_
+
+NO_CLASS = -1  # of a chain that has not been drawn yet
+
+
+class Draw(NamedTuple):
+    """The chains of one step, stream by stream: S streams times n chains. The host knows `slots` and `reinit`."""
+
+    x: Tensor  # (S * n, *shape) float32, on the device
+    labels: Tensor | None  # (S * n,) int64, on the device; None for chains without a class
+    noise: Tensor  # (S * n, *shape): the state that each restarted from, or would restart from
+    rows: Tensor  # (S * n,) rows of the storage, on the device
+    fresh: Tensor  # (S * n,) bool, on the device: restarted from noise at this draw
+    slots: Tensor  # (S, n) slot numbers inside each stream's slice, on the host
+    reinit: Tensor  # (S, n) bool, on the host
+
+
+@cache
+def reinit_probabilities(mean: float, spread: float, slots: int) -> Tensor:
+    """Each slot's probability to restart when it is drawn, (slots,) float32: it falls geometrically from the first slot
+    to the last, whose is `spread` times smaller, and has the given `mean`.
+
+    One probability for all makes all chains about num_steps / mean old, and the energy is trained for no other age; a
+    spread of 100 trains it for chains of 10 times fewer and 10 times more steps in the same run.
+    """
+    shape = torch.logspace(0, -math.log10(spread), slots, dtype=torch.float64)
+    return (mean * shape / shape.mean()).float()
+
+
+class ReplayBuffer:
+    """The persistent chains of this rank's streams: `slots` chains a stream, each a state (*shape) and an age in steps.
+
+    A slot belongs to its stream for the whole run. States are kept in `dtype` and drawn in float32; new chains start as
+    `ebm.streams.start_` says of `start`. With `labelled`, a chain also has a class for life: a chain that starts takes
+    that of the datum it is drawn beside, so that the classes of the chains are distributed as the data's.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        slots: int,
+        streams: Sequence[int],
+        seed: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        start: tuple[float, float] | None = (-1.0, 1.0),
+        labelled: bool = False,
+    ):
+        self.streams, self.slots, self.seed, self.start = list(streams), slots, seed, start
+        self.device = torch.device(device)
+        self._noise = StreamGenerators(seed, self.streams, device)
+        x = torch.empty(len(self.streams) * slots, *shape, device=device)
+        self.x = start_(x, self._noise("fill", 0), start).to(dtype)
+        self.age = torch.zeros(len(self.x), dtype=torch.int32, device=device)
+        self.labels = torch.full((len(self.x),), NO_CLASS, device=device) if labelled else None
+
+    def draw(
+        self, n: int, step: int, reinit_prob: float, reinit_spread: float = 1.0, labels: Tensor | None = None
+    ) -> Draw:
+        """`n` different chains of each stream; each restarts from noise with the probability of its slot, as
+        `reinit_probabilities` has them.
+
+        `labels` (S * n,): the classes of the data that the chains are drawn beside, for a buffer of labelled chains.
+        """
+        probabilities = reinit_probabilities(reinit_prob, reinit_spread, self.slots)
+        assert n <= self.slots, (n, self.slots)
+        assert (labels is None) == (self.labels is None), "labelled chains are drawn beside labelled data"
+        chosen, restarted = [], []
+        for stream in self.streams:
+            rng = generator(self.seed, "draw", stream, step)
+            chosen.append(torch.randperm(self.slots, generator=rng)[:n])
+            restarted.append(torch.rand(n, generator=rng) < probabilities[chosen[-1]])
+        slots, reinit = torch.stack(chosen), torch.stack(restarted)
+        first = self.slots * torch.arange(len(self.streams)).unsqueeze(1)
+        rows, fresh = to_device((slots + first).flatten(), self.device), to_device(reinit.flatten(), self.device)
+        x = self.x[rows].float()
+        noise = start_(torch.empty_like(x), self._noise("reinit", step), self.start)
+        x = torch.where(fresh.view(-1, *[1] * (x.ndim - 1)), noise, x)
+        if labels is not None and self.labels is not None:
+            own = self.labels[rows]
+            labels = torch.where(fresh | (own == NO_CLASS), labels, own)
+        return Draw(x, labels, noise, rows, fresh, slots, reinit)
+
+    def write(self, draw: Draw, x: Tensor, num_steps: int, ok: Tensor, broken: Tensor) -> None:
+        """Put the chains of a draw back into their slots, `num_steps` older, unless `ok` (bool scalar) is false.
+
+        A chain that is `broken` (bool, (S * n,)) restarts from noise in either case.
+        """
+        age = torch.where(draw.fresh, 0, self.age[draw.rows]) + num_steps
+        x = torch.where(ok, x, self.x[draw.rows].float())
+        self.x[draw.rows] = torch.where(broken.view(-1, *[1] * (x.ndim - 1)), draw.noise, x).to(self.x.dtype)
+        self.age[draw.rows] = torch.where(broken, 0, torch.where(ok, age, self.age[draw.rows])).to(torch.int32)
+        if self.labels is not None and draw.labels is not None:
+            self.labels[draw.rows] = torch.where(ok | broken, draw.labels, self.labels[draw.rows])
+
+    def reseed(self, seed: int) -> None:
+        """Draw and restart chains by another seed from the next step on."""
+        self.seed = self._noise.seed = seed
+
+    def stream_state(self, index: int) -> dict[str, Tensor]:
+        """The tensors of the `index`-th owned stream, as views of the storage."""
+        part = slice(index * self.slots, (index + 1) * self.slots)
+        own = {"x": self.x[part], "age": self.age[part]}
+        return own if self.labels is None else own | {"labels": self.labels[part]}
+
+    def load_stream(self, index: int, tensors: dict[str, Tensor]) -> None:
+        for name, own in self.stream_state(index).items():
+            own.copy_(tensors[name])
 
 
 class Start(NamedTuple):

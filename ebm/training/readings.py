@@ -8,18 +8,17 @@ import torch
 from torch import Tensor
 
 from ebm.data import Batch
-from ebm.data.augment import dequantize
 from ebm.energies import FoldedEnergy
 from ebm.evaluation.metrics import auc
+from ebm.inference.images import dequantize
 from ebm.runtime.process import to_device
 from ebm.samplers import fresh_chains
 from ebm.samplers.base import saturated
 from ebm.samplers.factory import cold_states
 from ebm.tracking import Tracker
-from ebm.training.buffer import Draw
 from ebm.training.divergence import ChainReading, Reading, drift
-from ebm.training.optimizer import learning_rate
-from ebm.training.state import TrainState
+from ebm.training.negatives import Draw
+from ebm.training.state import TrainState, learning_rate
 from ebm.training.step import StepResult
 
 

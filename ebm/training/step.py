@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 
 from ebm.config import Config
-from ebm.data import Batch, augment
+from ebm.data import Batch
+from ebm.inference import images as augment
 from ebm.losses import LossOutput
 from ebm.runtime.distributed import World
 from ebm.runtime.process import one_thread, to_device
 from ebm.samplers.base import mean_info, saturated
 from ebm.samplers.factory import negative_states
 from ebm.streams import StreamGenerators
-from ebm.training.buffer import Draw
-from ebm.training.negatives import initial_states
-from ebm.training.optimizer import clip_grad_norm, set_learning_rate, step_if, update_average
-from ebm.training.state import TrainState
+from ebm.training.negatives import Draw, initial_states
+from ebm.training.state import TrainState, clip_grad_norm, set_learning_rate, step_if, update_average
 
 
 class StepResult(NamedTuple):

@@ -16,8 +16,8 @@ from runs import ROOT, environment
 from sklearn.datasets import load_sample_images
 
 from ebm.__main__ import main as ebm
-from ebm.commands import init, starter
-from ebm.commands.starter import Data
+from ebm.commands import init
+from ebm.commands.init import Data
 from ebm.config import load_config
 from ebm.data.manifest import load_manifest
 from ebm.data.reader import read_all
@@ -153,8 +153,8 @@ def test_a_config_that_is_there_is_kept(user, capsys):
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 16, 16), (3, 32, 32), (3, 64, 64), (3, 40, 56)])
 def test_every_recipe_is_a_config_with_a_reason_for_each_value(shape, gpu, tmp_path):
-    choices = starter.recipe(Data("mine", "a dir/train", "a dir/test", shape, 1000, gpu)) + starter.schedule(700)
-    (tmp_path / "c.yaml").write_text(starter.to_yaml(choices, ["head"]))
+    choices = init.recipe(Data("mine", "a dir/train", "a dir/test", shape, 1000, gpu)) + init.schedule(700)
+    (tmp_path / "c.yaml").write_text(init.to_yaml(choices, ["head"]))
     config = load_config(tmp_path / "c.yaml").model_dump(mode="json")
     for key, value, why in choices:
         section, name = key.split(".")
@@ -165,10 +165,10 @@ def test_every_recipe_is_a_config_with_a_reason_for_each_value(shape, gpu, tmp_p
 
 
 def test_the_number_of_steps_fills_the_time():
-    assert starter.steps_for(10, step_s=0.5, panel_s=0) == 1200
-    assert starter.steps_for(10, step_s=0.5, panel_s=10) == 1000
-    assert starter.steps_for(1, step_s=60, panel_s=10) == starter.FEWEST_STEPS
-    assert starter.steps_for(1e6, step_s=0.1, panel_s=0) == starter.MOST_STEPS
+    assert init.steps_for(10, step_s=0.5, panel_s=0) == 1200
+    assert init.steps_for(10, step_s=0.5, panel_s=10) == 1000
+    assert init.steps_for(1, step_s=60, panel_s=10) == init.FEWEST_STEPS
+    assert init.steps_for(1e6, step_s=0.1, panel_s=0) == init.MOST_STEPS
 
 
 @pytest.mark.parametrize(("where", "name"), [("data/birds/train", "birds"), ("birds-shards/train", "birds"), ("x", "x"),

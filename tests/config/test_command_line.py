@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from ebm.config import differences, load_config
-from ebm.config.arguments import overrides_last
+from ebm.config.reading import overrides_last
 from ebm.errors import ConfigError
 
 

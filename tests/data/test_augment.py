@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ebm.data.augment import add_noise, augment, dequantize
+from ebm.inference.images import add_noise, augment, dequantize
 from ebm.streams import StreamGenerators
 
 

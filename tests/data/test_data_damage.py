@@ -17,10 +17,9 @@ import numpy as np
 import pytest
 
 from ebm.data import ShardReader, load_manifest
-from ebm.data.conversion import Conversion
 from ebm.data.decode import encode, encode_vector
 from ebm.data.indexing import index_shards
-from ebm.data.items import ArraySource
+from ebm.data.items import ArraySource, Conversion
 from ebm.data.manifest import Manifest, Shard, check_files
 from ebm.data.shards import write_shards
 from ebm.errors import DataError

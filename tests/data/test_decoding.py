@@ -14,10 +14,9 @@ from PIL import Image, ImageOps
 
 from ebm.__main__ import main
 from ebm.data import load_manifest
-from ebm.data.conversion import Conversion
 from ebm.data.decode import decode, read_header
 from ebm.data.indexing import index_shards
-from ebm.data.items import image_item
+from ebm.data.items import Conversion, image_item
 from ebm.data.reader import read_all
 from ebm.data.shards import write_shards
 from ebm.data.sources import open_source

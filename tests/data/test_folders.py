@@ -13,7 +13,7 @@ from PIL import Image
 from ebm.__main__ import main
 from ebm.data import load_manifest
 from ebm.data.folders import open_folder
-from ebm.data.labels import LabelTable, natural
+from ebm.data.items import LabelTable, natural
 from ebm.data.reader import read_all
 from ebm.data.shards import write_shards
 from ebm.data.sources import open_source

@@ -17,7 +17,7 @@ from PIL import Image
 from ebm.__main__ import main
 from ebm.data import ShardReader, load_manifest
 from ebm.data.indexing import index_shards
-from ebm.data.labels import LabelTable, read_labels
+from ebm.data.items import LabelTable, read_labels
 from ebm.data.manifest import check_files
 from ebm.data.reader import read_all
 from ebm.data.shards import write_shards

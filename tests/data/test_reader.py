@@ -6,8 +6,8 @@ import torch
 
 from ebm.data import ShardReader
 from ebm.data.items import ArraySource
-from ebm.data.order import Order
 from ebm.data.reader import read_all
+from ebm.data.samples import Order
 from ebm.data.shards import write_shards
 from ebm.errors import DataError
 from ebm.streams import owned_streams

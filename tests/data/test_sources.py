@@ -11,10 +11,9 @@ from PIL import Image
 
 from ebm.__main__ import main
 from ebm.data import load_manifest
-from ebm.data.datasets import FASHION
 from ebm.data.reader import read_all
 from ebm.data.shards import write_shards
-from ebm.data.sources import Options, open_source
+from ebm.data.sources import FASHION, Options, open_source
 from ebm.errors import DataError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 5, 4), dtype=np.uint8)
@@ -78,7 +77,7 @@ def test_damaged_idx_files(tmp_path, data):
 
 
 def test_no_home(tmp_path, monkeypatch):
-    from ebm.data import datasets
+    from ebm.data import sources as datasets
 
     monkeypatch.delenv("EBM_DATASETS", raising=False)
     monkeypatch.setenv("HOME", "")

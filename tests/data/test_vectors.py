@@ -10,7 +10,8 @@ from test_data_damage import bounded
 
 from ebm.__main__ import main
 from ebm.config import load_config
-from ebm.data import ShardReader, load_manifest, toys
+from ebm.data import ShardReader, load_manifest
+from ebm.data import sources as toys
 from ebm.data.decode import MAX_HEADER, decode_vector, encode_vector, read_vector_shape
 from ebm.data.indexing import index_shards
 from ebm.data.items import ArraySource

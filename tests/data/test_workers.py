@@ -15,8 +15,8 @@ from runs import Run, command
 
 from ebm.data import ShardReader
 from ebm.data.items import ArraySource
+from ebm.data.reader import Workers
 from ebm.data.shards import write_shards
-from ebm.data.workers import Workers
 from ebm.errors import DataError
 
 
@@ -135,7 +135,7 @@ def test_a_window_takes_the_memory_of_its_files_not_of_its_pixels(tmp_path):
         def item(self, i):
             return ArraySource("test", images, None).item(i % 12)._replace(key=f"{i:06d}")
 
-    from ebm.data.conversion import Conversion
+    from ebm.data.items import Conversion
 
     manifest = write_shards(Many(), tmp_path, workers=1, conversion=Conversion(format="jpg"), progress=False)
     one = reader(manifest, num_streams=1, streams=[0], per_stream=4, window=60)

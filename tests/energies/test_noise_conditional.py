@@ -8,8 +8,7 @@ from torch.distributions import MultivariateNormal
 
 from ebm.config import load_config
 from ebm.energies import NoiseConditionalEnergy, build_energy, split_noise_level, with_noise_level
-from ebm.energies.base import BaseEnergyFunction
-from ebm.energies.noise_conditional import PLANES
+from ebm.energies.base import PLANES, BaseEnergyFunction
 
 
 class Zero(BaseEnergyFunction):

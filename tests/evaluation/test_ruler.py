@@ -30,7 +30,7 @@ from ebm.evaluation import (
     verdict,
     worst_share,
 )
-from ebm.evaluation.trust import shares
+from ebm.evaluation.metrics import shares
 from ebm.streams import generator
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from ebm import losses
 from ebm.energies import split_noise_level, with_noise_level
-from ebm.losses.noise_levels import dual_terms
+from ebm.losses.score_matching import dual_terms
 
 DIM, VARIANCES, SHARES = 1000, torch.tensor([0.25, 4.0]), torch.tensor([0.4, 0.6])
 

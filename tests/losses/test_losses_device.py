@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ebm.config.losses import LossConfig
 from ebm.energies import MLPEnergyFunction, NoiseConditionalEnergy, with_noise_level
-from ebm.energies.noise_conditional import PLANES
+from ebm.energies.base import PLANES
 from ebm.losses import loss_of
 
 KINDS = {kind.model_fields["kind"].default: kind for kind in get_args(get_args(LossConfig)[0])}

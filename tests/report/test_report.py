@@ -23,8 +23,7 @@ from ebm.data.shards import ensure_shards, write_shards
 from ebm.data.sources import open_source
 from ebm.inference.run import open_run
 from ebm.report import METRICS, metric_of
-from ebm.report.figures import MAX_POINTS, thinned
-from ebm.report.page import number
+from ebm.report.page import MAX_POINTS, number, thinned
 from ebm.training.divergence import drift
 
 VOID = {"img", "meta", "br", "link", "input", "hr"}

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from ebm.runtime.device import set_numerics
+from ebm.runtime.distributed import set_numerics
 from ebm.runtime.process import prepare_process
 
 

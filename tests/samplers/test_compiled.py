@@ -15,7 +15,8 @@ from runs import command, final_hashes, finish
 from test_engine import SETTINGS, generators
 
 from ebm.energies import FoldedEnergy, ResNetEnergyFunction
-from ebm.samplers import Engine, compiled, hmc, langevin, mala, tempering
+from ebm.samplers import Engine, compiled, hmc, langevin, mala
+from ebm.samplers import levels as tempering
 from ebm.samplers.compiled import Compiler, in_time, relative_error
 from ebm.samplers.engine import _first_inputs
 

@@ -70,7 +70,7 @@ def test_chains_in_bf16_are_those_in_fp32_within_rounding():
 
 INTERPRETED = """
 import torch
-from ebm.samplers.kernels import move_ as fused
+from ebm.kernels import move_ as fused
 from ebm.samplers.langevin import move_
 
 generator = torch.Generator().manual_seed(0)

@@ -9,7 +9,7 @@ import torch
 from test_engine import SETTINGS, generators
 
 from ebm.samplers import Engine, hmc, langevin, mala
-from ebm.streams.philox import Philox
+from ebm.streams import Philox
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -134,7 +134,7 @@ def test_a_counter_is_unharmed_by_a_capture_that_fails():
 WITHOUT_A_COMPILER = """
 import logging
 import torch
-from ebm.streams.philox import Philox
+from ebm.streams import Philox
 from ebm.samplers import Engine, langevin
 logging.basicConfig(format="%(message)s")
 x = torch.rand(8, 3, 8, 8, device="cuda")

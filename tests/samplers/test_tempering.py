@@ -9,8 +9,8 @@ import torch
 from densities import double_well, gaussian, mixture, on_the_line
 from test_metropolis import quartic, seeded
 
+from ebm.samplers.levels import swap_, tempering
 from ebm.samplers.metropolis import State, mala
-from ebm.samplers.tempering import swap_, tempering
 
 CHAINS = 2000
 LADDER = (1.0, 3.0, 9.0, 27.0)

@@ -8,9 +8,20 @@ import pytest
 import torch
 from scipy import stats
 
-from ebm.samplers import hmc, langevin, mala, tempering
-from ebm.streams import StreamGenerators, derive_seed, normal_, start_, uniform_
-from ebm.streams.philox import Philox, normals, philox4x32, plain_fill, words
+from ebm.samplers import hmc, langevin, mala
+from ebm.samplers import levels as tempering
+from ebm.streams import (
+    Philox,
+    StreamGenerators,
+    derive_seed,
+    normal_,
+    normals,
+    philox4x32,
+    plain_fill,
+    start_,
+    uniform_,
+    words,
+)
 
 # "kat_vectors" of the authors' library Random123, philox4x32 with 10 rounds: counter, key, result.
 KNOWN = [
@@ -152,9 +163,9 @@ def test_stream_generators_on_a_gpu_are_a_counter():
 
 INTERPRETED = """
 import torch
-from ebm.streams.philox import Philox, plain_fill
-from ebm.streams.philox_kernels import fill
-from ebm.samplers.kernels import move_ as fused
+from ebm.streams import Philox, plain_fill
+from ebm.kernels import fill
+from ebm.kernels import move_ as fused
 from ebm.samplers.langevin import move_
 
 seeds = [5, 2**63 - 1, 0x299F31D0A4093822]
@@ -190,7 +201,7 @@ def test_the_kernels_draw_the_same_numbers():
 @pytest.mark.parametrize("kind", ["normal", "uniform"])
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_kernel_on_the_device(kind):
-    from ebm.streams.philox_kernels import fill
+    from ebm.kernels import fill
 
     own = torch.tensor(seeds(range(3)), device="cuda")
     first = torch.zeros((), dtype=torch.int64, device="cuda")

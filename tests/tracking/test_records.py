@@ -13,7 +13,7 @@ import torch
 from ebm.config import load_config
 from ebm.errors import UserError
 from ebm.tracking import Tracker
-from ebm.tracking.records import Records, WholeFiles, replace
+from ebm.tracking.tracker import Records, WholeFiles, replace
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from runs import ROOT, environment
 from wandb_reader import history, records
 
 from ebm.config import load_config
-from ebm.tracking import Tracker, identity
+from ebm.tracking import Tracker
+from ebm.tracking import delivery as identity
 
 NAMES = ("PROJECT", "NAME", "DIR", "RUN_ID", "ENTITY", "TAGS", "DISABLED", "MODE", "RUN_GROUP", "SWEEP_ID", "API_KEY")
 

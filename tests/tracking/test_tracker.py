@@ -17,11 +17,10 @@ from wandb_reader import history, records
 from wandb_server import KEY, StandIn
 
 from ebm.config import load_config
-from ebm.inference.pictures import grid, pictures, side_by_side
-from ebm.runtime.watchdog import Watchdog
+from ebm.inference.images import grid, pictures, side_by_side
+from ebm.runtime.stopping import Watchdog
 from ebm.tracking import Progress, Tracker
-from ebm.tracking.records import Records
-from ebm.tracking.tracker import Alerts
+from ebm.tracking.tracker import Alerts, Records
 from ebm.tracking.wandb_run import WandbRun
 
 

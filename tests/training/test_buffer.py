@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ebm.streams import owned_streams
-from ebm.training.buffer import ReplayBuffer, reinit_probabilities
+from ebm.training.negatives import ReplayBuffer, reinit_probabilities
 
 SHAPE, SLOTS, STREAMS = (2, 3, 3), 10, 4
 

@@ -46,7 +46,7 @@ def test_a_captured_chain_is_the_plain_one(dtype, caplog):
 
 
 def test_the_fused_update_on_the_device():
-    from ebm.samplers.kernels import move_ as fused
+    from ebm.kernels import move_ as fused
     from ebm.samplers.langevin import move_
 
     x = torch.randn(5, 3, 9, 7, device="cuda").contiguous(memory_format=torch.channels_last)

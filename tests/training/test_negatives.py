@@ -7,7 +7,7 @@ from ebm.config import validate
 from ebm.errors import ConfigError
 from ebm.losses import contrastive_divergence
 from ebm.streams import generator
-from ebm.training.buffer import ReplayBuffer
+from ebm.training.negatives import ReplayBuffer
 
 SHARES = torch.tensor([0.1, 0.9])
 MEANS = torch.tensor([-2.0, 1.0])  # of each class: x | y is N(MEANS[y], 1)

@@ -9,7 +9,7 @@ from torch import nn
 
 from ebm.config import validate
 from ebm.energies.networks import spectrally_normalise
-from ebm.training.optimizer import (
+from ebm.training.state import (
     build_optimizer,
     clip_grad_norm,
     learning_rate,
