@@ -1,5 +1,5 @@
-"""All that is written in Triton: the numbers of `ebm.streams.Philox`, drawn inside a kernel, and the update of a Langevin
-step as one kernel."""
+"""All that is written in Triton: the numbers of `ebm.streams.Philox`, drawn inside a kernel, and the update of a
+Langevin step as one kernel."""
 
 from typing import Protocol
 

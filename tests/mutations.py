@@ -145,7 +145,7 @@ LOSSES = {
         ],
     ),
     "noise_contrastive": Loss(
-        "noise_contrastive",
+        "contrastive",
         ("GaussianNoise", "UniformNoise", "noise_contrastive"),
         "noise",
         [
@@ -174,7 +174,7 @@ LOSSES = {
         ],
     ),
     "energy_discrepancy": Loss(
-        "noise_contrastive",
+        "contrastive",
         ("energy_discrepancy",),
         "energy_discrepancy",
         [
@@ -241,7 +241,7 @@ LOSSES = {
         ],
     ),
     "dual": Loss(
-        "noise_levels",
+        "score_matching",
         ("dual_score_matching", "dual_terms", "log_normaliser", "_with_noise"),
         "dual_score_matching_written or normaliser_of or contrast_vanishes",
         [

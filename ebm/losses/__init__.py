@@ -1,17 +1,20 @@
 """Losses: functions of an energy and tensors, and the loss that a config asks for."""
 
 from ebm.losses.contrastive import (
+    GaussianNoise,
+    UniformNoise,
     contrastive_divergence,
+    energy_discrepancy,
     improved_contrastive_divergence,
     joint_energy,
     marginal,
+    noise_contrastive,
     noisy,
     recovery_likelihood,
     tilted,
 )
 from ebm.losses.factory import loss_of
 from ebm.losses.flow_matching import energy_matching, equilibrium_matching
-from ebm.losses.noise_contrastive import GaussianNoise, UniformNoise, energy_discrepancy, noise_contrastive
 from ebm.losses.output import LossOutput, energy_l2, gradient_penalty, interpolate
 from ebm.losses.score_matching import (
     at_noise_levels,

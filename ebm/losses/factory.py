@@ -8,14 +8,17 @@ from torch import Tensor
 
 from ebm.config import losses as kinds
 from ebm.losses.contrastive import (
+    GaussianNoise,
+    UniformNoise,
     contrastive_divergence,
+    energy_discrepancy,
     improved_contrastive_divergence,
     joint_energy,
     marginal,
+    noise_contrastive,
     recovery_likelihood,
 )
 from ebm.losses.flow_matching import energy_matching, equilibrium_matching
-from ebm.losses.noise_contrastive import GaussianNoise, UniformNoise, energy_discrepancy, noise_contrastive
 from ebm.losses.output import LossOutput, gradient_penalty, interpolate
 from ebm.losses.score_matching import (
     denoising_score_matching,

@@ -12,9 +12,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ebm import losses
 from ebm.config import LangevinConfig
-from ebm.losses.contrastive import log_distance
+from ebm.losses.contrastive import GaussianNoise, UniformNoise, log_distance
 from ebm.losses.flow_matching import flow_loss, pairing
-from ebm.losses.noise_contrastive import GaussianNoise, UniformNoise
 from ebm.losses.score_matching import spread_levels
 from ebm.samplers import settings_of
 

@@ -12,7 +12,7 @@ from gaussians import COVARIANCE, MEAN, Quadratic, assert_found, follow, gaussia
 from torch import nn
 
 from ebm import losses
-from ebm.losses.noise_contrastive import GaussianNoise, UniformNoise
+from ebm.losses.contrastive import GaussianNoise, UniformNoise
 
 PRECISION = torch.linalg.inv(COVARIANCE)
 IDENTITY = torch.eye(2, dtype=torch.float64)

@@ -12,7 +12,7 @@ from ebm import losses
 from ebm.config.losses import LossConfig
 from ebm.energies import MLPEnergyFunction
 from ebm.losses import loss_of
-from ebm.losses.noise_contrastive import GaussianNoise, UniformNoise
+from ebm.losses.contrastive import GaussianNoise, UniformNoise
 
 CHAIN = {"step_size": [9.0, 0.1], "noise_scale": [9.0, 0.2], "grad_clamp": 0.5, "bounds": None, "boundary": "clamp"}
 CHAIN |= {"num_steps": 2}
