@@ -45,7 +45,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "monitoring", help="where the runs go")
     out = parser.parse_args().out.resolve()
     for name, settings in RUNS.items():
-        arguments = [f"run.dir={out / name}", f"data.shards={out / 'shards' / 'train'}", *BOTH, *settings]
+        place = [f"run.dir={out / name}", "data.source=digits", f"data.shards={out / 'shards' / 'train'}"]
+        arguments = [*place, *BOTH, *settings]
         subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], check=True)
         draw(report.read(out / name), ROOT / "docs" / f"{name}_run.png")
     return 0

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ebm.config import DEFAULT_CONFIG, Config, describe, load_config
+from ebm.config import DEFAULT_CONFIG, Config, check_places, describe, load_config
 from ebm.config.describing import Row, meant
 from ebm.config.reading import overrides_last
 from ebm.errors import ConfigError, UserError
@@ -123,6 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
         overrides = [*directory_of_trial(os.environ, arguments.config, arguments.overrides), *arguments.overrides]
         config = load_config(arguments.config, overrides)
         if not arguments.dry_run:
+            check_places(config, arguments.config, overrides)
             return train(config, rank)
         if rank == 0:
             from ebm.training.cost import dry_run

@@ -2,7 +2,7 @@
 
 from ebm.config.describing import changes, check_same_run, describe, differences, flatten, to_yaml
 from ebm.config.energies import ConvConfig, EnergyConfig, ImportConfig, MLPConfig, ResNetConfig
-from ebm.config.loading import DEFAULT_CONFIG, load_config, validate
+from ebm.config.loading import DEFAULT_CONFIG, check_places, load_config, validate
 from ebm.config.losses import ContrastiveConfig
 from ebm.config.reading import MAX_BYTES
 from ebm.config.samplers import HMCConfig, LangevinConfig, MALAConfig, NoiseLevelsConfig, SamplerConfig, TemperingConfig
@@ -39,6 +39,7 @@ __all__ = [
     "TrackingConfig",
     "TrainConfig",
     "changes",
+    "check_places",
     "check_same_run",
     "describe",
     "differences",

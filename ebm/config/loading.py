@@ -3,7 +3,8 @@
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,7 @@ def load_config(path: str | Path | Sequence[str | Path] | None = None, overrides
     Each file wins over those before it, and overrides over all. `path`: files or names of shipped configs, by default
     digits. A file's key `base` names files that are merged under it. Raises ConfigError with one clear message.
     """
-    paths = [path] if isinstance(path, str | Path) else list(path or [DEFAULT_CONFIG])
-    files = [_find(each) for each in paths]
+    files = _files(path)
     values: Any = {}
     for i, file in enumerate(files):
         layer = _layer(file, ())
@@ -50,8 +50,23 @@ def load_config(path: str | Path | Sequence[str | Path] | None = None, overrides
     return validate(_merged(values, given, "") if given else values, where)
 
 
+def _files(path: str | Path | Sequence[str | Path] | None) -> list[Path]:
+    paths = [path] if isinstance(path, str | Path) else list(path or [DEFAULT_CONFIG])
+    return [_find(each) for each in paths]
+
+
 def _layer(file: Path, above: tuple[Path, ...]) -> Any:
     """The values of a file over those of its bases. `above`: the files that name it as a base. Raises ConfigError."""
+    values, bases = _own_values(file, above)
+    below: Any = None
+    for base in bases:
+        layer = _layer(base, (*above, file.resolve()))
+        below = layer if below is None else _merged(below, layer, str(base))
+    return _merged(below, values, str(file)) if bases else values
+
+
+def _own_values(file: Path, above: tuple[Path, ...]) -> tuple[Any, list[Path]]:
+    """(the values that a file gives itself, its bases, of which later ones win). Raises ConfigError."""
     if file.resolve() in above or len(above) > MAX_BASES:
         raise ConfigError(f"{file}: is a base of itself, or the last of more than {MAX_BASES} bases; name another base")
     try:
@@ -60,18 +75,16 @@ def _layer(file: Path, above: tuple[Path, ...]) -> Any:
     except ERRORS as error:
         raise ConfigError(f"{file}: {error}") from error
     if not isinstance(values, dict) or "base" not in values:
-        return values
-    bases = values.pop("base")
-    bases = bases if isinstance(bases, list) else [bases]
-    below: Any = None
-    for base in bases:
+        return values, []
+    named = values.pop("base")
+    bases = []
+    for base in named if isinstance(named, list) else [named]:
         if not isinstance(base, str):
             raise ConfigError(
                 f"{file}: base={base!r}: must be a file, the name of a shipped config, or a list of these"
             )
-        layer = _layer(_find(base, file.parent, f"{file}: base"), (*above, file.resolve()))
-        below = layer if below is None else _merged(below, layer, base)
-    return _merged(below, values, str(file))
+        bases.append(_find(base, file.parent, f"{file}: base"))
+    return values, bases
 
 
 def _find(path: str | Path, folder: Path = Path(), what: str = "--config") -> Path:
@@ -269,10 +282,70 @@ def _without_held_out(below: dict[str, Any], above: dict[str, Any]) -> tuple[dic
 def _of_unknown_origin(shards: object) -> bool:
     """Whether there is a manifest that does not say what its shards were made from."""
     try:
-        manifest = json.loads((Path(str(shards)).expanduser() / "manifest.json").read_text())
+        manifest = json.loads(_manifest_of(str(shards)).read_text())
         return isinstance(manifest, dict) and manifest.get("source") is None
     except (OSError, ValueError, RuntimeError, RecursionError):  # no shards yet, or a URL, or for the reader to refuse
         return False
+
+
+def _manifest_of(shards: str) -> Path:
+    """Raises RuntimeError where there is no home directory."""
+    path = Path(shards).expanduser()
+    return path if path.suffix == ".json" else path / "manifest.json"
+
+
+def check_places(
+    config: Config, path: str | Path | Sequence[str | Path] | None = None, overrides: Sequence[str] = ()
+) -> None:
+    """Raises ConfigError where a mistyped directory of shards would get other data than the user means.
+
+    That is where `data.shards` or `evaluate.shards` is given without a source, so that the source of a file below it
+    holds, and no shards are there. A path with the name of that source in it is taken for its new place.
+    """
+    layers = [layer for layer in _layers(path, overrides) if isinstance(layer, dict)]
+    for name, section in (("data", config.data), ("evaluate", config.evaluate)):
+        given = [layer[name] for layer in layers if isinstance(layer.get(name), dict) and "shards" in layer[name]]
+        place, source = section.shards, section.source
+        if not given or place is None or source is None or "source" in given[0] or "://" in place:
+            continue
+        known = any("source" in values and values["shards"] == given[0]["shards"] for values in given)
+        parts = [part.lower() for part in Path(place).parts]
+        named = any(re.match(rf"{re.escape(_name_of(source).lower())}(?![a-z])", part) for part in parts)
+        if not (known or named or _manifest_of(place).exists()):
+            near = _near(Path(place))
+            raise ConfigError(
+                f"{name}.shards={place}: there are no shards, and {name}.source={source} comes from the config, not "
+                f"with this path{f'; did you mean {near}?' if near else ''}. Give {name}.source={source} beside it to "
+                f"have them written from that, or write shards of your own there with `python -m ebm shard` or `python "
+                f"-m ebm index`, and give {name}.source=null"
+            )
+
+
+def _layers(path: str | Path | Sequence[str | Path] | None, overrides: Sequence[str]) -> Iterator[Any]:
+    """The values that overrides, files and their bases give themselves, the uppermost first."""
+    yield _given(overrides, "")
+
+    def below(files: list[Path], above: tuple[Path, ...]) -> Iterator[Any]:
+        for file in reversed(files):
+            values, bases = _own_values(file, above)
+            yield values
+            yield from below(bases, (*above, file.resolve()))
+
+    yield from below(_files(path), ())
+
+
+def _near(place: Path) -> Path | None:
+    """A directory of shards whose path differs from `place` in the spelling of one part."""
+    for i in reversed(range(len(place.parts))):
+        above, below = Path(*place.parts[:i]), Path(*place.parts[i + 1 :])
+        try:
+            names = [entry.name for entry in above.iterdir() if entry.is_dir()]
+        except OSError:  # it is not there, or may not be read: then there is nothing to offer
+            continue
+        for name in get_close_matches(place.parts[i], names):
+            if (above / name / below / "manifest.json").is_file():
+                return above / name / below
+    return None
 
 
 def _name_of(place: str) -> str:

@@ -59,6 +59,13 @@ def test_no_shards(tmp_path):
     assert "nowhere" in message and "python -m ebm shard" in message
 
 
+def test_a_mistyped_directory_of_shards(tmp_path, digits):
+    """The source is the config's own: its digits are not written to any path that someone mistypes."""
+    message = fail(tmp_path, tmp_path / "shrads", 2)
+    assert f"data.shards={tmp_path}/shrads: there are no shards" in message and f"did you mean {digits}?" in message
+    assert not (tmp_path / "shrads").exists() and not (tmp_path / "run").exists()
+
+
 def test_missing_shard(tmp_path, digits):
     (digits / "shard-000001.tar").unlink()
     assert "shard-000001.tar" in fail(tmp_path, digits, 4)

@@ -8,7 +8,7 @@ import logging
 import pytest
 import yaml
 
-from ebm.config import differences, load_config
+from ebm.config import check_places, differences, load_config
 from ebm.config.reading import overrides_last
 from ebm.errors import ConfigError
 
@@ -190,6 +190,59 @@ def test_shards_moved_or_made_elsewhere(tmp_path):
     own = load_config(None, [f"data.shards={tmp_path}"])
     assert own.data.source is own.evaluate.source is own.evaluate.shards is None
     assert load_config("celeba64", ["data.shards=x"]).evaluate.shards is None
+
+
+def places(tmp_path, *overrides, path=None) -> str:
+    """What is said of them; empty where they are taken."""
+    given = [item.replace("TMP", str(tmp_path)) for item in overrides]
+    try:
+        check_places(load_config(path, given), path, given)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_a_mistyped_directory_of_shards_gets_no_other_data(tmp_path):
+    """Nothing is there, and the source is the config's: digits would be written to it, and trained on."""
+    (tmp_path / "shards" / "pictures").mkdir(parents=True)
+    (tmp_path / "shards" / "pictures" / "manifest.json").write_text(json.dumps({"version": 2, "source": {}}))
+    for typo in ("shards/pitcures", "shrads/pictures"):
+        said = places(tmp_path, f"data.shards=TMP/{typo}")
+        assert f"data.shards={tmp_path}/{typo}" in said and "data.source=digits comes from the config" in said
+        assert f"did you mean {tmp_path}/shards/pictures?" in said and "Give data.source=digits beside it" in said
+    assert "did you mean" not in places(tmp_path, "data.shards=TMP/other") != ""
+    assert "evaluate.source=digits comes from" in places(tmp_path, "evaluate.shards=TMP/shards/pic")
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"base: digits\ndata: {{shards: {tmp_path}/shards/pictuers}}\n")
+    assert "did you mean" in places(tmp_path, path=file)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [],
+        ["data.shards=data/digits/train"],
+        ["data.shards=TMP/digits"],  # the same data in another place
+        ["data.shards=TMP/Digits-8x8/train", "evaluate.shards=TMP/Digits-8x8/test"],
+        ["data.shards=TMP/new", "data.source=digits"],
+        ["data.shards=TMP/new", "data.source=null"],
+        ["data.shards=TMP/there"],
+        ["data.shards=TMP/there/manifest.json"],
+        ["data.shards=https://host/new"],
+        ["data.source=folder:pics/cats/train"],
+        ["data.source=mnist"],
+    ],
+)
+def test_directories_of_shards_that_are_meant(tmp_path, given):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "manifest.json").write_text(json.dumps({"version": 2, "source": {}}))
+    assert places(tmp_path, *given) == ""
+
+
+def test_a_manifest_anywhere_may_be_of_unknown_source(tmp_path):
+    (tmp_path / "mine.json").write_text(json.dumps({"version": 2}))
+    own = load_config(None, [f"data.shards={tmp_path}/mine.json"])
+    assert own.data.source is own.evaluate.source is own.evaluate.shards is None
 
 
 def test_a_config_on_a_shipped_one_leaves_its_data(tmp_path):
