@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from ebm.config import ConvConfig, MLPConfig, ResNetConfig
-from ebm.config.energies import GraphConfig, TransformerConfig, WideResNetConfig
+from ebm.config.energies import GraphConfig, TransformerConfig, UNetConfig, WideResNetConfig
 from ebm.energies import BaseEnergyFunction, build_energy
 
 SMALL = {
@@ -13,6 +13,7 @@ SMALL = {
     "conv": ConvConfig(features=(4, 8, 8), hidden_dim=8),
     "resnet": ResNetConfig(features=(4, 8, 8), blocks=1),
     "wide_resnet": WideResNetConfig(depth=10, widen=1),
+    "unet": UNetConfig(features=(4, 8), attention=(1,), num_heads=2),
     "transformer": TransformerConfig(dim=8, depth=2, num_heads=2),
     "graph": GraphConfig(hidden_dim=8, num_layers=2),
 }

@@ -1,5 +1,6 @@
 """energy.*: one section for each kind of energy. The constructors in ebm.energies take their defaults from it."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -91,6 +92,55 @@ class WideResNetConfig(NetworkConfig):
         return depth
 
 
+class UNetConfig(NetworkConfig):
+    """A U-Net, whose output of the image's shape makes an energy; for objectives that match scores or flows."""
+
+    kind: Literal["unet"] = "unet"
+    features: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (32, 64, 64),
+        min_length=1,
+        description="channels of each level; every one but the first has half the resolution",
+    )
+    blocks: int = Field(1, ge=1, description="residual blocks at each level, on the way down and again on the way up")
+    attention: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (), description="levels, from 0, whose blocks are followed by self-attention among their pixels"
+    )
+    num_heads: int = Field(4, ge=1, description="attention heads, also those of head=vit")
+    norm: Literal["group", "none"] = Field("group", description="normalisation before each activation")
+    bias: bool = Field(
+        True, description="false: no layer adds a constant; with norm=none and activation=leaky_relu f(a x) = a f(x)"
+    )
+    head: Literal["linear", "dot", "quadratic", "norm", "vit"] = Field(
+        "dot",
+        description="the energy of the output f: dot -<x, f>, quadratic <x, f>/2, norm |f|^2/2; linear in the mean of "
+        "the last features; vit: a small vision transformer on them",
+    )
+    head_patch: int = Field(4, ge=1, description="vit: side in pixels of the patches that become tokens")
+    head_dim: int = Field(128, ge=4, description="vit: width of a token; must be divisible by num_heads and by 4")
+    head_depth: int = Field(2, ge=1, description="vit: number of blocks")
+    output_scale: float = Field(
+        1.0, gt=0, description="the energy is multiplied by this (energy matching: 100 to 1000)"
+    )
+
+    @model_validator(mode="after")
+    def _heads(self) -> Self:
+        self.check_attention(self.features, self.attention, self.num_heads)
+        if self.head == "vit" and (self.head_dim % self.num_heads or self.head_dim % 4):
+            raise ValueError(f"head_dim={self.head_dim} must be divisible by num_heads={self.num_heads}, and by 4")
+        return self
+
+    @staticmethod
+    def check_attention(features: Sequence[int], attention: Sequence[int], num_heads: int) -> None:
+        """Raises ValueError for a level that does not exist or whose width the heads do not divide."""
+        for level in attention:
+            if level >= len(features):
+                raise ValueError(f"attention={list(attention)}: levels go from 0 to {len(features) - 1}")
+            if features[level] % num_heads:
+                raise ValueError(
+                    f"attention at level {level}, of width {features[level]}: use a num_heads that divides it"
+                )
+
+
 class TransformerConfig(NetworkConfig):
     """A small vision transformer."""
 
@@ -155,7 +205,16 @@ class ImportConfig(Section):
     )
 
 
-Network = MLPConfig | ConvConfig | ResNetConfig | WideResNetConfig | TransformerConfig | GraphConfig | ImportConfig
+Network = (
+    MLPConfig
+    | ConvConfig
+    | ResNetConfig
+    | WideResNetConfig
+    | UNetConfig
+    | TransformerConfig
+    | GraphConfig
+    | ImportConfig
+)
 
 
 class HybridConfig(Section):

@@ -26,7 +26,7 @@ from ebm.energies.networks import (
     NetworkEnergy,
     TransformerEnergyFunction,
 )
-from ebm.energies.resnet import ResNetEnergyFunction, WideResNetEnergyFunction
+from ebm.energies.resnet import ResNetEnergyFunction, UNetEnergyFunction, WideResNetEnergyFunction
 
 __all__ = [
     "BaseEnergyFunction",
@@ -46,6 +46,7 @@ __all__ = [
     "ResNetEnergyFunction",
     "RingEnergy",
     "TransformerEnergyFunction",
+    "UNetEnergyFunction",
     "WeightedSum",
     "WideResNetEnergyFunction",
     "build_energy",

@@ -25,7 +25,7 @@ from ebm.energies.networks import (
     NetworkEnergy,
     TransformerEnergyFunction,
 )
-from ebm.energies.resnet import ResNetEnergyFunction, WideResNetEnergyFunction
+from ebm.energies.resnet import ResNetEnergyFunction, UNetEnergyFunction, WideResNetEnergyFunction
 from ebm.errors import ConfigError
 from ebm.streams import derive_seed
 
@@ -141,6 +141,7 @@ IMAGE_NETWORKS: dict[str, type[NetworkEnergy]] = {
     "conv": ConvolutionalEnergyFunction,
     "resnet": ResNetEnergyFunction,
     "wide_resnet": WideResNetEnergyFunction,
+    "unet": UNetEnergyFunction,
     "transformer": TransformerEnergyFunction,
 }
 
@@ -165,13 +166,13 @@ def _build(config: EnergyConfig, shape: tuple[int, ...]) -> BaseEnergyFunction:
     return _network(config, shape, "energy")
 
 
-def _network(config: Network, shape: tuple[int, ...], key: str) -> BaseEnergyFunction:
-    """The network of the section that `key` names."""
+def _network(config: Network, shape: tuple[int, ...], key: str, levels: int = 0) -> BaseEnergyFunction:
+    """The network of the section that `key` names. `levels`: the last planes of `shape` that tell a noise level."""
     if isinstance(config, sections.ImportConfig):
         return _imported(config, key)
     if config.noise_conditional is not None:
         plain = config.model_copy(update={"noise_conditional": None})
-        network = _network(plain, (shape[0] + PLANES, *shape[1:]), key)
+        network = _network(plain, (shape[0] + PLANES, *shape[1:]), key, PLANES)
         return NoiseConditionalEnergy(network, shape, **config.noise_conditional.model_dump())
     settings = config.model_dump(exclude={"kind", "noise_conditional"})
     where = f"{key}.kind={config.kind} with data.shape={list(shape)}"
@@ -182,6 +183,8 @@ def _network(config: Network, shape: tuple[int, ...], key: str) -> BaseEnergyFun
     if len(shape) != 3:
         raise ConfigError(f"{where}: it takes images (C, H, W); use {key}.kind=mlp or graph for vectors")
     channels, height, width = shape
+    if isinstance(config, sections.UNetConfig):
+        settings["planes"] = channels - levels
     return IMAGE_NETWORKS[config.kind](channels=channels, height=height, width=width, **settings)
 
 

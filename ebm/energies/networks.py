@@ -62,8 +62,9 @@ class NetworkEnergy(BaseEnergyFunction):
         spectral_norm: bool = SHARED.spectral_norm,
         num_classes: int | None = SHARED.num_classes,
         confine: float = SHARED.confine,
+        energy_first: bool = False,
     ) -> None:
-        """Adds the head, which maps features (B, dim) to energies.
+        """Adds the head, which maps features (B, dim) to energies; `energy_first` as in EnergyHead.
 
         `spectral_norm` normalises every layer, the head included. `num_classes` makes the energy class-conditional.
         `confine` >= 0 weighs a term that makes exp(-E) integrable on all of R^n if the features grow more slowly than
@@ -72,7 +73,7 @@ class NetworkEnergy(BaseEnergyFunction):
         if confine < 0:
             raise ValueError(f"confine={confine} must be at least 0: a negative one drives chains to infinity")
         self.num_classes, self.confine = num_classes, confine
-        self.head = EnergyHead(dim, num_classes)
+        self.head = EnergyHead(dim, num_classes, energy_first)
         if spectral_norm:
             spectrally_normalise(self)
 
@@ -93,15 +94,23 @@ class EnergyHead(nn.Module):
     """Features h (B, dim) -> energies (B,): `scale * (w h + b)`, plus `scale * <embedding(y), h>` for a class condition
     (the projection of Miyato & Koyama 2018, eq. 3). `scale` is learned.
 
+    `energy_first`: the first feature is an energy already. It takes the place of `w h + b`, the others are projected on
+    the classes, and `scale` stays 1.
+
     Without labels a class-conditional head returns the marginal over the classes. It computes in the type of its own
     weights, float32, whatever the autocast type.
     """
 
-    def __init__(self, dim: int, num_classes: int | None = SHARED.num_classes):
+    scale: Tensor
+
+    def __init__(self, dim: int, num_classes: int | None = SHARED.num_classes, energy_first: bool = False):
         super().__init__()
-        self.linear = nn.Linear(dim, 1)
-        self.scale = nn.Parameter(torch.ones(()))
-        self.classes = nn.Embedding(num_classes, dim) if num_classes else None
+        self.linear = None if energy_first else nn.Linear(dim, 1)
+        if energy_first:
+            self.register_buffer("scale", torch.ones(()), persistent=False)
+        else:
+            self.scale = nn.Parameter(torch.ones(()))
+        self.classes = nn.Embedding(num_classes, dim - energy_first) if num_classes else None
 
     def forward(self, h: Tensor, y: Tensor | None = None) -> Tensor:
         if y is None and self.classes is not None:
@@ -109,8 +118,8 @@ class EnergyHead(nn.Module):
         if y is not None and self.classes is None:
             raise ValueError("labels y go with num_classes: this energy has none")
         with torch.autocast(h.device.type, enabled=False):
-            h = h.to(self.scale.dtype)
-            energy: Tensor = self.linear(h).squeeze(1)
+            common, h = self._common(h)
+            energy = common.squeeze(1)
             if y is not None and self.classes is not None:
                 energy = energy + (self.classes(y) * h).sum(1)
             return self.scale * energy
@@ -120,9 +129,14 @@ class EnergyHead(nn.Module):
         if self.classes is None:
             raise ValueError("class_energies: this energy has no classes; give it num_classes")
         with torch.autocast(h.device.type, enabled=False):
-            h = h.to(self.scale.dtype)
-            energies: Tensor = self.linear(h) + h @ self.classes.weight.T
+            common, h = self._common(h)
+            energies: Tensor = common + h @ self.classes.weight.T
             return self.scale * energies
+
+    def _common(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The part of the energy that all classes share, (B, 1), and the features that the classes see."""
+        h = h.to(self.scale.dtype)
+        return (h[:, :1], h[:, 1:]) if self.linear is None else (self.linear(h), h)
 
 
 def spectrally_normalise(module: nn.Module) -> nn.Module:
@@ -220,17 +234,8 @@ class ConvolutionalEnergyFunction(NetworkEnergy):
 # Vision transformer
 
 
-class TransformerEnergyFunction(NetworkEnergy):
-    """E(x) of images (B, channels, height, width) by a vision transformer with pre-norm blocks.
-
-    Patches of `patch_size` x `patch_size` pixels become tokens of width `dim`, which pass through `depth` blocks with
-    `num_heads` attention heads and a final LayerNorm, and are averaged. Images of any size work: the last patches are
-    filled with zeros.
-
-    LayerNorm bounds the features and so the energy: sample it inside bounds, or with `confine`. Spectral norm applies
-    to every linear layer; dot-product attention has no Lipschitz constant on all of R^n even so (Kim et al. 2021).
-    `options`: see NetworkEnergy.finish.
-    """
+class VisionTransformer(nn.Module):
+    """Images (B, channels, height, width) -> features (B, dim): the mean over tokens of a vision transformer."""
 
     positions: Tensor  # (tokens, dim)
 
@@ -245,7 +250,6 @@ class TransformerEnergyFunction(NetworkEnergy):
         num_heads: int = TRANSFORMER.num_heads,
         *,
         activation: str = TRANSFORMER.activation,
-        **options: Unpack[NetworkOptions],
     ):
         super().__init__()
         if dim % num_heads or dim % 4:
@@ -257,12 +261,40 @@ class TransformerEnergyFunction(NetworkEnergy):
         self.register_buffer("positions", sine_positions(rows, columns, dim), persistent=False)
         self.blocks = nn.Sequential(*(TransformerBlock(dim, num_heads, activation) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim)
-        self.finish(dim, **options)
 
     def features(self, x: Tensor) -> Tensor:
         patches = self.patches(F.pad(require_batch(x, self.shape), self.padding))
         tokens: Tensor = self.norm(self.blocks(patches.flatten(2).transpose(1, 2) + self.positions))
         return sum_over(tokens, 1) / tokens.shape[1]
+
+
+class TransformerEnergyFunction(VisionTransformer, NetworkEnergy):
+    """E(x) of images (B, channels, height, width) by a vision transformer with pre-norm blocks.
+
+    Patches of `patch_size` x `patch_size` pixels become tokens of width `dim`, which pass through `depth` blocks with
+    `num_heads` attention heads and a final LayerNorm, and are averaged. Images of any size work: the last patches are
+    filled with zeros.
+
+    LayerNorm bounds the features and so the energy: sample it inside bounds, or with `confine`. Spectral norm applies
+    to every linear layer; dot-product attention has no Lipschitz constant on all of R^n even so (Kim et al. 2021).
+    `options`: see NetworkEnergy.finish.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        height: int,
+        width: int,
+        patch_size: int = TRANSFORMER.patch_size,
+        dim: int = TRANSFORMER.dim,
+        depth: int = TRANSFORMER.depth,
+        num_heads: int = TRANSFORMER.num_heads,
+        *,
+        activation: str = TRANSFORMER.activation,
+        **options: Unpack[NetworkOptions],
+    ):
+        super().__init__(channels, height, width, patch_size, dim, depth, num_heads, activation=activation)
+        self.finish(dim, **options)
 
 
 class TransformerBlock(nn.Module):
@@ -282,11 +314,17 @@ class TransformerBlock(nn.Module):
         return t
 
     def _attention(self, t: Tensor) -> Tensor:
-        # Written out, because the fused kernels of scaled_dot_product_attention have no second derivative.
-        q, k, v = self.queries_keys_values(t).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        attention = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(3)
-        mixed: Tensor = (attention @ v).transpose(1, 2).flatten(2)
-        return mixed
+        return attend(self.queries_keys_values(t), self.num_heads)
+
+
+def attend(queries_keys_values: Tensor, num_heads: int) -> Tensor:
+    """Dot-product attention among tokens, (B, N, 3 dim) -> (B, N, dim). It is written out, because the fused kernels of
+    scaled_dot_product_attention have no second derivative."""
+    split = queries_keys_values.reshape(*queries_keys_values.shape[:2], 3, num_heads, -1)
+    q, k, v = split.permute(2, 0, 3, 1, 4)
+    attention = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(3)
+    mixed: Tensor = (attention @ v).transpose(1, 2).flatten(2)
+    return mixed
 
 
 def sine_positions(rows: int, columns: int, dim: int) -> Tensor:

@@ -1,6 +1,7 @@
-"""Residual networks for natural images: a plain one (after Du & Mordatch 2019, appendix A) and JEM's wide one. Their
-default sizes are those of the config (ebm.config.energies)."""
+"""Residual networks for natural images: a plain one (after Du & Mordatch 2019, appendix A), JEM's wide one, and U-Nets,
+whose output is an image. Their default sizes are those of the config (ebm.config.energies)."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Unpack
@@ -8,11 +9,19 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from ebm.config.energies import ResNetConfig, WideResNetConfig
+from ebm.config.energies import ResNetConfig, UNetConfig, WideResNetConfig
 from ebm.energies.base import require_batch
-from ebm.energies.networks import HeadOptions, NetworkEnergy, NetworkOptions, make_activation, sum_over
+from ebm.energies.networks import (
+    HeadOptions,
+    NetworkEnergy,
+    NetworkOptions,
+    VisionTransformer,
+    attend,
+    make_activation,
+    sum_over,
+)
 
-RESNET, WIDE_RESNET = ResNetConfig(), WideResNetConfig()
+RESNET, WIDE_RESNET, UNET = ResNetConfig(), WideResNetConfig(), UNetConfig()
 
 
 def halve(h: Tensor) -> Tensor:
@@ -69,21 +78,40 @@ def _double_edges(quarters: Tensor, rows: int, columns: int) -> Tensor:
     return quarters
 
 
+def double(h: Tensor, rows: int, columns: int) -> Tensor:
+    """Repeats each pixel as 2x2 pixels, and cuts off what is beyond rows x columns: (B, C, H, W) -> (B, C, rows,
+    columns). Its backward is a sum, which is deterministic and can be differentiated."""
+    pixels = h.permute(0, 2, 3, 1)  # channels last
+    b, height, width, c = pixels.shape
+    doubled = pixels[:, :, None, :, None].expand(b, height, 2, width, 2, c).reshape(b, 2 * height, 2 * width, c)
+    return doubled[:, :rows, :columns].permute(0, 3, 1, 2)
+
+
+def group_norm(channels: int, bias: bool = True) -> nn.GroupNorm:
+    """A norm over groups of at least 4 channels, at most 32 groups. Without `bias` it has factors only."""
+    norm = nn.GroupNorm(math.gcd(32, max(channels // 4, 1), channels), channels)
+    if not bias:
+        norm.register_parameter("bias", None)
+    return norm
+
+
 class ResidualBlock(nn.Module):
     """h -> h + conv(a(conv(a(h)))), where `a` is the activation, from `narrow` to `wide` channels. The second
-    convolution has the stride. The shortcut has a 1x1 convolution if width or resolution change. There is no norm
-    layer."""
+    convolution has the stride. The shortcut has a 1x1 convolution if width or resolution change. `norm`: a group norm
+    before each activation; by default there is none."""
 
-    def __init__(self, narrow: int, wide: int, activation: str, stride: int = 1):
+    def __init__(self, narrow: int, wide: int, activation: str, stride: int = 1, norm: bool = False, bias: bool = True):
         super().__init__()
         self.activation = make_activation(activation)
-        self.conv1 = nn.Conv2d(narrow, wide, 3, padding=1)
-        self.conv2 = nn.Conv2d(wide, wide, 3, stride=stride, padding=1)
+        self.norm1, self.norm2 = (group_norm(width, bias) if norm else nn.Identity() for width in (narrow, wide))
+        self.conv1 = nn.Conv2d(narrow, wide, 3, padding=1, bias=bias)
+        self.conv2 = nn.Conv2d(wide, wide, 3, stride=stride, padding=1, bias=bias)
         same = narrow == wide and stride == 1
-        self.shortcut = nn.Identity() if same else nn.Conv2d(narrow, wide, 1, stride=stride)
+        self.shortcut = nn.Identity() if same else nn.Conv2d(narrow, wide, 1, stride=stride, bias=bias)
 
     def forward(self, h: Tensor) -> Tensor:
-        out: Tensor = self.shortcut(h) + self.conv2(self.activation(self.conv1(self.activation(h))))
+        inner = self.conv1(self.activation(self.norm1(h)))
+        out: Tensor = self.shortcut(h) + self.conv2(self.activation(self.norm2(inner)))
         return out
 
 
@@ -162,4 +190,130 @@ class WideResNetEnergyFunction(NetworkEnergy):
 
     def features(self, x: Tensor) -> Tensor:
         h: Tensor = self.activation(self.blocks(self.stem(require_batch(x, self.shape))))
-        return sum_over(h, (2, 3)) / (h.shape[2] * h.shape[3])
+        return _mean_over_space(h)
+
+
+class AttentionBlock(nn.Module):
+    """h (B, C, H, W) -> h + attention among its pixels."""
+
+    def __init__(self, channels: int, num_heads: int, norm: bool = True, bias: bool = True):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = group_norm(channels, bias) if norm else nn.Identity()
+        self.queries_keys_values = nn.Linear(channels, 3 * channels, bias=bias)
+        self.out = nn.Linear(channels, channels, bias=bias)
+
+    def forward(self, h: Tensor) -> Tensor:
+        pixels = self.norm(h).flatten(2).transpose(1, 2)
+        mixed = self.out(attend(self.queries_keys_values(pixels), self.num_heads))
+        added: Tensor = h + mixed.transpose(1, 2).reshape(h.shape)
+        return added
+
+
+class UNetEnergyFunction(NetworkEnergy):
+    """E(x) of images (B, channels, height, width) of any size, from the output f(x) of a U-Net, times `output_scale`.
+
+    Each width of `features` is a level with half the resolution of the level before (Ronneberger et al. 2015). On the
+    way down and on the way up it has `blocks` residual blocks, each followed by self-attention at the levels that
+    `attention` names (0: full resolution). What a level has on the way down is seen again on the way up.
+
+    `head` makes an energy of f: "dot" -<x, f>, "quadratic" <x, f> / 2, "norm" |f|^2 / 2, with an f of x's shape;
+    "linear" takes the last features averaged over space; "vit" takes them to a vision transformer with `head_*` sizes
+    and `num_heads` (Balcerak et al. 2025).
+
+    Without `bias` and norm, with leaky_relu, f(a x) = a f(x) for a > 0: such networks denoise alike at all scales
+    (Mohan et al. 2020). `planes`: number of planes of x that the heads with <x, f> pair with f, the first ones (None:
+    all); the network sees the others too, such as the noise level's. `options`: see NetworkEnergy.finish.
+
+    Raises ValueError for a level of `attention` that is not there or has a width that `num_heads` does not divide.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        height: int,
+        width: int,
+        features: Sequence[int] = UNET.features,
+        blocks: int = UNET.blocks,
+        attention: Sequence[int] = UNET.attention,
+        num_heads: int = UNET.num_heads,
+        norm: str = UNET.norm,
+        bias: bool = UNET.bias,
+        head: str = UNET.head,
+        head_patch: int = UNET.head_patch,
+        head_dim: int = UNET.head_dim,
+        head_depth: int = UNET.head_depth,
+        output_scale: float = UNET.output_scale,
+        *,
+        planes: int | None = None,
+        activation: str = UNET.activation,
+        **options: Unpack[NetworkOptions],
+    ):
+        super().__init__()
+        UNetConfig.check_attention(features, attention, num_heads)
+        self.shape, self.kind, self.output_scale = (channels, height, width), head, output_scale
+        self.planes = channels if planes is None else planes
+        normed = norm == "group"
+
+        def level(number: int, narrow: int) -> nn.Sequential:
+            layers: list[nn.Module] = []
+            for i in range(blocks):
+                wide = features[number]
+                layers.append(ResidualBlock(wide if i else narrow, wide, activation, norm=normed, bias=bias))
+                if number in attention:
+                    layers.append(AttentionBlock(wide, num_heads, normed, bias))
+            return nn.Sequential(*layers)
+
+        narrow = [features[0], *features[:-1]]
+        self.stem = nn.Conv2d(channels, features[0], 3, padding=1, bias=bias)
+        self.down = nn.ModuleList(level(i, n) for i, n in enumerate(narrow))
+        self.up = nn.ModuleList(level(i, features[i + 1] + features[i]) for i in range(len(features) - 1))
+        last: list[nn.Module] = [group_norm(features[0], bias)] if normed else []
+        self.last = nn.Sequential(*last, make_activation(activation))
+        self.transformer = self.out = None
+        classes = features[0] if options.get("num_classes") else 0  # features that they see beside an energy
+        if head == "vit":
+            sizes = (head_patch, head_dim, head_depth, num_heads)
+            self.transformer = VisionTransformer(features[0], height, width, *sizes, activation=activation)
+        elif head != "linear":
+            self.out = nn.Conv2d(features[0], self.planes, 3, padding=1, bias=bias)
+        dim = {"vit": head_dim, "linear": features[0]}.get(head, 1 + classes)
+        self.finish(dim, energy_first=self.out is not None, **options)
+
+    def field(self, x: Tensor) -> Tensor:
+        """f(x), (B, planes, height, width). Raises ValueError for the heads "linear" and "vit", which have none."""
+        return self._field(self._hidden(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        h = self._hidden(x)
+        if self.transformer is not None:
+            return self.output_scale * self.transformer.features(h)
+        if self.out is None:
+            return self.output_scale * _mean_over_space(h)
+        f = self._field(h)
+        paired = f if self.kind == "norm" else x[:, : self.planes]
+        factor = {"dot": -1.0, "quadratic": 0.5, "norm": 0.5}[self.kind]
+        energy = (self.output_scale * factor) * sum_over(paired * f, (1, 2, 3))[:, None]
+        return energy if self.head.classes is None else torch.cat([energy, _mean_over_space(h)], 1)
+
+    def _field(self, hidden: Tensor) -> Tensor:
+        if self.out is None:
+            raise ValueError(f"head={self.kind!r} has no field; use dot, quadratic or norm")
+        f: Tensor = self.out(hidden)
+        return f.to(torch.promote_types(f.dtype, torch.float32))  # products of x and f are summed in float32
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        """The last features of the U-Net, (B, features[0], height, width)."""
+        h: Tensor = self.stem(require_batch(x, self.shape))
+        seen: list[Tensor] = []
+        for i, level in enumerate(self.down):
+            h = level(halve(h) if i else h)
+            seen.append(h)
+        for level, beside in zip(reversed(self.up), reversed(seen[:-1]), strict=True):
+            h = level(torch.cat([double(h, *beside.shape[2:]), beside], 1))
+        last: Tensor = self.last(h)
+        return last
+
+
+def _mean_over_space(h: Tensor) -> Tensor:
+    return sum_over(h, (2, 3)) / (h.shape[2] * h.shape[3])

@@ -242,7 +242,18 @@ def test_describe_covers_every_key(config_file):
     assert len(set(named)) == len(named)
     assert all(row.meaning for row in rows)
     keys = {row.key for row in rows}
-    for kind in ("mlp", "conv", "resnet", "wide_resnet", "transformer", "graph", "gaussian", "hybrid", "import"):
+    for kind in (
+        "mlp",
+        "conv",
+        "resnet",
+        "wide_resnet",
+        "unet",
+        "transformer",
+        "graph",
+        "gaussian",
+        "hybrid",
+        "import",
+    ):
         overrides = [f"energy.kind={kind}"] + (["energy.path=a:B", "energy.settings.a=1"] if kind == "import" else [])
         resolved = set(flatten(load_config(config_file(""), overrides).model_dump())) - {"energy.settings.a"}
         assert resolved <= keys
@@ -254,9 +265,9 @@ def test_describe_covers_every_key(config_file):
     assert (of["energy.kind"].type[:16], of["energy.kind"].default) == ("mlp|conv|resnet|", '"resnet"')
     assert "\nhybrid: E(x) = E_prior(x) + weight * E_network(x)." in of["energy.kind"].meaning
     assert of["energy.network.kind"].kinds == ("hybrid",)
-    assert of["energy.confine"].kinds == ("mlp", "conv", "resnet", "wide_resnet", "transformer", "graph")
+    assert of["energy.confine"].kinds == ("mlp", "conv", "resnet", "wide_resnet", "unet", "transformer", "graph")
     norms = [(row.kinds, row.default) for row in rows if row.key == "energy.spectral_norm"]
-    assert norms == [(("mlp", "conv", "wide_resnet", "transformer", "graph"), "false"), (("resnet",), "true")]
+    assert norms == [(("mlp", "conv", "wide_resnet", "unet", "transformer", "graph"), "false"), (("resnet",), "true")]
 
 
 plain = st.text(st.characters(min_codepoint=32, max_codepoint=0x2FFF, exclude_characters="$\\"), max_size=12)

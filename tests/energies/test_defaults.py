@@ -11,6 +11,7 @@ from ebm.config.energies import (
     HybridConfig,
     NetworkConfig,
     TransformerConfig,
+    UNetConfig,
     WideResNetConfig,
 )
 from ebm.energies import (
@@ -22,6 +23,7 @@ from ebm.energies import (
     PointGraphEnergyFunction,
     ResNetEnergyFunction,
     TransformerEnergyFunction,
+    UNetEnergyFunction,
     WideResNetEnergyFunction,
     build_energy,
 )
@@ -31,6 +33,7 @@ NETWORKS = [
     (ConvolutionalEnergyFunction, ConvConfig(), (1, 8, 8)),
     (ResNetEnergyFunction, ResNetConfig(), (1, 8, 8)),
     (WideResNetEnergyFunction, WideResNetConfig(), (1, 8, 8)),
+    (UNetEnergyFunction, UNetConfig(), (1, 8, 8)),
     (TransformerEnergyFunction, TransformerConfig(), (1, 8, 8)),
     (PixelGraphEnergyFunction, GraphConfig(), (1, 8, 8)),
     (PointGraphEnergyFunction, GraphConfig(), (6, 2)),

@@ -20,7 +20,7 @@ from ebm.energies import (
 from ebm.energies.networks import NORMALISED
 from ebm.errors import ConfigError
 
-IMAGES_ONLY = ("conv", "resnet", "wide_resnet", "transformer", "graph")
+IMAGES_ONLY = ("conv", "resnet", "wide_resnet", "unet", "transformer", "graph")
 
 
 @pytest.mark.parametrize("kind", SMALL)
@@ -86,7 +86,7 @@ def test_activations(kind, activation):
     silu = small(kind).eval()
     assert all(torch.equal(a, b) for a, b in zip(energy.parameters(), silu.parameters(), strict=True))
     assert not torch.isclose(energy(x), silu(x), rtol=1e-5, atol=0).any()
-    if kind != "transformer":  # where attention and LayerNorm have curvature of their own
+    if kind not in ("transformer", "unet"):  # where attention and norms have curvature of their own
         x.requires_grad_(True)
         (gradient,) = torch.autograd.grad(energy(x).sum(), x, create_graph=True)
         second = torch.autograd.grad(gradient.square().sum(), x, allow_unused=True)[0]
@@ -125,7 +125,7 @@ def test_float32_energies_under_autocast(kind):
         values = energy(x)
     assert values.dtype == torch.float32
     assert not torch.equal(values, exact)  # the body did compute in bfloat16
-    torch.testing.assert_close(values, exact, rtol=0.05, atol=0.02)
+    torch.testing.assert_close(values, exact, rtol=0.05, atol=0.02 * (1 + float(exact.abs().max())))
 
 
 @pytest.mark.parametrize("kind", SMALL)
@@ -162,7 +162,7 @@ def test_every_layer_gets_spectral_norm_one(kind):
     energy = small(kind, spectral_norm=True, num_classes=4)
     reach_fixed_point(energy, images(2, (3, 8, 8)), torch.zeros(2, dtype=torch.int64)).eval()
     layers = {name: layer for name, layer in energy.named_modules() if isinstance(layer, NORMALISED)}
-    assert {"head.linear", "head.classes"} < set(layers)
+    assert {"head.classes"} < set(layers) and ("head.linear" in layers) == (kind != "unet")
     for name, layer in layers.items():
         largest = torch.linalg.svdvals(layer.weight.detach().flatten(1))[0].item()
         assert largest == pytest.approx(1, abs=0.02), name

@@ -27,6 +27,7 @@ VARIANTS = {
     "mlp": ["energy.kind=mlp"],
     "resnet": ["energy.kind=resnet", "energy.features=[8,8]", "energy.blocks=1", "optim.weight_decay=0.01"],
     "wide_resnet": ["energy.kind=wide_resnet", "energy.depth=10", "energy.widen=1"],
+    "unet": ["energy.kind=unet", "energy.features=[4,8]", "energy.attention=[1]", "energy.num_classes=10"],
     "transformer": ["energy.kind=transformer", "energy.dim=16", "energy.depth=1", "energy.num_classes=10"],
     "graph": ["energy.kind=graph", "energy.hidden_dim=8", "energy.num_layers=2", "energy.spectral_norm=true"],
     "gaussian": ["energy.kind=gaussian", "energy.covariance=full"],
