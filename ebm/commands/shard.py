@@ -61,15 +61,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_grouping(parser: "argparse._ActionsContainer") -> None:
     """The options that say how a tar's members make samples."""
     parser.add_argument(
-        "--label", metavar="SUFFIX", help="of the member with a sample's class: cls (default), txt, json:FIELD, or none"
+        "--label",
+        metavar="SUFFIX",
+        help="of the member with a sample's class: cls (default), txt, json:FIELD, none; of parquet: a column, or none",
     )
-    parser.add_argument("--image", metavar="SUFFIX", help="of the image, where samples have several: jpg, image.png")
+    parser.add_argument(
+        "--image",
+        metavar="SUFFIX",
+        help="of the image, where samples have several: jpg, image.png; of parquet, a column",
+    )
     parser.add_argument(
         "--dots", choices=("first", "last"), default="first", help="which dot of a member's name ends its key"
     )
 
 
 def grouping_of(arguments: argparse.Namespace) -> Grouping:
+    """Of shards' members, whose suffixes are read in lower case."""
     image = arguments.image
     return Grouping(arguments.dots, None if image is None else image.lower().removeprefix("."))
 
@@ -83,7 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--holdout {arguments.holdout}: must be above 0 and below 1")
     if arguments.background is not None:
         check_background(arguments.background)
-    grouping = grouping_of(arguments)
+    columns = arguments.source.startswith("parquet:")
+    grouping = Grouping(arguments.dots, arguments.image) if columns else grouping_of(arguments)
     options = Options(arguments.root, arguments.labels, arguments.label, None if grouping == Grouping() else grouping)
     split = arguments.split if arguments.holdout is None else "train"
     source = select(

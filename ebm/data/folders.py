@@ -131,7 +131,7 @@ def _has_images(folder: Path) -> bool:
     return next(_Tree()._below(folder, ""), None) is not None
 
 
-def _split_of(name: str) -> str | None:
+def split_of(name: str) -> str | None:
     """`train`, `val` or `test`, where a folder's name says one of them."""
     return next((split for split, names in SPLITS.items() if name.lower() in names), None)
 
@@ -148,9 +148,9 @@ def _layout(root: Path, split: str) -> _Layout:
     if split in WHOLE:
         return _Layout([], [])
     folders = [name for name in _folders(root) if _has_images(root / name)]
-    splits = natural(name for name in folders if _split_of(name))
+    splits = natural(name for name in folders if split_of(name))
     beside = natural(set(folders) - set(splits))
-    if beside and len({_split_of(name) for name in splits}) == 1:
+    if beside and len({split_of(name) for name in splits}) == 1:
         raise DataError(
             f"folder:{root}: {splits[0]} is named like a split, and stands among other folders. If all are classes, "
             f"give `--split .` to python -m ebm shard; if it is the split, give folder:{root / splits[0]}"
@@ -168,7 +168,7 @@ def _base(root: Path, split: str, splits: list[str]) -> Path:
             f"folder:{root}: there is no split {split!r} in it (it has {inside}); all of it is the split train"
         )
     exact = [name for name in splits if name == split]
-    same = exact or [name for name in splits if _split_of(name) == _split_of(split)]
+    same = exact or [name for name in splits if split_of(name) == split_of(split)]
     if len(same) != 1:
         which = "several folders for" if same else "no folder for"
         raise DataError(f"folder:{root}: {which} the split {split!r}; it has {', '.join(splits)}")

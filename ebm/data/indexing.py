@@ -1,19 +1,46 @@
-"""Manifests for shards made elsewhere: which members make a sample, what its label is, and what is passed over."""
+"""Shards made elsewhere: which members make a sample, what its label is, and what is passed over; their manifests, and
+their samples as a source, to be written anew."""
 
 import glob
 import os
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from braceexpand import braceexpand
 from tqdm import tqdm
 
-from ebm.data.decode import show
-from ebm.data.items import Label, LabelTable, numbered
-from ebm.data.manifest import FILE_NAME, LeftOut, Manifest, Origin, Shard, is_remote, load_manifest
-from ebm.data.tars import BY_FIRST_DOT, Grouping, Scan, scan_shard
+from ebm.data.decode import decode_vector, read_vector_shape, show
+from ebm.data.items import Item, Label, LabelTable, image_item, numbered
+from ebm.data.manifest import (
+    FILE_NAME,
+    LeftOut,
+    Manifest,
+    Origin,
+    Shard,
+    fingerprint,
+    is_remote,
+    load_manifest,
+    manifest_path,
+)
+from ebm.data.tars import (
+    BLOCK,
+    BY_FIRST_DOT,
+    Grouping,
+    Scan,
+    crc32,
+    image_suffixes,
+    main_suffixes,
+    parse_label,
+    read_block,
+    read_range,
+    scan_shard,
+)
 from ebm.errors import ConfigError, DataError
 
 UNFINISHED = ".unfinished"  # a directory of shards that are being written
@@ -281,3 +308,134 @@ def _remedy(directory: Path) -> str:
         f"write good ones with `python -m ebm shard --source shards:{directory} --on-error skip --out DIR`, or give "
         "--on-error skip, and data.on_error=skip to train"
     )
+
+
+class _Shard(NamedTuple):
+    """A tar to read from. `crc32`: None where it is in no manifest; `labels`: None where they are in .cls members."""
+
+    path: str
+    samples: int
+    bytes: int
+    offsets: tuple[int, ...]
+    crc32: tuple[int, ...] | None
+    labels: tuple[int | None, ...] | None
+
+
+@dataclass(frozen=True)
+class ShardSource:
+    """The samples of shards. Where single samples can't be used, `item` raises DataError for these."""
+
+    shards: tuple[_Shard, ...]
+    grouping: Grouping
+    ends: tuple[int, ...]  # samples up to the end of each shard
+    classes: tuple[str, ...] | None = None
+    left_out: tuple[LeftOut, ...] = ()
+    origin: Origin | None = None
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def key_and_label(self, i: int) -> tuple[str, int | None]:
+        shard, place, sample = self._sample(i)
+        try:
+            return sample["__key__"], shard.labels[place] if shard.labels is not None else _class_of(sample)
+        except ValueError as error:
+            raise DataError(f"{shard.path}: key {sample['__key__']}: {error}") from error
+
+    def item(self, i: int) -> Item:
+        key, label = self.key_and_label(i)
+        shard, _, sample = self._sample(i)
+        name = f"{shard.path}: key {key}"
+        try:
+            return self._item(key, name, sample, label)
+        except ValueError as error:
+            raise DataError(f"{name}: {error}") from error
+
+    def _sample(self, i: int) -> tuple[_Shard, int, dict[str, Any]]:
+        """(shard, place inside it, members)"""
+        number = bisect_right(self.ends, i)
+        shard, place = self.shards[number], i - (self.ends[number - 1] if number else 0)
+        return shard, place, _block(shard, place // BLOCK, self.grouping)[place % BLOCK]
+
+    def _item(self, key: str, name: str, sample: dict[str, Any], label: int | None) -> Item:
+        images = image_suffixes(sample)
+        if len(images) > 1 and self.grouping.image is None:
+            raise ValueError(f"has {len(images)} images: .{', .'.join(images)}; give --image SUFFIX or --dots last")
+        image, vector = main_suffixes(tuple(sample), self.grouping.image)
+        if image is not None:
+            return image_item(key, name, sample[image], label)
+        if vector is None:
+            raise ValueError("has no image and no vector")
+        return Item(key, name, decode_vector(sample[vector], *read_vector_shape(sample[vector])), label)
+
+
+def _class_of(sample: dict[str, Any]) -> int | None:
+    return parse_label(sample["cls"]) if "cls" in sample else None
+
+
+@lru_cache(maxsize=2)
+def _block(shard: _Shard, block: int, grouping: Grouping) -> list[dict[str, Any]]:
+    begin, end = (*shard.offsets, shard.bytes)[block : block + 2]
+    try:
+        with open(shard.path, "rb") as file:
+            data = read_range(file, begin, end)
+        if shard.crc32 is not None and crc32(data) != shard.crc32[block]:
+            raise ValueError(f"bytes {begin} to {end - 1} changed since the manifest was made")
+        found = list(read_block(data, grouping.dots))
+        if len(found) != min(BLOCK, shard.samples - block * BLOCK):
+            raise ValueError("its samples are not those of the manifest")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{shard.path}: {error}") from error
+    return found
+
+
+def open_shards(
+    where: str, split: str, labels: LabelTable | None = None, label: str | None = None, grouping: Grouping | None = None
+) -> ShardSource:
+    """Shards with a manifest as it has them; others, and all where a label or a grouping is given, are scanned. Raises
+    DataError."""
+    if labels is None and label is None and grouping is None and manifest_path(where).exists():
+        manifest = load_manifest(where)
+        shards = [
+            _Shard(
+                str(manifest.local / s.name), s.samples, s.bytes, s.offsets, s.crc32,
+                None if s.labels is None else tuple(None if n < 0 else n for n in s.labels),
+            )
+            for s in manifest.shards
+        ]  # fmt: skip
+        return _source(where, split, shards, manifest.grouping, manifest.classes, manifest.left_out)
+    paths, grouping = find_shards(where), grouping or Grouping()
+    scans = [scan_shard(path, grouping, "none" if labels else label or "cls") for path in paths]
+    values: list[Label | None] = [
+        labels.of(key) if labels else value for scan in scans for key, value in zip(scan.keys, scan.labels, strict=True)
+    ]
+    numbers, classes = numbered(values)
+    shards, at, others = [], 0, dict[str, list[str]]()
+    for path, scan in zip(paths, scans, strict=True):
+        part = tuple(numbers[at : at + scan.samples])
+        shards.append(_Shard(str(path), scan.samples, scan.bytes, tuple(scan.offsets), None, part))
+        at += scan.samples
+        for reason, names in scan.others.items():
+            others.setdefault(reason, []).extend(names)
+    left_out = [
+        LeftOut(reason=f"members that are in no sample: {r}", count=len(n), first=n[0]) for r, n in others.items()
+    ]
+    return _source(where, split, shards, grouping, classes, left_out)
+
+
+def _source(
+    where: str,
+    split: str,
+    shards: Sequence[_Shard],
+    grouping: Grouping,
+    classes: tuple[str, ...] | None,
+    left_out: Sequence[LeftOut],
+) -> ShardSource:
+    ends = tuple(accumulate(shard.samples for shard in shards))
+    origin = Origin(
+        source=f"shards:{Path(where).resolve()}",
+        split=split,
+        samples=ends[-1],
+        fingerprint=fingerprint([shard.path for shard in shards]),
+    )
+    return ShardSource(tuple(shards), grouping, ends, classes, tuple(left_out), origin)

@@ -269,7 +269,7 @@ def _write(
         left_out.append(LeftOut(reason="samples that can't be used", count=len(bad), first=bad[0]))
         for problem in bad:
             log.warning("left out: %s", problem)
-    manifest = assemble(out, found, classes=source.classes, source=origin, left_out=left_out)
+    manifest = assemble(out, found, on_error=on_error, classes=source.classes, source=origin, left_out=left_out)
     return _publish(out, manifest)
 
 

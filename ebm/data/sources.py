@@ -6,18 +6,19 @@ import math
 import os
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ebm.data.folders import FileSource, open_folder
+from ebm.data.indexing import open_shards
 from ebm.data.items import ArraySource, Item, LabelTable, Source, read_labels
-from ebm.data.manifest import LeftOut, Origin
-from ebm.data.stored import open_npy, open_parquet, open_shards
+from ebm.data.manifest import LeftOut, Origin, fingerprint
+from ebm.data.stored import open_npy, open_parquet
 from ebm.data.tars import Grouping
 from ebm.energies import BaseEnergyFunction, FourPeaksEnergy, GaussianMixtureEnergy
 from ebm.errors import DataError
@@ -302,7 +303,7 @@ KINDS = f"digits, {', '.join(NAMES)}, {', '.join(TOYS)}, folder:PATH, npy:FILE, 
 
 class Options(NamedTuple):
     """What a source may be told beside its name and split. `root`: of torchvision's files; `labels`: a file; `label`
-    and `grouping`: of shards' members."""
+    and `grouping`: of shards' members, or, with `grouping.image` alone, the columns of parquet files."""
 
     root: str | None = None
     labels: str | None = None
@@ -315,6 +316,23 @@ PLAIN = Options()
 
 def open_source(spec: str, split: str = "train", options: Options = PLAIN) -> Source:
     """A source by its name. `split`: `train` or `test`, or another that the data set has. Raises DataError."""
+    source = _open(spec, split, options)
+    if source.origin is None or options == PLAIN:
+        return source
+    told = source.origin.model_copy(update={"options": source.origin.options | _told(options)})
+    return replace(cast(ArraySource, source), origin=told)  # as every source, it is a frozen dataclass
+
+
+def _told(options: Options) -> dict[str, str | int | float]:
+    """The options that change what a source holds, for its origin."""
+    dots, image = options.grouping or Grouping()
+    told = {"label": options.label, "image": image, "dots": None if dots == "first" else dots}
+    if options.labels is not None:
+        told["labels"] = f"{Path(options.labels).name} {fingerprint([options.labels])[:16]}"
+    return {name: value for name, value in told.items() if value is not None}
+
+
+def _open(spec: str, split: str, options: Options) -> Source:
     kind, _, path = spec.partition(":")
     _check(spec, kind, options)
     labels = read_labels(options.labels) if options.labels else None
@@ -335,8 +353,10 @@ def _check(spec: str, kind: str, options: Options) -> None:
         raise DataError(f"--root is for {', '.join(NAMES)}; {spec} has none")
     if options.labels is not None and kind not in ("folder", "npy", "shards"):
         raise DataError(f"--labels is for folder:, npy: and shards:; {spec} has its own")
-    if (options.label is not None or options.grouping is not None) and kind != "shards":
-        raise DataError(f"--label, --image and --dots are for shards:; {spec} has no members")
+    if (options.label is not None or options.grouping is not None) and kind not in ("shards", "parquet"):
+        raise DataError(f"--label, --image and --dots are for shards: and parquet:; {spec} has no members or columns")
+    if kind == "parquet" and options.grouping is not None and options.grouping.dots != "first":
+        raise DataError(f"--dots is for shards:; {spec} has columns")
 
 
 def _open_path(kind: str, path: str, split: str, labels: LabelTable | np.ndarray | None, options: Options) -> Source:
@@ -349,7 +369,7 @@ def _open_path(kind: str, path: str, split: str, labels: LabelTable | np.ndarray
     if kind == "folder":
         return open_folder(Path(path), split, labels)
     if kind == "parquet":
-        return open_parquet(path, split)
+        return open_parquet(path, split, options.grouping.image if options.grouping else None, options.label)
     return open_shards(path, split, labels, options.label, options.grouping)
 
 

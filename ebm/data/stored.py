@@ -1,52 +1,24 @@
-"""Sources in files: .npy, which is mapped, the named arrays of .npz, parquet tables, and shards that are to be written
-anew."""
+"""Sources in files: .npy, which is mapped, the named arrays of .npz, and parquet tables."""
 
 import glob
-import hashlib
 import json
 import os
+import re
 import zipfile
 from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from ebm.data.decode import decode_vector, read_vector_shape, show
-from ebm.data.indexing import find_shards
-from ebm.data.items import ArraySource, Item, Label, LabelTable, checked, image_item, numbered
-from ebm.data.manifest import LeftOut, Origin, load_manifest, manifest_path
-from ebm.data.tars import (
-    BLOCK,
-    Grouping,
-    crc32,
-    image_suffixes,
-    main_suffixes,
-    parse_label,
-    read_block,
-    read_range,
-    scan_shard,
-)
+from ebm.data.decode import show
+from ebm.data.folders import split_of
+from ebm.data.items import ArraySource, Item, Label, checked, image_item, numbered
+from ebm.data.manifest import LeftOut, Origin, fingerprint
 from ebm.errors import DataError
-
-ENDS = 1 << 20  # bytes at either end of a file that its fingerprint covers
-
-
-def fingerprint(paths: Sequence[str | Path]) -> str:
-    """A hash of files' names, sizes, and first and last MiB: seconds also for large ones. Raises OSError."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            digest.update(f"{Path(path).name}\0{size}\n".encode(errors="surrogateescape"))
-            digest.update(file.read(ENDS))
-            file.seek(max(0, size - ENDS))
-            digest.update(file.read(ENDS))
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -167,6 +139,7 @@ def _fitting(labels: np.ndarray | None, array: np.ndarray, path: str) -> np.ndar
 
 
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
+PARQUET_ERRORS = (OSError, ValueError, KeyError, TypeError, NotImplementedError)  # what pyarrow's are subclasses of
 
 
 @dataclass(frozen=True)
@@ -195,9 +168,10 @@ class ParquetSource:
             value = _parquet_rows(self.paths[file], self.image, row)
             data = value.get("bytes") if isinstance(value, dict) else value
             if not isinstance(data, bytes):
-                raise ValueError(f"column {self.image} has no bytes")
+                path = f", only the path {value.get('path')}" if isinstance(value, dict) else ""
+                raise ValueError(f"column {self.image} has no bytes there{path}")
             return image_item(f"{i:08d}", name, data, self.labels[i])
-        except (OSError, ValueError) as error:
+        except PARQUET_ERRORS as error:
             raise DataError(f"{name}: can't be read as an image ({error})") from error
 
 
@@ -227,45 +201,90 @@ def _parquet_rows(path: str, column: str, row: int) -> Any:
     return _row_group(path, column, group)[row - (ends[group - 1] if group else 0)]
 
 
-def open_parquet(pattern: str, split: str) -> ParquetSource:
-    """Parquet files by a path, a pattern or a directory, of which those with the split in their names are taken if any
-    file has a split in its name (`data/train-00000-of-00002.parquet`). Columns are found by type and name. Raises
-    DataError."""
+def open_parquet(pattern: str, split: str, image: str | None = None, label: str | None = None) -> ParquetSource:
+    """Parquet files by a path, a pattern or a directory. If any is named after a split, or in a folder that is, those
+    of `split` are taken (`train-00000-of-00002.parquet`, `default/train/0000.parquet`). Columns are found by type and
+    name, unless `image` and `label` name them (`none`: no labels). Raises DataError."""
     parquet = _pyarrow()
-    inside = f"{glob.escape(pattern)}/**/*.parquet" if os.path.isdir(pattern) else pattern
-    every = sorted(glob.glob(inside, recursive=True))
-    named = any(word in Path(path).name.lower() for path in every for word in ("train", "valid", "test"))
-    paths = [path for path in every if split in Path(path).name.lower()] if named else every
-    if not paths or (not named and split != "train"):
-        raise DataError(f"parquet:{pattern}: no files of the split {split!r} ({len(every)} files match)")
+    paths, left_out = _files_of_split(pattern, split)
+    labels: list[Label | None] = []
+    counts, names = [], None
+    columns: tuple[str, str | None] | None = None
+    path = paths[0]
     try:
-        first = parquet.ParquetFile(paths[0])
-        image, label = _columns(pattern, first.schema_arrow)
-        names = _feature_names(first.schema_arrow, label)
-        labels: list[Label | None] = []
-        counts = []
         for path in paths:
             file = parquet.ParquetFile(path)
+            found = _columns(path, file.schema_arrow, image, label)
+            if found != (columns := columns or found):
+                raise ValueError(f"its columns are {found}, those of {paths[0]} are {columns} (image, label)")
+            names = names or _feature_names(file.schema_arrow, found[1])
             counts.append(file.metadata.num_rows)
-            labels += file.read(columns=[label]).column(label).to_pylist() if label else [None] * counts[-1]
+            values = file.read(columns=[found[1]]).column(found[1]).to_pylist() if found[1] else [None] * counts[-1]
+            labels += [_class_number(value) for value in values]
         numbers, classes = numbered(labels, None)
         source = f"parquet:{os.path.abspath(pattern)}"
         origin = Origin(source=source, split=split, samples=sum(counts), fingerprint=fingerprint(paths))
-    except (OSError, ValueError) as error:  # pyarrow's errors are of these
-        raise DataError(f"parquet:{pattern}: {error}") from error
+    except PARQUET_ERRORS as error:
+        raise DataError(f"parquet:{path}: {error}") from error
+    if not sum(counts) or columns is None:
+        raise DataError(f"parquet:{pattern}: has no rows")
     return ParquetSource(
-        tuple(paths), tuple(accumulate(counts)), image, tuple(numbers), names or classes, origin=origin
+        tuple(paths), tuple(accumulate(counts)), columns[0], tuple(numbers), names or classes, left_out, origin
     )
 
 
-def _columns(pattern: str, schema: Any) -> tuple[str, str | None]:
-    """(image, label): the only column with bytes, or the one called image or img; the one called label or the like."""
+def _files_of_split(pattern: str, split: str) -> tuple[list[str], tuple[LeftOut, ...]]:
+    """(the files of a split, those that are of none). A file is of the last split that its path names, below the
+    directory or the fixed part of the pattern. Raises DataError."""
+    is_dir = os.path.isdir(pattern)
+    every = sorted(glob.glob(f"{glob.escape(pattern)}/**/*.parquet" if is_dir else pattern, recursive=True))
+    base = pattern if is_dir else re.split(r"[*?[]", pattern)[0].rpartition("/")[0]
+    wanted, of = split_of(split) or split, dict[str, str | None]()
+    for path in every:
+        words = re.findall(r"[a-z]+", os.path.relpath(path, base or ".").lower())
+        splits = [split_of(word) or word for word in words if split_of(word) or word == split]
+        of[path] = splits[-1] if splits else None
+    if not any(of.values()):
+        paths, others = every if wanted == "train" else [], list[str]()
+    else:
+        paths = [path for path in every if of[path] == wanted]
+        others = [path for path in every if of[path] is None]
+    if not paths:
+        there = ", ".join(sorted({found for found in of.values() if found})) or "none by name: all are the split train"
+        raise DataError(f"parquet:{pattern}: no files of the split {split!r} ({len(every)} match; splits: {there})")
+    reason = "parquet files that are not named after a split"
+    return paths, (LeftOut(reason=reason, count=len(others), first=others[0]),) if others else ()
+
+
+def _class_number(value: Any) -> Label | None:
+    """A label as it is; None for -1, which stands for no label in Hugging Face's test splits."""
+    if isinstance(value, bool):
+        return int(value)
+    return None if isinstance(value, int) and value < 0 else value
+
+
+def _columns(path: str, schema: Any, image: str | None, label: str | None) -> tuple[str, str | None]:
+    """(image, label): the columns of these names, or else the only one with bytes, or the one called image or img, and
+    the one called label or the like. Raises DataError, KeyError."""
     kinds = {field.name: str(field.type) for field in schema}
-    images = [name for name, kind in kinds.items() if "binary" in kind]
+    said = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+    images = [name for name, kind in kinds.items() if "binary" in kind and image in (None, name)]
     images = images if len(images) == 1 else [name for name in images if name in ("image", "img")]
     if len(images) != 1:
-        raise DataError(f"parquet:{pattern}: no single column of image bytes, or one called image; it has {kinds}")
-    labels = [name for name in LABEL_COLUMNS if kinds.get(name, "").startswith(("int", "uint", "string"))]
+        wanted = (
+            f"no column {image} of image bytes" if image else "no single column of image bytes, or one called image"
+        )
+        raise DataError(f"parquet:{path}: {wanted}; it has {said}; name it: --image COLUMN")
+    if label == "none":
+        return images[0], None
+    labels = [name for name in (LABEL_COLUMNS if label is None else (label,)) if name in kinds]
+    if not labels and label is not None:
+        raise DataError(f"parquet:{path}: --label {label}: no such column; it has {said}")
+    if labels and not re.match(r"u?int|string|large_string|bool|dictionary<values=(u?int|string)", kinds[labels[0]]):
+        raise DataError(
+            f"parquet:{path}: column {labels[0]} is {kinds[labels[0]]}; classes are integers or text; give --label "
+            "COLUMN, or --label none to take all as unlabelled"
+        )
     return images[0], labels[0] if labels else None
 
 
@@ -279,134 +298,3 @@ def _feature_names(schema: Any, label: str | None) -> tuple[str, ...] | None:
     except (ValueError, KeyError, TypeError, AttributeError):  # other versions' metadata: then labels are numbers
         return None
     return tuple(str(name) for name in names) if isinstance(names, list) else None
-
-
-class _Shard(NamedTuple):
-    """A tar to read from. `crc32`: None where it is in no manifest; `labels`: None where they are in .cls members."""
-
-    path: str
-    samples: int
-    bytes: int
-    offsets: tuple[int, ...]
-    crc32: tuple[int, ...] | None
-    labels: tuple[int | None, ...] | None
-
-
-@dataclass(frozen=True)
-class ShardSource:
-    """The samples of shards. Where single samples can't be used, `item` raises DataError for these."""
-
-    shards: tuple[_Shard, ...]
-    grouping: Grouping
-    ends: tuple[int, ...]  # samples up to the end of each shard
-    classes: tuple[str, ...] | None = None
-    left_out: tuple[LeftOut, ...] = ()
-    origin: Origin | None = None
-
-    def __len__(self) -> int:
-        return self.ends[-1]
-
-    def key_and_label(self, i: int) -> tuple[str, int | None]:
-        shard, place, sample = self._sample(i)
-        try:
-            return sample["__key__"], shard.labels[place] if shard.labels is not None else _class_of(sample)
-        except ValueError as error:
-            raise DataError(f"{shard.path}: key {sample['__key__']}: {error}") from error
-
-    def item(self, i: int) -> Item:
-        key, label = self.key_and_label(i)
-        shard, _, sample = self._sample(i)
-        name = f"{shard.path}: key {key}"
-        try:
-            return self._item(key, name, sample, label)
-        except ValueError as error:
-            raise DataError(f"{name}: {error}") from error
-
-    def _sample(self, i: int) -> tuple[_Shard, int, dict[str, Any]]:
-        """(shard, place inside it, members)"""
-        number = bisect_right(self.ends, i)
-        shard, place = self.shards[number], i - (self.ends[number - 1] if number else 0)
-        return shard, place, _block(shard, place // BLOCK, self.grouping)[place % BLOCK]
-
-    def _item(self, key: str, name: str, sample: dict[str, Any], label: int | None) -> Item:
-        images = image_suffixes(sample)
-        if len(images) > 1 and self.grouping.image is None:
-            raise ValueError(f"has {len(images)} images: .{', .'.join(images)}; give --image SUFFIX or --dots last")
-        image, vector = main_suffixes(tuple(sample), self.grouping.image)
-        if image is not None:
-            return image_item(key, name, sample[image], label)
-        if vector is None:
-            raise ValueError("has no image and no vector")
-        return Item(key, name, decode_vector(sample[vector], *read_vector_shape(sample[vector])), label)
-
-
-def _class_of(sample: dict[str, Any]) -> int | None:
-    return parse_label(sample["cls"]) if "cls" in sample else None
-
-
-@lru_cache(maxsize=2)
-def _block(shard: _Shard, block: int, grouping: Grouping) -> list[dict[str, Any]]:
-    begin, end = (*shard.offsets, shard.bytes)[block : block + 2]
-    try:
-        with open(shard.path, "rb") as file:
-            data = read_range(file, begin, end)
-        if shard.crc32 is not None and crc32(data) != shard.crc32[block]:
-            raise ValueError(f"bytes {begin} to {end - 1} changed since the manifest was made")
-        found = list(read_block(data, grouping.dots))
-        if len(found) != min(BLOCK, shard.samples - block * BLOCK):
-            raise ValueError("its samples are not those of the manifest")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{shard.path}: {error}") from error
-    return found
-
-
-def open_shards(
-    where: str, split: str, labels: LabelTable | None = None, label: str | None = None, grouping: Grouping | None = None
-) -> ShardSource:
-    """Shards with a manifest as it has them; others, and all where a label or a grouping is given, are scanned. Raises
-    DataError."""
-    if labels is None and label is None and grouping is None and manifest_path(where).exists():
-        manifest = load_manifest(where)
-        shards = [
-            _Shard(
-                str(manifest.local / s.name), s.samples, s.bytes, s.offsets, s.crc32,
-                None if s.labels is None else tuple(None if n < 0 else n for n in s.labels),
-            )
-            for s in manifest.shards
-        ]  # fmt: skip
-        return _source(where, split, shards, manifest.grouping, manifest.classes, manifest.left_out)
-    paths, grouping = find_shards(where), grouping or Grouping()
-    scans = [scan_shard(path, grouping, "none" if labels else label or "cls") for path in paths]
-    values: list[Label | None] = [
-        labels.of(key) if labels else value for scan in scans for key, value in zip(scan.keys, scan.labels, strict=True)
-    ]
-    numbers, classes = numbered(values)
-    shards, at, others = [], 0, dict[str, list[str]]()
-    for path, scan in zip(paths, scans, strict=True):
-        part = tuple(numbers[at : at + scan.samples])
-        shards.append(_Shard(str(path), scan.samples, scan.bytes, tuple(scan.offsets), None, part))
-        at += scan.samples
-        for reason, names in scan.others.items():
-            others.setdefault(reason, []).extend(names)
-    left_out = [
-        LeftOut(reason=f"members that are in no sample: {r}", count=len(n), first=n[0]) for r, n in others.items()
-    ]
-    return _source(where, split, shards, grouping, classes, left_out)
-
-
-def _source(
-    where: str,
-    split: str,
-    shards: Sequence[_Shard],
-    grouping: Grouping,
-    classes: tuple[str, ...] | None,
-    left_out: Sequence[LeftOut],
-) -> ShardSource:
-    ends = tuple(accumulate(shard.samples for shard in shards))
-    origin = Origin(
-        source=f"shards:{Path(where).resolve()}",
-        split=split,
-        samples=ends[-1],
-        fingerprint=fingerprint([shard.path for shard in shards]),
-    )
-    return ShardSource(tuple(shards), grouping, ends, classes, tuple(left_out), origin)

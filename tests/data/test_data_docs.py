@@ -1,6 +1,5 @@
 """docs/data.md: each command in it runs, on inputs of the kind that it speaks of, to a trained energy."""
 
-import importlib.util
 import io
 import json
 import os
@@ -12,8 +11,10 @@ import sys
 import tarfile
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
+from pyarrow import parquet
 from runs import ROOT
 
 PAGE = ROOT / "docs" / "data.md"
@@ -64,12 +65,6 @@ def write_inputs(root) -> None:
     for kind, array in (("images-idx3", IMAGES), ("labels-idx1", LABELS)):
         head = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
         (root / f"fashion/train-{kind}-ubyte").write_bytes(head + array.tobytes())
-
-
-def write_table(root) -> None:
-    import pyarrow as pa
-    from pyarrow import parquet
-
     rows = {"image": [{"bytes": picture(i, "L", 8)} for i in range(64)], "label": [int(label) for label in LABELS]}
     (root / "table").mkdir()
     parquet.write_table(pa.table(rows), root / "table/train.parquet")
@@ -84,10 +79,6 @@ def test_every_command_of_the_page_runs(tmp_path):
     ]
     assert len(commands) > 15 and all(words[0] == "ebm" for words in commands)
     write_inputs(tmp_path)
-    if importlib.util.find_spec("pyarrow"):
-        write_table(tmp_path)
-    else:
-        commands = [words for words in commands if "table" not in " ".join(words)]
     calls = [[*words[1:], *(QUICK if words[1] == "train" else [])] for words in commands]
     done = subprocess.run(
         [sys.executable, "-c", ALL],

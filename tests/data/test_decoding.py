@@ -1,16 +1,17 @@
 """One decoder for all roads: the same bytes give the same array from a folder, a tar, and shards written anew."""
 
-import importlib.util
 import io
 import tarfile
 import tempfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
+from pyarrow import parquet
 
 from ebm.__main__ import main
 from ebm.data import load_manifest
@@ -43,7 +44,7 @@ def only(manifest) -> np.ndarray:
 
 
 def by_every_road(data: bytes, suffix: str) -> dict[str, np.ndarray]:
-    """(C, H, W) of one file: through a folder, a tar, the tar written anew, and parquet where there is pyarrow."""
+    """(C, H, W) of one file: through a folder, a tar, the tar written anew, and parquet."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         (root / "in").mkdir()
@@ -53,12 +54,8 @@ def by_every_road(data: bytes, suffix: str) -> dict[str, np.ndarray]:
             tar.add(root / f"in/a.{suffix}", f"a.{suffix}")
         arrays = {"decoder": decode(data, read_header(data)), "tar": only(index_shards(root / "tar"))}
         sources = {"folder": f"folder:{root}/in", "shards": f"shards:{root}/tar"}
-        if importlib.util.find_spec("pyarrow"):
-            import pyarrow as pa
-            from pyarrow import parquet
-
-            parquet.write_table(pa.table({"image": [data]}), root / "a.parquet")
-            sources["parquet"] = f"parquet:{root}/a.parquet"
+        parquet.write_table(pa.table({"image": [data]}), root / "a.parquet")
+        sources["parquet"] = f"parquet:{root}/a.parquet"
         for road, spec in sources.items():
             arrays[road] = only(write_shards(open_source(spec), root / road, progress=False))
         return arrays

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import subprocess
 import tarfile
 import tempfile
 from pathlib import Path
@@ -163,12 +164,28 @@ def test_a_directory_that_can_not_be_written_takes_its_manifest_elsewhere(tmp_pa
     assert read(manifest) == {"a": (3, -1)} and not (shards / "manifest.json").exists()
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
-def test_a_directory_without_the_right_to_write_is_refused_before_the_scan(tmp_path):
+def mount(*arguments: str | Path) -> None:
+    if subprocess.run(["mount", *arguments], capture_output=True, check=False).returncode:
+        pytest.skip("a file system can't be mounted here")
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    """A directory with a damaged shard that can't be written to. Root may write to any but that of a read-only disk."""
     shards = tar(tmp_path / "shards/x.tar", {"a.png": b"junk"})
-    shards.chmod(0o500)
+    if os.getuid() == 0:
+        mount("--bind", shards, shards)
+        mount("-o", "remount,ro,bind", shards)
+    else:
+        shards.chmod(0o500)
+    yield shards
+    if os.getuid() == 0:
+        subprocess.run(["umount", "-l", shards], check=False)
+
+
+def test_a_directory_without_the_right_to_write_is_refused_before_the_scan(read_only):
     with pytest.raises(DataError, match=r"can't be written to; give --out FILE\.json"):
-        index_shards(shards)
+        index_shards(read_only)
 
 
 def test_missing_and_short_shards_are_passed_over(tmp_path, shown):

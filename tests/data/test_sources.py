@@ -6,8 +6,10 @@ import json
 import struct
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from ebm.__main__ import main
 from ebm.data import load_manifest
@@ -143,7 +145,7 @@ def test_options_that_a_source_would_ignore_are_refused(tmp_path):
     for spec, options, reason in (
         ("digits", Options(root="/x"), "--root is for"),
         ("digits", Options(labels="l.csv"), "--labels is for"),
-        (f"npy:{tmp_path}/a.npy", Options(label="txt"), "--label, --image and --dots are for shards"),
+        (f"npy:{tmp_path}/a.npy", Options(label="txt"), "--label, --image and --dots are for shards: and parquet:"),
         (f"npy:{tmp_path}/a.npy", Options(labels=f"{tmp_path}/l.csv"), r"of an array they are a \.npy file"),
     ):
         with pytest.raises(DataError, match=reason):
@@ -156,30 +158,107 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
         open_source(f"parquet:{tmp_path}/*.parquet")
 
 
+def png(i: int) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(IMAGES[i]).save(out, "PNG")
+    return out.getvalue()
+
+
+def table(path, rows=range(7), **columns) -> None:
+    """A parquet file with a column of images, as Hugging Face's datasets have it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = {"image": pa.array([{"bytes": png(i), "path": f"{i}.png"} for i in rows])} | columns
+    parquet.write_table(pa.table(made), path)
+
+
 def test_parquet_as_hugging_face_writes_it(tmp_path):
-    pa = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    def png(i):
-        out = io.BytesIO()
-        Image.fromarray(IMAGES[i]).save(out, "PNG")
-        return out.getvalue()
-
     features = {"image": {"_type": "Image"}, "label": {"names": ["b", "a", "c"], "_type": "ClassLabel"}}
     for part, rows in enumerate((range(4), range(4, 7))):
-        table = pa.table(
+        made = pa.table(
             {
                 "image": pa.array([{"bytes": png(i), "path": None} for i in rows]),
                 "label": pa.array([int(LABELS[i]) for i in rows], pa.int64()),
             }
         ).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-        parquet.write_table(table, tmp_path / f"train-0000{part}-of-00002.parquet", row_group_size=2)
-        parquet.write_table(table[:1], tmp_path / f"test-0000{part}-of-00002.parquet")
+        parquet.write_table(made, tmp_path / f"train-0000{part}-of-00002.parquet", row_group_size=2)
+        parquet.write_table(made[:1], tmp_path / f"test-0000{part}-of-00002.parquet")
     images, labels, manifest = read(f"parquet:{tmp_path}/*.parquet", tmp_path)
     assert np.array_equal(images[:, 0], IMAGES) and np.array_equal(labels, LABELS)
     assert manifest.classes == ("b", "a", "c") and len(open_source(f"parquet:{tmp_path}", "test")) == 2
-    with pytest.raises(DataError, match="no files of the split 'valid'"):
+    with pytest.raises(DataError, match=r"no files of the split 'valid' \(4 match; splits: test, train\)"):
         open_source(f"parquet:{tmp_path}", "valid")
+
+
+def test_splits_of_parquet_files_in_folders(tmp_path):
+    """As the Hub converts data sets: default/train/0000.parquet. Taken together, test images would be trained on."""
+    for n, split in enumerate(("train", "test", "validation"), 2):
+        table(tmp_path / f"set/default/{split}/0000.parquet", range(n))
+    table(tmp_path / "set/more.parquet")
+    for asked, n in (("train", 2), ("test", 3), ("val", 4), ("validation", 4)):
+        source = open_source(f"parquet:{tmp_path}/set", asked)
+        assert len(source) == n and [str(left)[:41] for left in source.left_out] == [
+            "1 parquet files that are not named after "
+        ]
+    assert len(open_source(f"parquet:{tmp_path}/set/*/test/*.parquet", "test")) == 3
+    table(tmp_path / "latest/contest.parquet")  # no splits
+    assert len(open_source(f"parquet:{tmp_path}/latest")) == 7
+
+
+@pytest.mark.parametrize(
+    ("values", "classes", "labels"),
+    [
+        (pa.array(list("bacbacb")), ("a", "b", "c"), [1, 0, 2, 1, 0, 2, 1]),
+        (pa.array(list("bacbacb"), pa.large_string()), ("a", "b", "c"), [1, 0, 2, 1, 0, 2, 1]),
+        (pa.array(list("bacbacb")).dictionary_encode(), ("a", "b", "c"), [1, 0, 2, 1, 0, 2, 1]),
+        (pa.array([True, False] * 3 + [True]), None, [1, 0, 1, 0, 1, 0, 1]),
+        (pa.array([-1] * 7), None, [-1] * 7),  # as in test splits whose labels are secret
+    ],
+)
+def test_labels_of_parquet_files(tmp_path, values, classes, labels):
+    table(tmp_path / "a.parquet", label=values)
+    _, found, manifest = read(f"parquet:{tmp_path}/a.parquet", tmp_path)
+    assert found.tolist() == labels and manifest.classes == classes
+
+
+def test_columns_of_parquet_files(tmp_path, capsys):
+    more = {"Thumb": pa.array([png(0)] * 7), "label": pa.array([0.5] * 7), "coarse": pa.array([2, 1, 0, 2, 1, 0, 1])}
+    table(tmp_path / "a.parquet", **more)
+    command = ["shard", "--source", f"parquet:{tmp_path}/a.parquet", "--out", str(tmp_path / "out")]
+    assert main(command) == 4 and "column label is double; classes are integers or text" in capsys.readouterr().err
+    assert main([*command, "--label", "none"]) == 0 and load_manifest(tmp_path / "out").num_classes is None
+    assert main([*command, "--label", "coarse", "--image", "Thumb", "--overwrite"]) == 0
+    manifest = load_manifest(tmp_path / "out")
+    ((images, labels, _),) = read_all(manifest, manifest.shape)
+    assert labels.tolist() == [2, 1, 0, 2, 1, 0, 1] and (images[:, 0].numpy() == IMAGES[0]).all()
+    assert manifest.source.options == {"label": "coarse", "image": "Thumb"}
+    assert main([*command, "--image", "no"]) == 4 and "no column no of image bytes; it has" in capsys.readouterr().err
+    assert main([*command, "--label", "no"]) == 4 and "--label no: no such column" in capsys.readouterr().err
+    assert main([*command, "--dots", "last"]) == 4 and "--dots is for shards:" in capsys.readouterr().err
+    table(tmp_path / "null.parquet", label=pa.array([1, None, 0, 1, 1, 1, 1]))
+    command[2] = f"parquet:{tmp_path}/null.parquet"
+    assert main([*command, "--overwrite"]) == 4 and "1 of 7 samples have no label" in capsys.readouterr().err
+    assert main([*command, "--overwrite", "--on-error", "skip"]) == 0
+    assert "left out: 1 samples without a label" in capsys.readouterr().out
+
+
+def test_damaged_parquet_files(tmp_path):
+    table(tmp_path / "a.parquet")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    for name, data, words in (
+        ("cut", whole[:-20], "cut.parquet: "),
+        ("empty", b"", "empty.parquet: "),
+        ("pages", whole[:8] + b"\xff" * 300 + whole[308:], "row 0: can't be read as an image"),
+    ):
+        (tmp_path / f"{name}.parquet").write_bytes(data)
+        with pytest.raises(DataError, match=words):
+            read(f"parquet:{tmp_path}/{name}.parquet", tmp_path)
+    parquet.write_table(pa.table({"text": ["a"]}), tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"b\.parquet: no single column of image bytes.*text \(string\)"):
+        open_source(f"parquet:{tmp_path}/[ab].parquet")
+    column = pa.array([{"bytes": None, "path": "x.png"}], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    parquet.write_table(pa.table({"image": column}), tmp_path / "path.parquet")
+    with pytest.raises(DataError, match=r"has no bytes there, only the path x\.png"):
+        read(f"parquet:{tmp_path}/path.parquet", tmp_path)
 
 
 def test_names_that_command_a_terminal_are_escaped(tmp_path, capsys):
