@@ -116,10 +116,10 @@ def states(
 def denoised(trained: TrainedRun, x: Tensor) -> Tensor:
     """`x` without the noise of the data that its energy was trained on. Raises ConfigError for a run whose chains keep
     none."""
-    if trained.temperature < WARM or not trained.data_noise:
+    if trained.temperature < WARM or not trained.chain_noise:
         raise ConfigError(
-            f"--denoise: chains at temperature {trained.temperature:g} and data.noise_std={trained.data_noise:g} keep "
-            "no noise of the data; leave it out"
+            f"--denoise: chains at temperature {trained.temperature:g} and data.noise_std={trained.data_noise:g} by "
+            f"sampler {trained.config.fresh_sampler.kind} keep no noise of the data; leave it out"
         )
     return trained.denoised(x)
 

@@ -122,7 +122,8 @@ def _rows(key: str, field: FieldInfo, kinds: tuple[str, ...] = ()) -> list[Row]:
     if len(sections) == 1:
         rows = [row for name, each in sections[0].model_fields.items() for row in _rows(f"{key}.{name}", each, kinds)]
         optional = NoneType in get_args(field.annotation)
-        return [Row(key, kinds, "section|null", "null", field.description or ""), *rows] if optional else rows
+        default = "null" if field.default is None else "section"
+        return [Row(key, kinds, "section|null", default, field.description or ""), *rows] if optional else rows
     names = {section.model_fields["kind"].default: section for section in sections}
     meaning = "\n".join(f"{name}: {_first_paragraph(section)}".removesuffix(": ") for name, section in names.items())
     rows = [Row(f"{key}.kind", kinds, "|".join(names), json.dumps(field.default.kind), meaning)]

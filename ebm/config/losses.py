@@ -4,8 +4,10 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from ebm.config.samplers import AnnealedConfig, FlowConfig, NesterovConfig, OwnSampler
 from ebm.config.section import Section, kind_by_default
 
+OWN_SAMPLER = "sampler of fresh chains; null: as in training, by the section sampler"
 Negatives = Literal["persistent", "data", "noise", "recovery"]  # where the chains of a step start
 
 
@@ -21,6 +23,11 @@ class ObjectiveConfig(Section):
     def conditional_chains(self) -> bool:
         """Whether each chain of a conditional energy has a label."""
         return True
+
+    @property
+    def own_sampler(self) -> OwnSampler | None:
+        """The sampler of fresh chains that the objective's paper has; None: the run's sampler."""
+        return None
 
 
 class ContrastiveFamily(ObjectiveConfig):
@@ -98,6 +105,12 @@ class EnergyMatchingConfig(ObjectiveConfig):
     contrastive_weight: float = Field(1e-3, ge=0, description="weight of E(x_pos) - E(x_neg)")
     floor: float | None = Field(0.02, gt=0, description="the weighted contrast counts down to minus this; null: no end")
     trim: float = Field(0.1, ge=0, lt=1, description="share of a stream's chains of highest energy that is left out")
+    sampler: FlowConfig | None = Field(FlowConfig(), description=OWN_SAMPLER)
+
+    @property
+    def own_sampler(self) -> FlowConfig | None:
+        """The flow, by Heun's method, beyond the time of the data (Balcerak et al. 2025)."""
+        return self.sampler
 
     def negatives_at(self, step: int) -> Negatives | None:
         """Where the chains of a step start; None during the warm-up."""
@@ -144,6 +157,21 @@ class MultilevelDenoisingConfig(WithoutChains):
     sigma_max: float = Field(1.2, gt=0, description="the largest level; between them they are spread in the logarithm")
     temperature: float = Field(1.0, gt=0, description="T of p ~ exp(-E / T); give the sampler the same")
 
+    sampler: AnnealedConfig | None = Field(AnnealedConfig(), description=OWN_SAMPLER)
+
+    @property
+    def own_sampler(self) -> AnnealedConfig | None:
+        """Langevin steps from the temperature at which the energy has the largest level's scale."""
+        if self.sampler is None:
+            return None
+        known = {
+            "hottest": (self.sigma_max / self.sigma) ** 2,
+            "sigma": self.sigma,
+            "temperature": self.temperature,
+        }
+        missing = {name: value for name, value in known.items() if getattr(self.sampler, name) is None}
+        return self.sampler.model_copy(update=missing)
+
     @model_validator(mode="after")
     def _levels(self) -> Self:
         if not self.sigma_min <= self.sigma <= self.sigma_max:
@@ -164,6 +192,12 @@ class EquilibriumConfig(WithoutChains):
     decay_start: float = Field(
         0.8, ge=0, lt=1, description="share of the way from noise to data after which the gradient falls to 0"
     )
+    sampler: NesterovConfig | None = Field(NesterovConfig(), description=OWN_SAMPLER)
+
+    @property
+    def own_sampler(self) -> NesterovConfig | None:
+        """Gradient descent with momentum."""
+        return self.sampler
 
 
 class DualScoreMatchingConfig(ObjectiveConfig):

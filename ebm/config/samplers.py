@@ -61,7 +61,9 @@ class LangevinConfig(ChainConfig):
     noise_scale: float | None = Field(0.005, ge=0, description="see step_size; null where temperature is given")
     temperature: float | None = Field(None, ge=0, description="sets noise_scale = sqrt(2 step_size temperature)")
     grad_clamp: float | None = Field(0.03, gt=0, description="each component of dE/dx is clamped to +- this")
-    boundary: Literal["clamp", "reflect"] = Field("clamp", description="how bounds are kept")
+    boundary: Literal["clamp", "reflect", "end"] = Field(
+        "clamp", description="how bounds are kept; end: chains are free, and clamped after their last step"
+    )
     schedule: Literal["constant", "linear", "cosine", "geometric", "flow"] = Field(
         "constant",
         description="how step_size and noise_scale go to their ends in a chain; flow, for energy matching: no noise up "
@@ -290,9 +292,72 @@ class NoiseLevelsConfig(ChainConfig):
         return tuple(low + (high - low) * k / (self.num_levels - 1) for k in range(self.num_levels))
 
 
+class OwnSamplerConfig(ChainConfig):
+    """The sampler of fresh chains that comes with an objective. Chains are clamped to the bounds after their last step,
+    and its number is asked for where they are drawn (`tracking.sample_steps`, `--steps`)."""
+
+    bounds: tuple[float, float] | None = Field(None, description="null: those of sampler.bounds, if there are any")
+    start: tuple[float, float] | Literal["normal"] | None = Field(
+        "normal", description="where chains begin: N(0, 1), an interval, or null: the bounds"
+    )
+
+    @property
+    def denoises(self) -> bool:
+        """Whether the last step takes away the noise of the data that the energy was trained on."""
+        return False
+
+    def within(self, bounds: tuple[float, float] | None) -> Self:
+        """This sampler with these bounds, unless it has its own."""
+        return self if self.bounds is not None else self.model_copy(update={"bounds": bounds})
+
+
+TOLERANCE = "a chain stops once the root mean square of dE/dx over its components is at most this; 0: never"
+
+
+class FlowConfig(OwnSamplerConfig):
+    """Follows x' = -dE/dx from time 0 to `end` in equal steps."""
+
+    kind: Literal["flow"] = Field("flow", description="flow is the only one here")
+    method: Literal["heun", "euler"] = Field("heun", description="order 2, two gradients a step; or order 1 and one")
+    end: float = Field(
+        2.0, gt=0, description="time at which the flow ends; data are at 1, and what follows descends the energy there"
+    )
+    tolerance: float = Field(0.0, ge=0, description=TOLERANCE)
+
+
+class NesterovConfig(OwnSamplerConfig):
+    """Gradient descent with Nesterov's momentum."""
+
+    kind: Literal["nesterov"] = Field("nesterov", description="nesterov is the only one here")
+    step_size: float = Field(0.003, gt=0, description="x <- y - step_size * dE/dx(y)")
+    momentum: float = Field(0.3, ge=0, lt=1, description="y = x + momentum * (x - the x before); 0: plain descent")
+    tolerance: float = Field(0.0, ge=0, description=TOLERANCE)
+
+
+class AnnealedConfig(OwnSamplerConfig):
+    """Langevin steps at a falling temperature, which for an energy of many levels of noise is a falling level."""
+
+    kind: Literal["annealed"] = Field("annealed", description="annealed is the only one here")
+    relative_step: float = Field(0.2, gt=0, lt=2, description="step size, in units of sigma^2 / temperature")
+    hottest: float | None = Field(
+        None, ge=1, description="first temperature, as a multiple of the last; null: (loss.sigma_max / loss.sigma)^2"
+    )
+    cooling: float = Field(0.8, gt=0, le=1, description="share of the steps in which the temperature falls")
+    denoise: bool = Field(True, description="the last step is x - sigma^2 dE/dx / temperature, without noise")
+    sigma: float | None = Field(None, gt=0, description="null: loss.sigma")
+    temperature: float | None = Field(None, gt=0, description="T of exp(-E / T), the last; null: loss.temperature")
+
+    @property
+    def denoises(self) -> bool:
+        """Whether the last step takes away the noise of the data that the energy was trained on."""
+        return self.denoise
+
+
+OwnSampler = FlowConfig | NesterovConfig | AnnealedConfig
 SamplerConfig = Annotated[
     Annotated[
         LangevinConfig | MALAConfig | HMCConfig | TemperingConfig | NoiseLevelsConfig, Field(discriminator="kind")
     ],
     kind_by_default("langevin"),
 ]
+FreshConfig = SamplerConfig | OwnSampler  # of fresh chains

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ebm.config.energies import EnergyConfig, NetworkConfig, ResNetConfig
 from ebm.config.losses import ContrastiveConfig, LossConfig
-from ebm.config.samplers import LangevinConfig, NoiseLevelsConfig, SamplerConfig
+from ebm.config.samplers import FreshConfig, LangevinConfig, NoiseLevelsConfig, SamplerConfig
 from ebm.config.section import Section, UserPath
 
 
@@ -367,6 +367,12 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @property
+    def fresh_sampler(self) -> FreshConfig:
+        """The sampler of fresh chains: the objective's own where the run's is Langevin, the run's otherwise."""
+        own = self.loss.own_sampler
+        return self.sampler if own is None or self.sampler.kind != "langevin" else own.within(self.sampler.bounds)
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:

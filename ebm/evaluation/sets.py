@@ -75,7 +75,7 @@ class Sets:
     def noise(self) -> float:
         """Standard deviation of the noise that chains keep from the data they were trained on: none at the low
         temperatures at which they run down to clean images."""
-        return self.run.data_noise if self.run.temperature >= WARM else 0.0
+        return self.run.chain_noise if self.run.temperature >= WARM else 0.0
 
     @cached_property
     def train(self) -> Labelled:

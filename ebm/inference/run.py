@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ebm.config import Config, load_config
 from ebm.config.losses import DenoisingConfig, MultilevelDenoisingConfig
-from ebm.config.samplers import NoiseLevelsConfig
+from ebm.config.samplers import NoiseLevelsConfig, OwnSamplerConfig
 from ebm.energies import FoldedEnergy, build_energy, marginal_energy, split_noise_level
 from ebm.errors import ConfigError, DataError
 from ebm.runtime import checkpoint
@@ -76,6 +76,13 @@ class TrainedRun:
         if isinstance(sampler, NoiseLevelsConfig):
             return math.hypot(own, sampler.sigma_min)
         return math.hypot(own, loss.sigma) if isinstance(loss, DenoisingConfig | MultilevelDenoisingConfig) else own
+
+    @property
+    def chain_noise(self) -> float:
+        """Standard deviation of the noise of the data that fresh chains keep: `data_noise`, or 0 where their sampler
+        takes it away."""
+        sampler = self.config.fresh_sampler
+        return 0.0 if isinstance(sampler, OwnSamplerConfig) and sampler.denoises else self.data_noise
 
     def energy(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """E(x), (B,) float32 on the device of `x`, for states (B, *shape) and, of a class-conditional run, labels (B,).
@@ -149,7 +156,7 @@ class TrainedRun:
             raise ConfigError(f"{n} chains of {min(lengths)} steps: ask for 1 or more of 0 or more")
         states, given = chains_of_lengths(
             self.network,
-            self.config.sampler,
+            self.config.fresh_sampler,
             self.shape,
             n,
             lengths,

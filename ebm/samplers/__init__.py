@@ -16,7 +16,7 @@ from ebm.samplers.factory import (
     settings_of,
     with_replicas,
 )
-from ebm.samplers.langevin import langevin
+from ebm.samplers.langevin import flow, langevin, nesterov
 from ebm.samplers.levels import NoiseLevelsInfo, TemperingInfo, annealed, noise_levels, tempering
 from ebm.samplers.metropolis import GibbsInfo, MetropolisInfo, adapted, class_flips, hmc, mala, within_gibbs
 
@@ -39,11 +39,13 @@ __all__ = [
     "chains_of_lengths",
     "class_flips",
     "cold_states",
+    "flow",
     "fresh_chains",
     "hmc",
     "langevin",
     "mala",
     "negative_states",
+    "nesterov",
     "noise_levels",
     "sampler_of",
     "schedule",

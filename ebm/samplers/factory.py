@@ -8,11 +8,19 @@ import torch
 from torch import Tensor
 
 from ebm.config import LangevinConfig, NoiseLevelsConfig, SamplerConfig
-from ebm.config.samplers import noise_scale_of
+from ebm.config.samplers import (
+    AnnealedConfig,
+    FlowConfig,
+    FreshConfig,
+    NesterovConfig,
+    OwnSampler,
+    OwnSamplerConfig,
+    noise_scale_of,
+)
 from ebm.energies.base import split_noise_level, with_noise_level
 from ebm.samplers.base import ChainInfo
 from ebm.samplers.engine import Engine
-from ebm.samplers.langevin import langevin
+from ebm.samplers.langevin import flow, langevin, nesterov
 from ebm.samplers.levels import NoiseLevelsInfo, TemperingInfo, annealed, noise_levels, tempering
 from ebm.samplers.metropolis import MetropolisInfo, hmc, mala
 from ebm.streams import StreamSources, start_, stream_sources
@@ -22,7 +30,7 @@ Sampler = Callable[..., tuple[Tensor, ChainInfo | MetropolisInfo | TemperingInfo
 
 
 def sampler_of(
-    config: SamplerConfig, num_steps: int | None = None, step_size: float | Tensor | None = None
+    config: FreshConfig, num_steps: int | None = None, step_size: float | Tensor | None = None
 ) -> tuple[Sampler, dict[str, Any]]:
     """The sampler that a config asks for and its keyword arguments; its states have `chain_shape`.
 
@@ -30,6 +38,9 @@ def sampler_of(
     end of a schedule follow the step size (`LangevinConfig.scaled`). The samplers with a Metropolis test also take a
     scalar tensor on the device, as adapted step sizes are.
     """
+    if isinstance(config, OwnSamplerConfig):
+        assert num_steps is not None and step_size is None, "the steps of an objective's own sampler are asked for"
+        return _own_sampler_of(config, num_steps)
     if config.kind == "langevin":
         assert not isinstance(step_size, Tensor), "Langevin's noise follows its step size, which must be a number"
         config = config if step_size is None else config.scaled(step_size / config.step_size)
@@ -55,7 +66,36 @@ def sampler_of(
     return mala, settings
 
 
-def chain_shape(config: SamplerConfig, shape: Sequence[int]) -> tuple[int, ...]:
+def _own_sampler_of(config: OwnSampler, num_steps: int) -> tuple[Sampler, dict[str, Any]]:
+    settings = {"num_steps": num_steps, "bounds": config.bounds}
+    if isinstance(config, FlowConfig):
+        return flow, settings | {"end": config.end, "method": config.method, "tolerance": config.tolerance}
+    if isinstance(config, NesterovConfig):
+        names = ("step_size", "momentum", "tolerance")
+        return nesterov, settings | {name: getattr(config, name) for name in names}
+    return langevin, settings | annealing(config, num_steps) | {"boundary": "end"}
+
+
+def annealing(config: AnnealedConfig, num_steps: int) -> dict[str, Any]:
+    """The steps of an annealed chain, as keyword arguments of `langevin`: the temperature falls geometrically from
+    `hottest` times the last to the last, in the share `cooling` of the steps; the last step denoises.
+
+    An energy trained by `multilevel_denoising` has at the level sigma_i the score of the data with that noise times
+    (sigma_i / sigma)^2, so that a chain at that multiple of the temperature samples them (Li, Chen & Sommer 2019).
+    """
+    assert config.hottest is not None and config.sigma is not None and config.temperature is not None, "the loss's"
+    whole = config.sigma**2 / config.temperature  # the step that denoises
+    cooling = max(config.cooling * (num_steps - 1), 1)
+    fractions = [min(1.0, k / cooling) for k in range(num_steps)]
+    temperatures = [config.temperature * config.hottest ** (1 - f) for f in fractions]
+    steps = [config.relative_step * whole] * num_steps
+    noises = [noise_scale_of(step, t) for step, t in zip(steps, temperatures, strict=True)]
+    if config.denoise:
+        steps[-1], noises[-1] = whole, 0.0
+    return {"step_size": steps, "noise_scale": noises}
+
+
+def chain_shape(config: FreshConfig, shape: Sequence[int]) -> tuple[int, ...]:
     """The shape of one chain's state, where a sample has `shape`: (levels, *shape) for `tempering`, which moves a
     replica a temperature; one plane more, of the noise level, for `noise_levels`; `shape` itself for all others."""
     if config.kind == "noise_levels":
@@ -63,14 +103,14 @@ def chain_shape(config: SamplerConfig, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape) if config.levels == 1 else (config.levels, *shape)
 
 
-def with_replicas(config: SamplerConfig, x: Tensor) -> Tensor:
+def with_replicas(config: FreshConfig, x: Tensor) -> Tensor:
     """States (B, *chain_shape) in which all replicas of a chain are at `x` (B, *shape)."""
     if config.kind == "noise_levels":
         return with_noise_level(x, x.new_full((len(x),), config.log_variances[0]))
     return x if config.levels == 1 else x.unsqueeze(1).expand(-1, config.levels, *x.shape[1:]).contiguous()
 
 
-def cold_states(config: SamplerConfig, x: Tensor) -> Tensor:
+def cold_states(config: FreshConfig, x: Tensor) -> Tensor:
     """The states (B, *shape) that sample the energy at the sampler's own temperature, of chains (B, *chain_shape)."""
     if config.kind == "noise_levels":
         return split_noise_level(x)[0]
@@ -131,7 +171,7 @@ def settings_of(config: LangevinConfig, num_steps: int | None = None) -> dict[st
 
 def advance(
     engine: Engine,
-    config: SamplerConfig,
+    config: FreshConfig,
     x: Tensor,
     *labels: Tensor,
     num_steps: int,
@@ -149,7 +189,7 @@ def advance(
 
 def fresh_chains(
     energy: Callable[..., Tensor],
-    config: SamplerConfig,
+    config: FreshConfig,
     shape: Sequence[int],
     num: int,
     num_steps: int,
@@ -176,7 +216,7 @@ def fresh_chains(
 
 def chains_of_lengths(
     energy: Callable[..., Tensor],
-    config: SamplerConfig,
+    config: FreshConfig,
     shape: Sequence[int],
     num: int,
     lengths: Sequence[int],
@@ -219,15 +259,17 @@ def chains_of_lengths(
     return kept, None if labels is None else labels[:num]
 
 
-def can_be_continued(config: SamplerConfig) -> bool:
+def can_be_continued(config: FreshConfig) -> bool:
     """Whether n steps and then m more give the chain of n + m steps. They do not where a schedule spans the whole
-    chain, nor in tempering, whose hot replicas are dropped at the end of a call."""
+    chain, nor in tempering, whose hot replicas are dropped at the end of a call, nor in an objective's own sampler."""
+    if isinstance(config, OwnSamplerConfig):
+        return False
     return config.levels == 1 and not (isinstance(config, LangevinConfig) and config.schedule != "constant")
 
 
 def _start(
     engine: Engine,
-    config: SamplerConfig,
+    config: FreshConfig,
     shape: Sequence[int],
     labels: Sequence[Tensor],
     numbers: Sequence[int],

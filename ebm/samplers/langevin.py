@@ -1,4 +1,5 @@
-"""Langevin dynamics: the loop in which over nine tenths of the training time is spent."""
+"""Langevin dynamics: the loop in which over nine tenths of the training time is spent. And what follows the gradient
+without noise: the flow x' = -dE/dx, and descent with momentum."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -9,7 +10,7 @@ from torch import Tensor
 from ebm.samplers.base import Bounds, ChainInfo, Energy, check_domain, dense, describe, evaluate, per_step, reflected
 from ebm.streams import Generators, Philox, fused_or, normal_
 
-BOUNDARIES = ("clamp", "reflect")
+BOUNDARIES = ("clamp", "reflect", "end")
 Move = Callable[[Tensor, Tensor, Tensor | Philox | None, float, float, float | None, Bounds, str], None]
 
 
@@ -37,7 +38,7 @@ def langevin(
         x: initial states (B, *shape); states, noise and updates are float32 whatever type the energy computes in.
         step_size, noise_scale: a number, or one for each step.
         grad_clamp: each component of dE/dx is clamped to +- this.
-        bounds, boundary: states are kept in [low, high] by "clamp" or "reflect".
+        bounds, boundary: states are kept in [low, high] by "clamp" or "reflect"; or "end": clamped after the last step.
         grad_scale: see `ebm.samplers.base.evaluate`.
         generator: draws the noise; a list of generators cuts the batch into equal parts, one for each
             (`ebm.streams.normal_`).
@@ -54,8 +55,92 @@ def langevin(
         _, grad = evaluate(energy, x, grad_scale)
         if noise and isinstance(z, Tensor):
             normal_(z, generator)
-        move(x, grad, z if noise else None, step, noise, grad_clamp, bounds, boundary)
+        move(x, grad, z if noise else None, step, noise, grad_clamp, None if boundary == "end" else bounds, boundary)
+    if boundary == "end" and bounds is not None:
+        x.clamp_(*bounds)
     return x, describe(start, x, grad, bounds)
+
+
+def flow(
+    energy: Energy,
+    x: Tensor,
+    *,
+    num_steps: int,
+    end: float,
+    method: str = "heun",
+    tolerance: float = 0.0,
+    bounds: Bounds = None,
+    grad_scale: float = 1.0,
+    generator: Generators = None,
+) -> tuple[Tensor, ChainInfo]:
+    """Follows x' = -dE/dx from time 0 to `end` in `num_steps` equal steps, by "heun" (order 2) or "euler" (order 1).
+
+    It carries noise at time 0 to data at time 1 where E was trained by `energy_matching`, and further down the energy
+    beyond. A chain stops once the root mean square of dE/dx over its components is at most `tolerance`, if that is not
+    0. `bounds`: states are clamped after the last step. `generator` is not used.
+
+    Returns the states at the end, (B, *shape) float32, and ChainInfo.
+    """
+    check_domain(bounds, "end", BOUNDARIES)
+    start, step = dense(x.detach()), end / max(num_steps, 1)
+    x, grad, moving = start, torch.zeros_like(start), torch.ones(len(start), dtype=torch.bool, device=start.device)
+    for _ in range(num_steps):
+        _, grad = evaluate(energy, x, grad_scale)
+        ahead = x - step * grad
+        if method == "heun":
+            ahead = x - step / 2 * (grad + evaluate(energy, ahead, grad_scale)[1])
+        x, moving = _where_moving(moving, ahead, x, grad, tolerance)
+        if _all_stopped(moving, tolerance):
+            break
+    return _clamped(x, bounds), describe(start, x, grad, bounds)
+
+
+def nesterov(
+    energy: Energy,
+    x: Tensor,
+    *,
+    num_steps: int,
+    step_size: float,
+    momentum: float = 0.3,
+    tolerance: float = 0.0,
+    bounds: Bounds = None,
+    grad_scale: float = 1.0,
+    generator: Generators = None,
+) -> tuple[Tensor, ChainInfo]:
+    """Descends by x <- y - step_size * dE/dx(y), y = x + momentum * (x - the x before) (Nesterov 1983; Wang & Du 2025
+    sample by it what `equilibrium_matching` has trained). `tolerance`, `bounds` and `generator` as in `flow`.
+
+    Returns the states after the last step, (B, *shape) float32, and ChainInfo.
+    """
+    check_domain(bounds, "end", BOUNDARIES)
+    start = dense(x.detach())
+    x, grad, moving = start, torch.zeros_like(start), torch.ones(len(start), dtype=torch.bool, device=start.device)
+    velocity = torch.zeros_like(start)
+    for _ in range(num_steps):
+        ahead = x + momentum * velocity
+        _, grad = evaluate(energy, ahead, grad_scale)
+        new, moving = _where_moving(moving, ahead - step_size * grad, x, grad, tolerance)
+        x, velocity = new, new - x
+        if _all_stopped(moving, tolerance):
+            break
+    return _clamped(x, bounds), describe(start, x, grad, bounds)
+
+
+def _where_moving(moving: Tensor, ahead: Tensor, x: Tensor, grad: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """`ahead` for the chains that move on, `x` for those that have stopped or stop here, and which still move."""
+    if not tolerance:
+        return ahead, moving
+    moving = moving & (grad.flatten(1).square().mean(1).sqrt() > tolerance)
+    return torch.where(moving.view(-1, *[1] * (x.ndim - 1)), ahead, x), moving
+
+
+def _all_stopped(moving: Tensor, tolerance: float) -> bool:
+    """Whether no chain moves any more. On a GPU, where the host would wait for the answer, it is not asked."""
+    return tolerance > 0 and moving.device.type == "cpu" and not bool(moving.any())
+
+
+def _clamped(x: Tensor, bounds: Bounds) -> Tensor:
+    return x if bounds is None else x.clamp(*bounds)
 
 
 def move_(

@@ -116,7 +116,7 @@ def panels(state: TrainState, batch: Batch, result: StepResult, tracker: Tracker
     folded = FoldedEnergy(state.ema).refresh()
     fresh, labels = fresh_chains(
         folded,
-        state.sampler_in_use(),
+        config.model_copy(update={"sampler": state.sampler_in_use()}).fresh_sampler,
         config.data.shape,
         n,
         config.tracking.sample_steps,
