@@ -8,10 +8,11 @@ that begin with # do not count): task SLURM_ARRAY_TASK_ID, from 0, takes its lin
 
 import argparse
 import os
-import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+
+from sweeps import read_lines
 
 from ebm.config import load_config
 from ebm.config.reading import overrides_last
@@ -38,25 +39,13 @@ def line_of_task(environment: Mapping[str, str]) -> list[str]:
     """This array task's overrides; none outside a sweep. Raises ConfigError."""
     if not environment.get("EBM_SWEEP"):
         return []
-    lines, task = sweep(environment["EBM_SWEEP"]), environment.get("SLURM_ARRAY_TASK_ID", "")
+    lines, task = read_lines(environment["EBM_SWEEP"]), environment.get("SLURM_ARRAY_TASK_ID", "")
     if not task.isdecimal() or int(task) >= len(lines):
         raise ConfigError(
             f"SLURM_ARRAY_TASK_ID={task!r}: {environment['EBM_SWEEP']} has {len(lines)} lines; submit with "
             f"--array=0-{len(lines) - 1}"
         )
     return lines[int(task)]
-
-
-def sweep(path: str | Path) -> list[list[str]]:
-    """The overrides of each line of a sweep's file. Raises ConfigError."""
-    try:
-        lines = [line.strip() for line in Path(path).read_text().splitlines()]
-        found = [shlex.split(line) for line in lines if line and not line.startswith("#")]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"sweep {path}: {error}") from error
-    if not found:
-        raise ConfigError(f"sweep {path}: no line with overrides, such as optim.lr=3e-4 run.dir=runs/lr_3e-4")
-    return found
 
 
 if __name__ == "__main__":

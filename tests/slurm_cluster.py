@@ -41,6 +41,8 @@ SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
+GresTypes=shm
+Licenses=x
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=1
 PreemptType=preempt/partition_prio
@@ -106,10 +108,12 @@ class Cluster:
         lines = [CONF.format(folder=self.folder, host=host, port=port, first_job=os.getpid() % 15000 + 1)]
         for node, node_port in zip(self.nodes, ports, strict=True):
             lines.append(
-                f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={node_port} CPUs=2 RealMemory=4000"
+                f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={node_port} CPUs=2 RealMemory=4000 "
+                "Feature=a Gres=shm:1"
             )
         lines += [f"PartitionName=low Nodes={nodes} Default=YES PriorityTier=1 GraceTime=60 PreemptMode=REQUEUE",
                   f"PartitionName=high Nodes={nodes} PriorityTier=10 PreemptMode=OFF"]  # fmt: skip
+        (self.folder / "gres.conf").write_text("Name=shm Count=1\n")
         (self.folder / "slurm.conf").write_text("\n".join(lines) + "\n")
 
     def run(self, *command: str, check: bool = True, **environment: str) -> str:

@@ -6,13 +6,14 @@ import os
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ebm.config import DEFAULT_CONFIG, Config, check_places, describe, load_config
 from ebm.config.describing import Row, meant
 from ebm.config.reading import overrides_last
-from ebm.errors import ConfigError, UserError
-from ebm.runtime.process import configure_logging, leave_code, show_error
+from ebm.errors import EXIT_STOPPED, ConfigError, UserError
+from ebm.runtime.process import configure_logging, leave_code, show_error, under_launcher
 
 log = logging.getLogger(__name__)
 
@@ -176,9 +177,10 @@ def train(config: Config, rank: int) -> int:
             data = config.data
             world.on_main(lambda: ensure_shards(data.shards, data.source, "train"), watchdog.beat)
             code = loop.train(config, world, watchdog, STARTED)
+            left = leave_code(code, Path(config.run.dir))  # before the ranks part, which may hang
         except BaseException:
             world.abandon()
             raise
-    leave_code(code)  # before the ranks part, which may hang
     world.close()
-    return code
+    # A launcher would make a traceback and exit code 1, or a restart, of a run that was asked to stop.
+    return 0 if code == EXIT_STOPPED and left and under_launcher() else code

@@ -29,6 +29,7 @@ def overrides_last(parser: argparse.ArgumentParser, arguments: Sequence[str], on
     `only_dotted`, that stays as it is, too.
     """
     takes_value = {name: action.nargs != 0 for action in parser._actions for name in action.option_strings}
+    needs_value = {name for action in parser._actions if action.nargs is None for name in action.option_strings}
     options: list[str] = []
     overrides: list[str] = []
     rest = list(arguments)
@@ -39,7 +40,9 @@ def overrides_last(parser: argparse.ArgumentParser, arguments: Sequence[str], on
         match = DASHED.fullmatch(token)
         if name in takes_value or len(known) == 1:
             options.append(token)
-            if takes_value[name if name in takes_value else known[0]] and not equals and rest and _is_value(rest[0]):
+            option = name if name in takes_value else known[0]
+            value = rest and (_is_value(rest[0]) or (option in needs_value and PLAIN.match(rest[0])))
+            if takes_value[option] and not equals and value:
                 options.append(rest.pop(0))
         elif match is None or known or (only_dotted and "." not in name):
             (overrides if PLAIN.match(token) else options).append(token)
@@ -104,6 +107,15 @@ def read_override(key: str, text: str) -> Any:
     if sequence and not _texts(types):
         return [_scalar(text, sequence)]
     return _scalar(text, types)
+
+
+def one_number(key: str) -> bool:
+    """Whether the value of `key` is a single number, truth value or kind: neither a list nor free text, in which commas
+    may stand."""
+    types: Types = [Config]
+    for part in key.split("."):
+        types = _of_key(types, part)
+    return not _of_elements(types) and str not in types
 
 
 def _structure(text: str, types: Types) -> Any:

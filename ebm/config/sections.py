@@ -377,17 +377,20 @@ class Config(Section):
     @model_validator(mode="after")
     def _divisible(self) -> Self:
         streams, batch, parts = self.data.streams, self.train.batch_size, self.train.accumulate
+        problems = []
         if batch % (streams * parts):
             below = batch // (streams * parts) * streams * parts
-            raise ValueError(
+            problems.append(
                 f"train.batch_size={batch} is not divisible by data.streams={streams} times train.accumulate={parts}; "
                 f"use {f'{below} or ' if below else ''}{below + streams * parts}, or other streams"
             )
         if self.buffer.size % streams:
-            raise ValueError(
+            problems.append(
                 f"buffer.size={self.buffer.size} is not divisible by data.streams={streams}; use "
                 f"{-(-self.buffer.size // streams) * streams}"
             )
+        if problems:
+            raise ValueError("; ".join(problems))
         classes = self.energy.num_classes if self.loss.conditional_chains else None
         if self.loss.negatives == "persistent" and classes and self.buffer.size // streams < classes:
             raise ValueError(

@@ -9,10 +9,11 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from tqdm import tqdm
@@ -22,6 +23,7 @@ from ebm.errors import ConfigError, UserError, printable
 if TYPE_CHECKING:
     import torch
 
+EXIT_CODE = "exit_code"  # the file of a run directory that holds what its last start ended with
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
 
@@ -171,10 +173,24 @@ def to_device(x: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
-def leave_code(code: int) -> None:
-    """Write an exit code that says what to do to EBM_EXIT_FILE, for batch scripts: launchers turn every code into 1.
-    Call it as soon as the code is known, since what follows may hang or be killed."""
-    file = os.environ.get("EBM_EXIT_FILE")
-    if file and code not in (0, 1):
-        with suppress(OSError), open(file, "w") as stream:
-            stream.write(f"{code}\n")
+def leave_code(code: int, run_dir: Path | None = None) -> bool:
+    """Write an exit code that says what to do to `run_dir`/exit_code and to EBM_EXIT_FILE, for scripts: launchers turn
+    every code but 0 into 1. Call it as soon as the code is known, since what follows may hang or be killed.
+
+    `run_dir`: only of a run that this process owns. Returns whether the file in it was written."""
+    if code == 1:  # a crash, which another start may get over: no file
+        return False
+    for file in {os.environ.get("EBM_EXIT_FILE"), run_dir and str(run_dir / EXIT_CODE)}:
+        if file:
+            with suppress(OSError):
+                Path(file).write_text(f"{code}\n")
+    try:
+        return run_dir is not None and (run_dir / EXIT_CODE).read_text() == f"{code}\n"
+    except OSError:
+        return False
+
+
+def under_launcher(environment: Mapping[str, str] = os.environ) -> bool:
+    """Returns whether `accelerate launch` or torchrun started this process. To these, any code but 0 is a crash, which
+    they answer with a traceback and exit code 1, or with a restart."""
+    return "ACCELERATE_MIXED_PRECISION" in environment or "TORCHELASTIC_RUN_ID" in environment

@@ -19,6 +19,7 @@ from ebm.errors import EXIT_STOPPED, ConfigError, DataError
 from ebm.runtime import checkpoint, history
 from ebm.runtime.distributed import World
 from ebm.runtime.files import open_own, read_json, remove_leftovers, replace, try_lock
+from ebm.runtime.process import EXIT_CODE
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class RunDirectory:
     def _enter(self, config: Config) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock()  # before the config is looked at: another job may be about to write its own
+        (self.path / EXIT_CODE).unlink(missing_ok=True)  # of the start before
         file = self.path / "config.yaml"
         if file.exists():
             self._bind(file, config)
@@ -271,9 +273,6 @@ class RunDirectory:
                 f"  python -m ebm report {self.path}"
             )
         elif code == EXIT_STOPPED:
-            if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):  # the launcher takes this for a failure
-                with suppress(OSError):  # what is left then is a start that goes on
-                    self.stop_file.touch()
             log.info(f"stopped at step {step}, checkpoint in {self.checkpoints}/; the same command goes on from there")
 
 

@@ -109,6 +109,15 @@ def train(config: Config, world: World, watchdog: Watchdog, started: float) -> i
     `started`: when the process began, by `time.monotonic`; `train.time_limit` counts from there.
     """
     run = RunDirectory(config, world, watchdog.beat)
+    try:
+        return run_from(run, config, world, watchdog, started)
+    except UserError as error:
+        leave_code(error.exit_code, run.path)
+        raise
+
+
+def run_from(run: RunDirectory, config: Config, world: World, watchdog: Watchdog, started: float) -> int:
+    """`train`, once the run directory is this job's."""
     if run.done:
         log.info(
             f"{run.path} is done already; another run.dir begins a new run, and train.extend=true with more "
@@ -134,8 +143,8 @@ def train(config: Config, world: World, watchdog: Watchdog, started: float) -> i
         ):
             code = Training(state, run, saver, tracker).loop(stop, watchdog)
     except Exception as error:
-        if isinstance(error, UserError):
-            leave_code(error.exit_code)
+        if isinstance(error, UserError):  # at once: the tracker's end takes time
+            leave_code(error.exit_code, run.path)
         if tracker is not None:
             tracker.alert("the run ended", f"step {state.step}: {error}", "ERROR")
         if not world.lost_peer(error):
@@ -151,7 +160,7 @@ def train(config: Config, world: World, watchdog: Watchdog, started: float) -> i
             tracker.close(code)
     run.finish(code, state.step, time.monotonic() - started)
     if code == EXIT_STOPPED:  # the launcher ends all ranks when the first one ends: wait for rank 0 and its W&B
-        leave_code(code)
+        leave_code(code, run.path)
         world.meet_within(config.train.collective_timeout)
     return code
 

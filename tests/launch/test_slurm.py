@@ -12,6 +12,7 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 STEPS = 100
 SETTINGS = {key: value for key, value in TINY.items() if not key.startswith("energy.")}
 SETTINGS |= {"energy.kind": "import", "energy.path": "slow_energy:SlowEnergy", "train.steps": STEPS}
+FAILURE = re.compile("error|fail|traceback|exception", re.IGNORECASE)
 PYTHONPATH = f"{ROOT}:{ROOT / 'tests'}"
 
 
@@ -51,7 +52,8 @@ def until_step(cluster, run_dir, step: int) -> None:
 
 def logs(run_dir) -> str:
     folders = (run_dir / "logs", run_dir.parent / "logs")  # the second is a sweep's
-    return "\n".join(path.read_text() for folder in folders for path in sorted(folder.glob("*")))
+    ours = [path for folder in folders for path in sorted(folder.glob("*")) if path.suffix != ".slurm"]  # Slurm's own
+    return "\n".join(path.read_text() for path in ours)
 
 
 def done(cluster, job, run_dir, whole) -> str:
@@ -74,17 +76,18 @@ def test_a_signal_saves_and_requeues(cluster, digits, whole, tmp_path):
     said = done(cluster, job, run_dir, whole)
     assert 25 <= stopped < STEPS and f"resuming {run_dir} at step {stopped}" in said
     assert said.count("2 nodes fit together") == 2 and "saved: back to the queue" in said
+    assert not FAILURE.search(said), said
     assert {path.name for path in (run_dir / "logs").iterdir()} == {
-        f"{job}{end}" for end in (".out", "-n1.log", "-n2.log")
+        f"{job}{end}" for end in (".out", ".slurm", "-n1.log", "-n2.log")
     }
 
 
 @pytest.mark.slow
 def test_the_time_limit_and_preemption_save_and_requeue(cluster, digits, whole, tmp_path):
-    """The signal comes 80 s before the end of the two minutes, or up to a minute earlier; on preemption the ranks get a
-    SIGTERM, and the batch script nothing."""
+    """The signal comes 80 s before the end of the three minutes, or up to a minute earlier; on preemption the ranks get
+    a SIGTERM, and the batch script nothing."""
     run_dir = tmp_path / "run"
-    job = submit(cluster, overrides(run_dir, digits), "--time", "2", "--save-seconds", "20", seconds=0.15)
+    job = submit(cluster, overrides(run_dir, digits), "--time", "3", "--save-seconds", "20", seconds=0.25)
     cluster.until_restarts(job, 1)
     limited = last_step(run_dir)
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
@@ -92,7 +95,8 @@ def test_the_time_limit_and_preemption_save_and_requeue(cluster, digits, whole, 
     urgent = ["--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"]
     assert cluster.until_ended(int(cluster.run("sbatch", *urgent))) == "COMPLETED"
     preempted = last_step(run_dir)
-    assert "told to stop" in done(cluster, job, run_dir, whole)
+    said = done(cluster, job, run_dir, whole)
+    assert "told to stop" in said and not FAILURE.search(said), said
     assert limited < preempted < STEPS and cluster.job(job)["Restarts"] == "2"
 
 
@@ -145,6 +149,44 @@ def test_a_sweep_and_a_run_that_can_not_start(cluster, digits, whole, tmp_path):
     cluster.run("scancel", "--signal=USR1", "--batch", f"{job}_1")
     assert "saved: back to the queue" in done(cluster, f"{job}_1", good, whole)
     assert cluster.job(f"{job}_1")["Restarts"] == "1" and "name: a name" in (good / "config.yaml").read_text()
+
+
+@pytest.mark.slow
+def test_a_sweep_of_a_product(cluster, digits, tmp_path):
+    """A task of the array for each combination, in a directory of its own; --export=NONE keeps nothing from the job."""
+    values = TINY | {"run.dir": tmp_path / "run", "data.shards": digits, "train.steps": 3, "tracking.wandb": "disabled"}
+    arguments = [f"{key}={value}" for key, value in values.items() if key != "optim.lr"]
+    setup = f"export PYTHONPATH={PYTHONPATH}"  # as modules do
+    options = ["--export=NONE", "--setup", setup, "--sweep", "optim.lr=0.0001,0.0002 data.noise_std=0.01,0.02"]
+    job = submit(cluster, arguments, *options, nodes=1)
+    for task, (lr, noise) in enumerate((lr, noise) for lr in ("0.0001", "0.0002") for noise in ("0.01", "0.02")):
+        assert cluster.until_ended(f"{job}_{task}") == "COMPLETED", logs(tmp_path / "run-sweep/any")
+        config = (tmp_path / f"run-sweep/lr_{lr}-noise_std_{noise}/config.yaml").read_text()
+        assert f"lr: {lr}" in config and f"noise_std: {noise}" in config and "group: run-sweep" in config
+
+
+def test_each_option_reaches_the_job(cluster, digits, tmp_path):
+    """As `scontrol show job` has it; the job waits for another, so that it never starts."""
+    first = int(cluster.run("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true"))
+    options = {
+        "--partition=high": "Partition=high",
+        "--mem=100": "MinMemoryNode=100M",
+        "--constraint=a": "Features=a",
+        f"--dependency=afterok:{first}": f"Dependency=afterok:{first}(unfulfilled)",
+        "--exclusive": "OverSubscribe=NO",
+        "--mail-user=me@x": "MailUser=me@x",
+        "--mail-type=END": "MailType=END",
+        "--job-name=mine": "JobName=mine",
+        f"--output={tmp_path}/log": f"StdOut={tmp_path}/log",
+        "--nice=5": "Nice=5",
+        "--gres=shm:1": "TresPerNode=gres:shm:1",
+        "--sbatch=--comment='two words' --licenses=x": "Comment=two words",
+    }
+    job = submit(cluster, overrides(tmp_path / "run", digits), *options)
+    shown = cluster.run("scontrol", "--oneliner", "show", "job", str(job))
+    cluster.run("scancel", str(job), str(first))
+    missing = [field for field in [*options.values(), "TimeLimit=00:30:00", "NumNodes=2"] if field not in shown]
+    assert not missing, (missing, shown)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "launch"))
 import arguments
 import check_nodes
 import submit
+import sweeps
 
 from ebm.config import load_config, to_yaml
 from ebm.errors import ConfigError
@@ -22,12 +23,13 @@ from ebm.errors import ConfigError
 
 def run_submit(monkeypatch, capsys, *options: str) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["submit.py", *options])
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/nowhere")  # the options of whoever runs the tests
     code = submit.main()
     said = capsys.readouterr()
     return code, said.out, said.err
 
 
-def test_dry_run_prints_the_script_and_a_command_that_a_shell_reads_back(monkeypatch, capsys, tmp_path):
+def test_dry_run_begins_with_a_command_that_a_shell_reads_back(monkeypatch, capsys, tmp_path):
     odd = f"run.dir={tmp_path}/it's a $run; true"
     options = [
         "--nodes",
@@ -41,11 +43,11 @@ def test_dry_run_prints_the_script_and_a_command_that_a_shell_reads_back(monkeyp
         "--dry-run",
     ]
     code, said, _ = run_submit(monkeypatch, capsys, *options, odd, "data.workers=3", "--sbatch=--qos=long")
-    script, _, line = said.rstrip().rpartition("\n# ")
-    assert code == 0 and script + "\n" == (ROOT / "launch/train.sbatch").read_text() + "\n"
+    line, _, facts = said.partition("\n\n")
     words = shlex.split(line)
-    assert words[-3:] == ["train.device=cuda", odd, "data.workers=3"]
-    assert words[-4] == str(ROOT / "launch/train.sbatch")
+    assert code == 0 and words[-3:] == ["train.device=cuda", odd, "data.workers=3"]
+    assert facts.splitlines()[0] == "2 nodes x 2 GPU ranks = 4; saves 300 s before each limit of 4:00:00"
+    assert str(ROOT / "launch/train.sbatch") in words
     wanted = "--nodes=2 --gpus-per-node=2 --time=4:00:00 --signal=B:USR1@300 --cpus-per-task=8 --qos=long"
     variables = {"EBM_RANKS_PER_NODE=2", "EBM_CONTAINER=apptainer exec --nv i.sif", "EBM_PYTHON=python"}
     assert variables | set(wanted.split()) <= set(words)
@@ -57,7 +59,7 @@ def test_options_of_slurm_are_passed_on(monkeypatch, capsys, tmp_path):
     named = ["--job-name=mine", f"--output={tmp_path}/%j.log", "--exclusive", "--sbatch=--nice=5 '--comment=two words'"]
     key = f"run.dir={tmp_path}/run"
     code, said, _ = run_submit(monkeypatch, capsys, "--time=60", "--dry-run", *given, *named, key, "--train.steps=9")
-    words = shlex.split(said.rstrip().rpartition("\n# ")[2])
+    words = shlex.split(said.partition("\n\n")[0])
     assert code == 0 and words[-2:] == [key, "train.steps=9"]
     assert {*given, *named[:3], "--nice=5", "--comment=two words"} <= set(words[: words.index(str(submit.SCRIPT))])
     assert len([word for word in words if word.startswith(("--job-name", "--output"))]) == 2
@@ -72,7 +74,7 @@ def test_the_setup_is_read_before_anything_else(monkeypatch, capsys, tmp_path, k
     (tmp_path / "setup.sh").write_text("export LOADED=$UNSET_BEFORE/file\n")
     setup = {"file": f"{tmp_path}/setup.sh", "command": "export LOADED=/command", "failing": "false"}[kind]
     said = run_submit(monkeypatch, capsys, "--time=60", "--dry-run", "--setup", setup, f"run.dir={tmp_path}/run")[1]
-    line = shlex.split(said.rstrip().rpartition("\n# ")[2])
+    line = shlex.split(said.partition("\n\n")[0])
     assert f"EBM_SETUP={setup}" in line
     script = submit.SCRIPT.read_text().partition("# What to run:")[0] + 'echo "loaded $LOADED"\n'
     variables = {"EBM_SETUP": setup, "EBM_PROJECT": str(ROOT), "SLURM_JOB_ID": "1"}
@@ -98,19 +100,75 @@ def test_scripts_of_launch_run_from_anywhere(tmp_path):
     assert done.returncode == 0 and "sbatch --nodes=1" in done.stdout, done.stderr
 
 
-def test_a_newline_does_not_leave_the_comment(monkeypatch, capsys, tmp_path):
-    marker = tmp_path / "marker"
-    injected = f"tracking.name=a\ntouch {marker}\n"
+def test_a_newline_stays_in_its_word(monkeypatch, capsys, tmp_path):
+    injected = f"tracking.name=a\ntouch {tmp_path}/marker\n"
     code, said, _ = run_submit(monkeypatch, capsys, "--time", "60", "--dry-run", f"run.dir={tmp_path}/run", injected)
-    assert code == 0
-    subprocess.run(["bash", "-n"], input=said, text=True, check=True)
-    after = said.partition("\n# EBM_PROJECT=")[2]
-    assert after and all(line.startswith("#") or not line for line in after.splitlines()[1:])
+    assert code == 0 and shlex.split(said.partition("\n\n")[0])[-1] == injected
     (tmp_path / "odd.yaml").write_text(to_yaml(load_config()).replace("runs/digits", f'"{tmp_path}/a\\nb"'))
     code, _, error = run_submit(
         monkeypatch, capsys, "--time", "60", "--dry-run", "--config", str(tmp_path / "odd.yaml")
     )
     assert code == 2 and "run.dir" in error and "control characters" in error
+
+
+def test_variables_are_arguments_so_that_they_survive_export_none(monkeypatch, capsys, tmp_path):
+    """By the script itself, up to where it looks for the project, in an empty environment."""
+    monkeypatch.setenv("EBM_MAX_CRASHES", "7")
+    odd = "nice -n '1 2'"
+    command = ["--time=60", "--dry-run", "--export=NONE", "--container", odd, f"run.dir={tmp_path}/run"]
+    words = shlex.split(run_submit(monkeypatch, capsys, *command)[1].partition("\n\n")[0])
+    script = words.index(str(submit.SCRIPT))
+    assert "--export=NONE" in words[:script] and "EBM_MAX_CRASHES=7" in words[script:]
+    text = submit.SCRIPT.read_text().partition("# Modules and environments")[0]
+    text += 'printf "%s\\n" "$project" "$max_crashes" "$EBM_CONTAINER" "$SLURM_EXPORT_ENV" "$@"\n'
+    done = subprocess.run(["bash", "-c", text, *words[script:]], capture_output=True, text=True,
+                          env={"PATH": os.environ["PATH"], "SLURM_JOB_ID": "1"})  # fmt: skip
+    assert done.stdout.splitlines() == [str(ROOT), "7", odd, "ALL", f"run.dir={tmp_path}/run"], done.stderr
+
+
+def test_a_sweep_of_a_product(monkeypatch, capsys, tmp_path):
+    """Each trial has a directory by its values and the sweep's group; a list is one value."""
+    shared = [f"run.dir={tmp_path}/run", "train.steps=9", "energy.features=8,16"]
+    options = ["--time=60", "--at-once=2", "--sweep", "optim.lr=1e-4,3e-4", "sampler.num_steps=20,40"]
+    code, said, error = run_submit(monkeypatch, capsys, "--dry-run", *options, *shared)
+    assert code == 0, error
+    words = shlex.split(said.partition("\n\n")[0])
+    assert {"--array=0-3%2", "--job-name=run-sweep", f"--output={tmp_path}/run-sweep/logs/%A_%a.out"} < set(words)
+    assert words[-3:] == shared and not any(word.startswith(("optim.lr", "sampler.")) for word in words)
+    names = [f"lr_{lr}-num_steps_{steps}" for lr in ("1e-4", "3e-4") for steps in (20, 40)]
+    trials = [shlex.split(line)[2:] for line in said.splitlines() if line.startswith("trial ")]
+    assert [line[2:] for line in trials] == [
+        [f"run.dir={tmp_path}/run-sweep/{name}", "tracking.group=run-sweep"] for name in names
+    ]
+    assert trials[2][:2] == ["optim.lr=3e-4", "sampler.num_steps=20"]
+    assert not (tmp_path / "run-sweep").exists()
+    odd = "data.source=a:'b,c'"
+    lists = sweeps.product(["energy.features=[8,16],[16,32]", odd])
+    assert lists == [["energy.features=[8,16]", odd], ["energy.features=[16,32]", odd]]
+    code, _, error = run_submit(monkeypatch, capsys, "--dry-run", "--time=60", "--sweep=optim.lr=1e-4,", *shared)
+    assert code == 2 and "a value is empty" in error
+
+
+def test_a_sweep_goes_on_where_some_trials_are_done(monkeypatch, capsys, tmp_path):
+    for name, code in (("lr_1e-4", 0), ("lr_3e-4", 2)):
+        folder = tmp_path / f"run-sweep/{name}"
+        folder.mkdir(parents=True)
+        (folder / "DONE").touch()
+        options = ["--time=60", "--sweep=optim.lr=1e-4,3e-4", "--dry-run", f"run.dir={tmp_path}/run"]
+        assert run_submit(monkeypatch, capsys, *options)[0] == code
+
+
+def test_options_of_the_users_own_file(monkeypatch, capsys, tmp_path):
+    """They stand behind those of the command, which win."""
+    (tmp_path / "mine").write_text("# ours\n--account=me --partition gpu\n--gpus 8\n--time=1:00:00\n--licenses=x\n")
+    monkeypatch.setenv("EBM_SUBMIT", str(tmp_path / "mine"))
+    command = ["--dry-run", "--partition=cpu", "--cpu-ranks=2", f"run.dir={tmp_path}/run"]
+    code, said, told = run_submit(monkeypatch, capsys, *command)
+    words = shlex.split(said.partition("\n\n")[0])
+    assert code == 0 and {"--account=me", "--partition=cpu", "--time=1:00:00", "--licenses=x"} <= set(words)
+    assert not any("gpu" in word for word in words if word.startswith("--")) and str(tmp_path / "mine") in told
+    monkeypatch.setenv("EBM_SUBMIT", str(tmp_path / "none"))
+    assert run_submit(monkeypatch, capsys, *command)[0] == 2
 
 
 def test_devices_that_do_not_go_together(monkeypatch, capsys, tmp_path):
@@ -157,6 +215,7 @@ def test_what_the_job_would_find_out_is_refused(monkeypatch, capsys, tmp_path):
     hour, fresh = ["--time", "60"], f"run.dir={tmp_path / 'fresh'}"
     for options, named in (
         ([*hour, "--nodes", "3", "--gpus", "2", fresh], "data.streams=4 is not divisible by 3 nodes x 2 ranks = 6"),
+        ([*hour, "--nodes", "3", fresh], "data.streams=6 train.batch_size=132 buffer.size=4098"),
         ([*hour, "train.stepz=5"], "did you mean train.steps"),
         ([*hour, "--config", "nowhere.yaml"], "no such file"),
         ([*hour, "run.dir=runs/50%j"], "%"),
@@ -164,7 +223,7 @@ def test_what_the_job_would_find_out_is_refused(monkeypatch, capsys, tmp_path):
         ([*hour, f"run.dir={tmp_path / 'other'}", "optim.lr=7e-4"], "optim.lr: 0.003 there, 0.0007 now"),
         ([*hour, "--sweep", str(tmp_path / "twice.txt")], "two lines have run.dir="),
         ([*hour, "--sweep", str(tmp_path / "open.txt")], "No closing quotation"),
-        (["--time", "5", fresh], "the signal to save comes 300 s before its end"),
+        (["--time", "9", fresh], "the signal to save comes 300 s before its end; ask for 10 minutes or more"),
         (["--time", "soon", fresh], "--time soon"),
     ):
         code, said, error = run_submit(monkeypatch, capsys, "--dry-run", *options)
@@ -272,4 +331,4 @@ def test_a_directory_that_is_not_shared(tmp_path):
 def test_sweep_needs_a_line(tmp_path):
     (tmp_path / "empty.txt").write_text("# nothing\n")
     with pytest.raises(ConfigError, match="no line with overrides"):
-        arguments.sweep(tmp_path / "empty.txt")
+        sweeps.read_lines(tmp_path / "empty.txt")

@@ -37,10 +37,11 @@ def test_trace_of_a_run_stopped_three_times_on_other_ranks(digits, reference, tm
         run = Run(command(ranks, run_dir, digits, train__steps=200, checkpoint__every=1000), tmp_path / "log")
         assert run.until_step(run_dir, step)
         (run_dir / "STOP").touch()
-        run.wait()
-        assert not (run_dir / "DONE").exists()
+        assert run.wait() == 0  # to the launcher a stop is no crash
+        assert (run_dir / "exit_code").read_text() == "75\n" and not (run_dir / "DONE").exists()
         assert "stopped at step" in run.log.read_text()
     finish(command(2, run_dir, digits, train__steps=200, checkpoint__every=1000), tmp_path / "log")
+    assert (run_dir / "exit_code").read_text() == "0\n" and "Traceback" not in (tmp_path / "log").read_text()
     assert (run_dir / "trace.jsonl").read_bytes() == (reference / "trace.jsonl").read_bytes()
     assert [r["step"] for r in records(run_dir / "metrics.jsonl")] == list(range(1, 201))
 
@@ -126,7 +127,7 @@ def test_signals_stop_with_a_checkpoint(digits, tmp_path, number):
     run = Run(arguments, tmp_path / "log")
     assert run.until_step(tmp_path / "run", 15)
     run.process.send_signal(number)
-    assert run.wait() == 75
+    assert run.wait() == 75 and (tmp_path / "run/exit_code").read_text() == "75\n"
     hashes = final_hashes(tmp_path / "run")
     assert int(hashes["step"].removeprefix("step_")) == last_step(tmp_path / "run")
 
@@ -142,6 +143,7 @@ def test_sigterm_to_the_launcher_of_two_ranks_loses_no_step(digits, tmp_path):
 
 def test_time_limit(digits, tmp_path):
     arguments = command(1, tmp_path / "run", digits, train__steps=100000, train__time_limit=15)
-    log = finish(arguments, tmp_path / "log", expect=1)
-    assert "train.time_limit is over" in log
+    log = finish(arguments, tmp_path / "log")
+    assert "train.time_limit is over" in log and "Traceback" not in log and "error" not in log.lower()
+    assert (tmp_path / "run/exit_code").read_text() == "75\n" and not (tmp_path / "run/DONE").exists()
     assert last_step(tmp_path / "run") > 0
