@@ -4,11 +4,12 @@ import glob
 import gzip
 import math
 import os
+import string
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from ebm.data.folders import FileSource, open_folder
 from ebm.data.indexing import open_shards
-from ebm.data.items import ArraySource, Item, LabelTable, Source, read_labels
-from ebm.data.manifest import LeftOut, Origin, fingerprint
+from ebm.data.items import ArraySource, LabelTable, Source, natural, read_labels, unique_keys
+from ebm.data.manifest import Origin, fingerprint
 from ebm.data.stored import open_npy, open_parquet
 from ebm.data.tars import Grouping
 from ebm.energies import BaseEnergyFunction, FourPeaksEnergy, GaussianMixtureEnergy
@@ -106,7 +107,14 @@ SPLITS = {
     "stl10": ("train", "test", "unlabeled"),
 }
 NAMES = ("mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "cifar100", "svhn", "stl10", "omniglot", "celeba")
-FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+CLASSES = {  # of the IDX files, which have numbers alone
+    "fashion_mnist": (
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    ),
+    "kmnist": ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
+    "emnist": tuple(string.digits + string.ascii_uppercase + "abdefghnqrt"),
+}
 
 
 def default_root() -> Path:
@@ -131,11 +139,13 @@ def open_dataset(name: str, split: str, root: str | None = None) -> Source:
         return _from_idx(name, split, *found)
     try:
         return OPEN[name](place, split)
+    except DataError:
+        raise
     except Exception as error:  # network, archive and checksum errors are of many types
         raise DataError(
-            f"{name}: not found in {place}, and the download failed ({type(error).__name__}: {error}). Place the files "
-            f"that torchvision.datasets.{TORCHVISION[name]} expects there by hand (--root or EBM_DATASETS for another "
-            "place)"
+            f"{name}: its files are not in {place}, or not as they were published, and the download failed "
+            f"({type(error).__name__}: {error}). Place the files that torchvision.datasets.{TORCHVISION[name]} expects "
+            "there by hand (--root or EBM_DATASETS for another place)"
         ) from error
 
 
@@ -146,21 +156,19 @@ def _origin(name: str, split: str, samples: int) -> Origin:
 def _find_idx(root: Path, name: str, split: str) -> tuple[Path, Path] | None:
     """(images, labels): IDX files, gzip'd or not, in `root` itself or where torchvision puts them."""
     stem = IDX[name][split]
-    for folder in (root / FOLDERS[name] / "raw", root / "raw", root / FOLDERS[name], root):
+    own = [root / FOLDERS[name] / "raw", root / FOLDERS[name]]
+    for folder in (*own, root / "raw", root / "gzip", root):
         for end in ("", ".gz"):
             images, labels = (folder / f"{stem}-{kind}-ubyte{end}" for kind in ("images-idx3", "labels-idx1"))
-            if images.is_file() and labels.is_file() and (folder != root or name in _named(root, name)):
+            if images.is_file() and labels.is_file() and (folder in own or _named(root) in (None, name)):
                 return images, labels
     return None
 
 
-def _named(root: Path, name: str) -> tuple[str, ...]:
-    """MNIST, Fashion-MNIST and KMNIST have files of the same names: in a folder of its own, the name of that decides,
-    unless it has none of the three."""
+def _named(root: Path) -> str | None:
+    """The set that a folder's name says, if any: MNIST, Fashion-MNIST and KMNIST have files of the same names."""
     told = root.resolve().name.lower().replace("-", "_").replace("fashionmnist", "fashion_mnist")
-    family = ("fashion_mnist", "kmnist", "emnist", "mnist")
-    first = next((one for one in family if one in told), None)
-    return (name,) if first is None else (first,)
+    return next((one for one in ("fashion_mnist", "kmnist", "emnist", "mnist") if one in told), None)
 
 
 def _from_idx(name: str, split: str, images: Path, labels: Path) -> ArraySource:
@@ -172,8 +180,7 @@ def _from_idx(name: str, split: str, images: Path, labels: Path) -> ArraySource:
         raise DataError(f"{name}: {images} holds {x.shape} and {labels} {y.shape}; must be (N, H, W) and (N,)")
     if name == "emnist":
         x = x.transpose(0, 2, 1)  # its images lie on their side
-    classes = FASHION if name == "fashion_mnist" else None
-    return ArraySource(name, x[..., None], y, classes, origin=_origin(name, split, len(x)))
+    return ArraySource(name, x[..., None], y, CLASSES.get(name), origin=_origin(name, split, len(x)))
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -187,28 +194,6 @@ def read_idx(path: Path) -> np.ndarray:
     if len(data) != int(np.prod(shape, dtype=np.int64)):
         raise ValueError(f"has {len(data)} bytes where its header says {shape}")
     return np.frombuffer(data, np.uint8).reshape(shape)
-
-
-@dataclass(frozen=True)
-class PictureSource:
-    """A torchvision data set of Pillow images."""
-
-    name: str
-    data: Any
-    labels: tuple[int, ...]
-    classes: tuple[str, ...] | None = None
-    left_out: tuple[LeftOut, ...] = ()
-    origin: Origin | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def key_and_label(self, i: int) -> tuple[str, int | None]:
-        return f"{i:06d}", self.labels[i]
-
-    def item(self, i: int) -> Item:
-        array = np.asarray(self.data[i][0].convert("L"))[:, :, None]
-        return Item(f"{i:06d}", f"{self.name}, sample {i}", array, self.labels[i])
 
 
 def _mnist(kind: str) -> Callable[[Path, str], Source]:
@@ -229,13 +214,20 @@ def _cifar(kind: str) -> Callable[[Path, str], Source]:
     def open_it(root: Path, split: str) -> Source:
         from torchvision import datasets
 
-        folder = root if any(root.glob("cifar-*")) else root / kind
-        data = getattr(datasets, TORCHVISION[kind])(folder, train=split == "train", download=True)
+        cls = getattr(datasets, TORCHVISION[kind])
+        root = _above(root, cls.base_folder)
+        folder = root if any(root.glob(f"{cls.base_folder}*")) or (root / cls.filename).is_file() else root / kind
+        data = cls(folder, train=split == "train", download=True)
         return ArraySource(
             kind, data.data, np.array(data.targets), tuple(data.classes), origin=_origin(kind, split, len(data))
         )
 
     return open_it
+
+
+def _above(root: Path, folder: str) -> Path:
+    """Where torchvision looks for `folder`, also where `root` is that folder itself."""
+    return root.resolve().parent if root.resolve().name == folder else root
 
 
 def _svhn(root: Path, split: str) -> Source:
@@ -250,20 +242,40 @@ def _svhn(root: Path, split: str) -> Source:
 def _stl10(root: Path, split: str) -> Source:
     from torchvision import datasets
 
-    data = datasets.STL10(root, split=split, download=True)
+    data = datasets.STL10(_above(root, datasets.STL10.base_folder), split=split, download=True)
     labels = None if split == "unlabeled" else data.labels
-    classes = None if labels is None else tuple(data.classes)
+    named = labels is not None and hasattr(data, "classes")  # class_names.txt may be missing
     images = np.ascontiguousarray(data.data.transpose(0, 2, 3, 1))
-    return ArraySource("stl10", images, labels, classes, origin=_origin("stl10", split, len(images)))
+    return ArraySource(
+        "stl10", images, labels, tuple(data.classes) if named else None, origin=_origin("stl10", split, len(images))
+    )
 
 
 def _omniglot(root: Path, split: str) -> Source:
+    """A class a character: `Alphabet, character01`. Its archive is unpacked where that is all there is."""
     from torchvision import datasets
+    from torchvision.datasets.utils import extract_archive
 
-    data = datasets.Omniglot(root, background=split == "train", download=True)
-    labels = tuple(int(label) for _, label in data._flat_character_images)
-    classes = tuple(name.replace("/", ", ") for name in data._characters)
-    return PictureSource("omniglot", data, labels, classes, origin=_origin("omniglot", split, len(labels)))
+    part = "images_background" if split == "train" else "images_evaluation"
+    places = [place for place in (root / datasets.Omniglot.folder, root / "python", root) if place.is_dir()]
+    if not any((place / part).is_dir() for place in places):
+        packed = [place for place in places if (place / f"{part}.zip").is_file()]
+        if packed:
+            extract_archive(packed[0] / f"{part}.zip", packed[0])
+        else:
+            datasets.Omniglot(root, background=split == "train", download=True)
+            places = [root / datasets.Omniglot.folder]
+    folder = next(place / part for place in places if (place / part).is_dir())
+    paths = sorted(path.relative_to(folder) for path in folder.glob("*/*/*.png"))
+    if not paths:
+        raise DataError(f"omniglot: no ALPHABET/CHARACTER/*.png in {folder}")
+    names = natural({", ".join(path.parts[:2]) for path in paths})
+    numbers = {name: number for number, name in enumerate(names)}
+    files: list[tuple[str, str, int | None]] = [
+        (str(path), key, numbers[", ".join(path.parts[:2])])
+        for path, key in zip(paths, unique_keys(map(str, paths)), strict=True)
+    ]
+    return FileSource(str(folder), files, tuple(names), origin=_origin("omniglot", split, len(files)))
 
 
 def _celeba(root: Path, split: str) -> Source:

@@ -14,23 +14,24 @@ from ebm.data import load_manifest
 from ebm.data.indexing import UNFINISHED, index_shards
 from ebm.data.items import ArraySource
 from ebm.data.manifest import Origin, verify
+from ebm.data.reader import read_all
 from ebm.data.shards import ensure_shards, write_shards
-from ebm.data.sources import open_source
+from ebm.data.sources import PLAIN, Options, open_source
 from ebm.errors import DataError
 
 SIZE = 20
 
 
-def killed(out, source: str, at: int) -> int:
+def killed(out, source: str, at: int, options: Options = PLAIN) -> int:
     """The exit code of a process that writes shards, and ends at the `at`-th rename of a shard into its place, or of a
     finished one (at < 0)."""
-    child = multiprocessing.get_context("fork").Process(target=_write, args=(out, source, at))
+    child = multiprocessing.get_context("fork").Process(target=_write, args=(out, source, at, options))
     child.start()
     child.join(60)
     return child.exitcode
 
 
-def _write(out, source: str, at: int) -> None:
+def _write(out, source: str, at: int, options: Options) -> None:
     replace, calls = os.replace, []
 
     def counted(before, after):
@@ -41,7 +42,7 @@ def _write(out, source: str, at: int) -> None:
         replace(before, after)
 
     os.replace = counted
-    write_shards(open_source(source), out, samples_per_shard=SIZE, workers=1, progress=False)
+    write_shards(open_source(source, "train", options), out, samples_per_shard=SIZE, workers=1, progress=False)
 
 
 @pytest.fixture
@@ -81,6 +82,19 @@ def test_shards_of_another_source_are_not_taken_up(tmp_path, source):
     clean = write_shards(ArraySource("a", np.zeros((100, 4, 4, 1), np.uint8), None), tmp_path / "clean",
                          samples_per_shard=SIZE, progress=False)  # fmt: skip
     assert [s.sha256 for s in load_manifest(tmp_path / "out").shards] == [s.sha256 for s in clean.shards]
+
+
+@pytest.mark.parametrize(("at", "code", "label"), [(-4, 0, 1), (3, 1, 0)])
+def test_shards_with_other_labels_are_not_taken_up(tmp_path, source, at, code, label):
+    """They are written anew; or, where all were whole, published, and the second command is refused."""
+    options = Options(labels=f"{tmp_path}/labels.npy")
+    np.save(tmp_path / "labels.npy", np.zeros(100, np.int64))
+    assert killed(tmp_path / "out", source, at, options) == 9
+    np.save(tmp_path / "labels.npy", np.ones(100, np.int64))
+    assert killed(tmp_path / "out", source, 99, options) == code
+    manifest = load_manifest(tmp_path / "out")
+    assert {int(y) for _, labels, _ in read_all(manifest, manifest.shape) for y in labels} == {label}
+    assert manifest.source.options["labels"].startswith("labels.npy ")
 
 
 def test_a_finished_shard_that_was_damaged_is_written_anew(tmp_path, source):

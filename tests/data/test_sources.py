@@ -1,8 +1,11 @@
 """Sources from files that people have: IDX files, .npz, labels, parquet; and files that lie about their size."""
 
 import gzip
+import hashlib
 import io
 import json
+import pickle
+import shutil
 import struct
 
 import numpy as np
@@ -10,12 +13,14 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 from pyarrow import parquet
+from scipy.io import savemat
+from torchvision import datasets
 
 from ebm.__main__ import main
 from ebm.data import load_manifest
 from ebm.data.reader import read_all
 from ebm.data.shards import write_shards
-from ebm.data.sources import FASHION, Options, open_source
+from ebm.data.sources import CLASSES, Options, open_source
 from ebm.errors import DataError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 5, 4), dtype=np.uint8)
@@ -42,7 +47,9 @@ def read(spec, tmp_path, split="train", options=None):
         ("fashion_mnist", "FashionMNIST/raw/", "t10k"),
         ("mnist", "MNIST/raw/", "t10k"),
         ("kmnist", "KMNIST/raw/", "t10k"),
+        ("kmnist", "", "t10k"),
         ("emnist", "EMNIST/raw/", "emnist-balanced-test"),
+        ("emnist", "gzip/", "emnist-balanced-test"),
     ],
 )
 def test_idx_files_on_disk(tmp_path, name, folder, stem, packed):
@@ -54,20 +61,162 @@ def test_idx_files_on_disk(tmp_path, name, folder, stem, packed):
     expected = IMAGES.transpose(0, 2, 1) if name == "emnist" else IMAGES
     assert np.array_equal(images[:, 0], expected) and np.array_equal(labels, LABELS)
     assert manifest.source.source == name and manifest.source.split == "test"
-    assert manifest.classes == (FASHION if name == "fashion_mnist" else None)
+    assert manifest.classes == CLASSES.get(name)
 
 
-def test_idx_files_of_another_set_are_not_taken(tmp_path, monkeypatch):
+@pytest.mark.parametrize("folder", ["", "raw/", "gzip/"])
+def test_idx_files_of_another_set_are_not_taken(tmp_path, monkeypatch, folder):
     for kind, array in (("images-idx3", IMAGES), ("labels-idx1", LABELS)):
-        path = tmp_path / "fashion-mnist" / f"train-{kind}-ubyte"
-        path.parent.mkdir(exist_ok=True)
+        path = tmp_path / "fashion-mnist" / f"{folder}train-{kind}-ubyte"
+        path.parent.mkdir(exist_ok=True, parents=True)
         path.write_bytes(idx(array))
-    monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(
-        "torchvision.datasets.MNIST.download", lambda self: (_ for _ in ()).throw(OSError("no network"))
-    )
-    with pytest.raises(DataError, match=r"mnist: not found in .*, and the download failed"):
+    no_network(monkeypatch)
+    with pytest.raises(
+        DataError, match=r"mnist: its files are not in .*, and the download failed \(OSError: no network"
+    ):
         open_source("mnist", "train", Options(root=str(tmp_path / "fashion-mnist")))
+    assert len(open_source("fashion_mnist", "train", Options(root=str(tmp_path / "fashion-mnist")))) == 7
+
+
+def no_network(monkeypatch) -> None:
+    def fail(*arguments, **options):
+        raise OSError("no network")
+
+    for name in ("urllib.request.urlopen", "torchvision.datasets.utils._urlretrieve"):
+        monkeypatch.setattr(name, fail)
+
+
+# Small files as torchvision's classes read them, with their checksums put in place of the published ones.
+
+COLOURS = np.random.default_rng(1).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+CATS = [f"kind {i}" for i in range(100)]
+
+
+def cifar(root, cls, monkeypatch) -> None:
+    folder, labels = root / cls.base_folder, "fine_labels" if cls is datasets.CIFAR100 else "labels"
+    folder.mkdir(parents=True)
+    sums = {}
+    names = [name for name, _ in (*cls.train_list, *cls.test_list)]
+    for name in names:
+        first = 0 if name in ("train", "data_batch_1") else 4 if name in ("test", "test_batch") else 6
+        rows = slice(first, 4 if first == 0 else 6)
+        batch = {"data": COLOURS[rows].transpose(0, 3, 1, 2).reshape(-1, 3072), labels: [9, 3, 5, 2, 8, 7][rows]}
+        (folder / name).write_bytes(pickle.dumps(batch | {"coarse_labels": [0]}))
+    (folder / cls.meta["filename"]).write_bytes(pickle.dumps({cls.meta["key"]: CATS}))
+    for file in folder.iterdir():
+        sums[file.name] = hashlib.md5(file.read_bytes()).hexdigest()
+    monkeypatch.setattr(cls, "train_list", [[name, sums[name]] for name, _ in cls.train_list])
+    monkeypatch.setattr(cls, "test_list", [[name, sums[name]] for name, _ in cls.test_list])
+    monkeypatch.setattr(cls, "meta", cls.meta | {"md5": sums[cls.meta["filename"]]})
+
+
+def shard(tmp_path, name: str, *options: str) -> tuple[np.ndarray, list[int], object]:
+    """(images (N, C, H, W), labels, manifest) that the command wrote."""
+    out = str(tmp_path / "out")
+    assert main(["shard", "--source", name, "--out", out, "--overwrite", *options]) == 0
+    manifest = load_manifest(out)
+    ((images, labels, _),) = read_all(manifest, manifest.shape)
+    return images.numpy(), labels.tolist(), manifest
+
+
+@pytest.mark.parametrize("kind", ["cifar10", "cifar100"])
+def test_cifar_on_disk(tmp_path, monkeypatch, kind):
+    no_network(monkeypatch)
+    cls = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[kind]
+    cifar(tmp_path / "root", cls, monkeypatch)
+    images, labels, manifest = shard(tmp_path, kind, "--root", f"{tmp_path}/root")
+    assert np.array_equal(images, COLOURS[:4].transpose(0, 3, 1, 2)) and labels == [9, 3, 5, 2]
+    assert manifest.classes == tuple(CATS) and manifest.num_classes == 100
+    for root in ("root", f"root/{cls.base_folder}"):  # also where the folder itself is given
+        images, labels, _ = shard(tmp_path, kind, "--root", f"{tmp_path}/{root}", "--split", "test")
+        assert np.array_equal(images, COLOURS[4:].transpose(0, 3, 1, 2)) and labels == [8, 7]
+
+
+def test_files_that_are_not_as_published(tmp_path, monkeypatch, capsys):
+    no_network(monkeypatch)
+    cifar(tmp_path / "root", datasets.CIFAR100, monkeypatch)
+    (tmp_path / "root/cifar-100-python/test").write_bytes(b"cut")
+    assert main(["shard", "--source", "cifar100", "--root", f"{tmp_path}/root", "--out", f"{tmp_path}/out"]) == 4
+    said = capsys.readouterr().err
+    assert f"cifar100: its files are not in {tmp_path}/root, or not as they were published" in said
+    assert "torchvision.datasets.CIFAR100" in said and "--root" in said
+
+
+def test_stl10_on_disk(tmp_path, monkeypatch):
+    no_network(monkeypatch)
+    folder = tmp_path / "root/stl10_binary"
+    folder.mkdir(parents=True)
+    colours = np.random.default_rng(2).integers(0, 256, (5, 3, 96, 96), dtype=np.uint8)
+    for name, array in (("train_X", colours), ("test_X", colours[:2]), ("unlabeled_X", colours[2:])):
+        array.transpose(0, 1, 3, 2).tofile(folder / f"{name}.bin")  # by columns
+    np.array([1, 10, 3, 4, 5], np.uint8).tofile(folder / "train_y.bin")  # from 1 on
+    np.array([2, 1], np.uint8).tofile(folder / "test_y.bin")
+    sums = {file.name: hashlib.md5(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+    for part in ("train_list", "test_list"):
+        monkeypatch.setattr(datasets.STL10, part, [[name, sums[name]] for name, _ in getattr(datasets.STL10, part)])
+    root = ("--root", f"{tmp_path}/root")
+    assert shard(tmp_path, "stl10", *root)[2].classes is None
+    (folder / "class_names.txt").write_text("".join(f"{name}\n" for name in CATS[:10]))
+    images, labels, manifest = shard(tmp_path, "stl10", *root)
+    assert np.array_equal(images, colours) and labels == [0, 9, 2, 3, 4] and manifest.classes == tuple(CATS[:10])
+    images, labels, _ = shard(tmp_path, "stl10", "--root", str(folder), "--split", "test")
+    assert np.array_equal(images, colours[:2]) and labels == [1, 0]
+    images, labels, manifest = shard(tmp_path, "stl10", *root, "--split", "unlabeled")
+    assert np.array_equal(images, colours[2:]) and labels == [-1] * 3 and manifest.classes is None
+
+
+def test_omniglot_on_disk(tmp_path, monkeypatch, capsys):
+    """Unpacked, or as its archive, in any of the places where people have it."""
+    no_network(monkeypatch)
+    drawn = {}
+    for place in ("a/omniglot-py", "b", "c/python", "d/omniglot-py"):
+        for i, name in enumerate(("Greek/character10/1_1.png", "Greek/character2/1_1.png", "Latin/character1/1_1.png")):
+            path = tmp_path / place / "images_background" / name
+            path.parent.mkdir(parents=True)
+            drawn[i] = np.random.default_rng(i).integers(0, 2, (105, 105), dtype=np.uint8) * 255
+            Image.fromarray(drawn[i]).convert("1").save(path)
+    packed = tmp_path / "d/omniglot-py"
+    shutil.make_archive(str(packed / "images_background"), "zip", packed, "images_background")
+    shutil.rmtree(packed / "images_background")
+    for root in "abcd":
+        images, labels, manifest = shard(tmp_path, "omniglot", "--root", f"{tmp_path}/{root}")
+        assert manifest.classes == ("Greek, character2", "Greek, character10", "Latin, character1")
+        assert labels == [1, 0, 2] and all(np.array_equal(images[i, 0], drawn[i]) for i in drawn)
+    test = ["--root", f"{tmp_path}/a", "--split", "test"]
+    assert main(["shard", "--source", "omniglot", "--out", f"{tmp_path}/o", *test]) == 4
+    assert "omniglot: its files are not in" in capsys.readouterr().err
+
+
+def test_svhn_on_disk(tmp_path, monkeypatch):
+    no_network(monkeypatch)
+    file = tmp_path / "root/test_32x32.mat"
+    file.parent.mkdir()
+    savemat(file, {"X": COLOURS.transpose(1, 2, 3, 0), "y": np.array([[1], [10], [3], [4], [5], [9]], np.uint8)})
+    entry = [*datasets.SVHN.split_list["test"][:2], hashlib.md5(file.read_bytes()).hexdigest()]
+    monkeypatch.setattr(datasets.SVHN, "split_list", datasets.SVHN.split_list | {"test": entry})
+    images, labels, _ = shard(tmp_path, "svhn", "--root", f"{tmp_path}/root", "--split", "test")
+    assert np.array_equal(images, COLOURS.transpose(0, 3, 1, 2)) and labels == [1, 0, 3, 4, 5, 9]
+
+
+def test_celeba_on_disk(tmp_path, monkeypatch):
+    no_network(monkeypatch)
+    folder = tmp_path / "root/celeba"
+    (folder / "img_align_celeba").mkdir(parents=True)
+    names = [f"{i:06d}.jpg" for i in range(4)]
+    for name, colour in zip(names, COLOURS, strict=False):
+        Image.fromarray(colour).save(folder / "img_align_celeba" / name, quality=95)
+    lists = {"list_eval_partition": [0, 1, 0, 2], "identity_CelebA": [1, 2, 3, 4]}
+    lists |= {f"list_{kind}": [1, 1, -1, 1] for kind in ("bbox_celeba", "landmarks_align_celeba", "attr_celeba")}
+    sums = {}
+    for name, values in lists.items():
+        head = "4\nsome names\n" if len(set(values)) == 2 else ""
+        (folder / f"{name}.txt").write_text(head + "".join(f"{n} {v}\n" for n, v in zip(names, values, strict=True)))
+        sums[f"{name}.txt"] = hashlib.md5((folder / f"{name}.txt").read_bytes()).hexdigest()
+    files = [(key, sums.get(name, md5), name) for key, md5, name in datasets.CelebA.file_list]
+    monkeypatch.setattr(datasets.CelebA, "file_list", files)
+    images, labels, _ = shard(tmp_path, "celeba", "--root", f"{tmp_path}/root")
+    kept = [np.asarray(Image.open(folder / "img_align_celeba" / names[i])) for i in (0, 2)]
+    assert labels == [-1, -1] and np.abs(images.transpose(0, 2, 3, 1).astype(int) - np.array(kept)).max() <= 2
 
 
 @pytest.mark.parametrize("data", [b"", b"\0\0\x08\x03", idx(IMAGES)[:-1], idx(IMAGES)[:4] + b"\xff" * 12])
