@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from ebm import __version__
 from ebm.config import Config, TrackingConfig, load_config
 from ebm.errors import DataError, UserError
+from ebm.inference.run import MAX_INITIAL, initial_weights
 from ebm.runtime import checkpoint, history
 from ebm.runtime import history as environment
 from ebm.runtime.files import read_json
@@ -110,6 +111,8 @@ def of_run(run_dir: Path) -> Found:
     valid = [path for path in saved if checkpoint.problem_of(path) is None]
     lines = [*_what(run_dir, config), _how_far(config, metrics, valid)]
     odd = [f"checkpoint {path.name} is damaged: {checkpoint.problem_of(path)}" for path in saved if path not in valid]
+    if valid and (share := config.optim.initial_share(checkpoint.step_of(valid[-1]))) > MAX_INITIAL:
+        odd.append(initial_weights(share, checkpoint.step_of(valid[-1])))
     odd += _odd(run_dir, config, metrics)
     return Found(lines, odd, _next(run_dir, config, valid))
 

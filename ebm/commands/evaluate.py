@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from ebm import evaluation
 from ebm.commands import add_device, add_weights
+from ebm.commands.doctor import last_metrics
+from ebm.config import load_config
 from ebm.data.sources import known_density
 from ebm.errors import ConfigError
 from ebm.evaluation.classifier import default_ruler_directory
@@ -25,6 +27,9 @@ from ebm.inference.inputs import read_states
 from ebm.inference.run import open_run
 from ebm.report.page import draw_lengths, pixels
 from ebm.runtime.files import replace
+from ebm.runtime.run_directory import reserved
+from ebm.tracking.delivery import add_evaluation
+from ebm.tracking.wandb_run import send_evaluation
 
 METRICS = ("frechet", "classes", "ood", "energy", "density", "accuracy", "likelihood")
 SHOWN = 36  # chains of each length in the picture
@@ -35,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="run directory, or one checkpoint inside it")
     parser.add_argument("--metrics", help=f"some of {','.join(METRICS)} (default: all that the run supports)")
     parser.add_argument("--json", metavar="FILE", help="write the values to this file as one object")
+    parser.add_argument(
+        "--log",
+        action="store_true",
+        help="send the values to the run's W&B run, at the checkpoint's step (offline: into a part for ebm sync)",
+    )
     parser.add_argument("--num", type=int, default=2000, help="fresh chains (default 2000)")
     parser.add_argument("--steps", type=int, default=200, help="steps of a fresh chain (default 200)")
     parser.add_argument(
@@ -94,7 +104,13 @@ def run(arguments: argparse.Namespace) -> int:
     progress.close()
     if arguments.json:
         _write(Path(arguments.json), values)
-    words += _keep(sets, values)
+    settings = {"num": sets.num, "steps": sets.steps, "weights": arguments.weights}
+    words += _keep(sets, values, settings)
+    if arguments.log:
+        with reserved(trained.directory):
+            last = last_metrics(trained.directory / "metrics.jsonl").get("step", 0)
+            config = load_config(trained.directory / "config.yaml")  # as it was given, without the steps in use
+            words.append(send_evaluation(config, trained.directory, trained.checkpoint, _finite(values), int(last)))
     print(f"{trained.checkpoint}: {sets}")
     if "comparison" in sets.__dict__:
         print(f"distances: of {sets.comparison.images} images each, in features of ruler {sets.ruler.identity}")
@@ -200,9 +216,9 @@ def _finite(values: Metrics) -> Metrics:
     return {key: value for key, value in values.items() if isinstance(value, str) or math.isfinite(value)}
 
 
-def _keep(sets: Sets, values: Metrics) -> list[str]:
-    """Keep in the run directory what the report shows: evaluation.json, and pictures. Says so; a directory of another
-    user's that can't be written to is left as it is."""
+def _keep(sets: Sets, values: Metrics, settings: dict[str, Any]) -> list[str]:
+    """Keep in the run directory what the report shows: evaluation.json, a line of evaluations.jsonl, and pictures. Says
+    so; a directory of another user's that can't be written to is left as it is."""
     run, said = sets.run, []
     record = {"step": run.step, "num": sets.num, "lengths": sets.lengths, "values": _finite(values)}
     files = {"evaluation.json": _json(record).encode()}
@@ -215,6 +231,7 @@ def _keep(sets: Sets, values: Metrics) -> list[str]:
     try:
         for name, content in files.items():
             replace(run.directory / name, content)
+        add_evaluation(run.directory, {"step": run.step, "settings": settings, "values": _finite(values)})
     except OSError as error:
         return [f"{run.directory} can't be written to ({error.strerror}): nothing is kept there for the report"]
     return said

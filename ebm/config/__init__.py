@@ -6,15 +6,8 @@ from ebm.config.loading import DEFAULT_CONFIG, check_places, load_config, valida
 from ebm.config.losses import ContrastiveConfig
 from ebm.config.reading import MAX_BYTES
 from ebm.config.samplers import HMCConfig, LangevinConfig, MALAConfig, NoiseLevelsConfig, SamplerConfig, TemperingConfig
-from ebm.config.sections import (
-    Config,
-    DataConfig,
-    HealthConfig,
-    ObjectStore,
-    OptimConfig,
-    TrackingConfig,
-    TrainConfig,
-)
+from ebm.config.section import TrackingConfig
+from ebm.config.sections import Config, DataConfig, HealthConfig, ObjectStore, OptimConfig, TrainConfig
 
 __all__ = [
     "DEFAULT_CONFIG",

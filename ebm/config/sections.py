@@ -1,5 +1,5 @@
-"""The config as a whole, and the sections that have one form only: run, data, buffer, optim, train, health and others.
-Each key is stated once, with its type, range, default and meaning."""
+"""The config as a whole, and the sections that have one form only and that a step of training reads: run, data, buffer,
+optim, train, health. Each key is stated once, with its type, range, default and meaning."""
 
 import math
 from typing import Literal, Self
@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from ebm.config.energies import EnergyConfig, NetworkConfig, ResNetConfig
 from ebm.config.losses import ContrastiveConfig, LossConfig
 from ebm.config.samplers import FreshConfig, LangevinConfig, NoiseLevelsConfig, SamplerConfig
-from ebm.config.section import Section, UserPath
+from ebm.config.section import CheckpointConfig, EvaluateConfig, Section, TrackingConfig, UserPath
 
 
 class RunConfig(Section):
@@ -190,6 +190,21 @@ class OptimConfig(Section):
         lt=1,
         description="decay of the exponential moving average of the weights, which samples and scores; 0: no averaging",
     )
+    ema_warmup: bool = Field(
+        True,
+        description="average over fewer steps at first: at step n the decay is at most (1 + n) / (10 + n), so that a "
+        "short run's average forgets its initial weights",
+    )
+
+    def average_decay(self, step: int) -> float:
+        """The decay of the averaged weights at step 1, 2, ..."""
+        return min(self.ema_decay, (1 + step) / (10 + step)) if self.ema_warmup else self.ema_decay
+
+    def initial_share(self, steps: int) -> float:
+        """The weight that the run's initial weights have in the average after so many steps: the product of the
+        decays."""
+        warm = min(steps, 10_000)  # by then nothing of them is left, if the decays rise
+        return math.prod(self.average_decay(step) for step in range(1, warm + 1)) * self.ema_decay ** (steps - warm)
 
     @model_validator(mode="after")
     def _betas(self) -> Self:
@@ -300,57 +315,6 @@ class HealthConfig(Section):
     max_rollbacks: int = Field(6, ge=0, description="number of rollbacks after which the run gives up (exit 3)")
     max_restarts: int = Field(
         10, ge=0, description="number of starts in a row without a newer checkpoint after which a start is refused"
-    )
-
-
-class CheckpointConfig(Section):
-    every: int = Field(1000, ge=1, description="steps between checkpoints")
-    keep: int = Field(2, ge=1, description="number of newest checkpoints that are kept")
-
-
-class TrackingConfig(Section):
-    wandb: Literal["auto", "online", "offline", "disabled"] = Field(
-        "auto",
-        description="Weights & Biases (W&B): auto is what $WANDB_MODE and $WANDB_DISABLED say, else online if you are "
-        "logged in and offline if not",
-    )
-    project: str | None = Field(None, description="W&B project; null: $WANDB_PROJECT, or ebm")
-    entity: str | None = Field(None, description="W&B user or team; null: $WANDB_ENTITY, or your default one")
-    name: str | None = Field(None, description="W&B run name; null: $WANDB_NAME, or the name of the run directory")
-    group: str | None = Field(
-        None, description="W&B group, such as the sweep that a run belongs to; null: $WANDB_RUN_GROUP"
-    )
-    tags: tuple[str, ...] = Field((), description="W&B tags; none: $WANDB_TAGS")
-    samples_every: int = Field(1000, ge=1, description="steps between two panels of samples")
-    num_samples: int = Field(64, ge=1, description="number of images in a panel")
-    sample_steps: int = Field(200, ge=1, description="steps of the chains that draw fresh samples for a panel")
-    wandb_timeout: float = Field(30.0, gt=0, description="seconds that W&B may take to start, and again to finish")
-    offline_part: float = Field(
-        1800.0,
-        gt=0,
-        description="seconds after which an offline run begins a new file, so that the previous one can be "
-        "uploaded by ebm sync while the run goes on",
-    )
-    alerts: bool = Field(True, description="send W&B alerts on divergence, stalls and failure")
-    alert_every: float = Field(3600.0, gt=0, description="least number of seconds between two alerts of the same kind")
-    stall_after: float = Field(
-        300.0,
-        gt=0,
-        description="seconds without a step after which an alert is sent; set it below train.collective_timeout",
-    )
-    slow_factor: float = Field(
-        3.0, gt=1, description="an alert is sent if steps take this many times as long as before"
-    )
-    artifacts: Literal["none", "final", "all"] = Field(
-        "none", description="checkpoints that are uploaded to W&B: none, the last one together with the samples, or all"
-    )
-    artifacts_gb: float = Field(10.0, gt=0, description="gigabytes of checkpoints that may wait for their upload")
-
-
-class EvaluateConfig(Section):
-    shards: UserPath | None = Field(None, description="held-out data for ebm evaluate, given as data.shards")
-    source: UserPath | None = Field(
-        None, description="write evaluate.shards from the test split of this source first, if they do not exist yet"
     )
 
 

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 MOST = 50_000  # samples of a set, evenly from all of it: ImageNet's at 64x64 would take 16 GB
 FEW = 5000  # samples that are enough for a mean energy
 READ_AT_ONCE = 64  # samples that lie side by side in a shard
+FEW_SHARDS = 8  # shards that a few held-out samples are taken of
 
 
 class Labelled(NamedTuple):
@@ -190,10 +191,34 @@ def read_evaluation_data(config: Config, split: Literal["train", "test"], most: 
     section = config.data if split == "train" else config.evaluate
     shards, source = section.shards, section.source
     assert shards is not None, "the caller checks evaluate.shards"
-    if source is not None and not is_remote(shards) and not manifest_path(shards).is_file():
+    if source is not None and _are_missing(shards):
         log.info("no shards in %s: reading the %s split of %s instead", shards, split, source)
         return read_states(source, config, split, most)
     return read_spread(shards, config.data, most)
+
+
+def few_heldout(config: Config, count: int) -> tuple[Tensor, Tensor]:
+    """`count` held-out samples, or all, and their labels, as quickly as they can be had: evenly from up to FEW_SHARDS
+    shards, or from the first one where they are remote. Raises DataError."""
+    shards, source = config.evaluate.shards, config.evaluate.source
+    assert shards is not None, "the caller checks evaluate.shards"
+    if source is not None and _are_missing(shards):
+        return read_states(source, config, "test", count)
+    manifest = load_manifest(shards, Access.of(config.data))
+    reader = SampleReader(manifest, tuple(config.data.shape), config.data.max_pixels)
+    total, opened = len(manifest.shards), 1 if manifest.remote else min(len(manifest.shards), FEW_SHARDS)
+    decoded = []
+    for shard in sorted({i * total // opened for i in range(opened)}):
+        samples = manifest.shards[shard].samples
+        each = min(-(-count // opened), samples)
+        for start in (k * samples // each for k in range(each)):
+            decoded += [reader.decode(shard, sample) for sample in reader.samples(shard, start, start + 1)]
+    kept = decoded[:count]
+    return torch.stack([torch.from_numpy(sample[0]) for sample in kept]), torch.tensor([sample[1] for sample in kept])
+
+
+def _are_missing(shards: str) -> bool:
+    return not is_remote(shards) and not manifest_path(shards).is_file()
 
 
 def read_spread(shards: str, data: DataConfig, most: int) -> tuple[Tensor, Tensor]:

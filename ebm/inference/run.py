@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -24,7 +25,10 @@ from ebm.samplers import Engine, advance, chain_shape, chains_of_lengths, cold_s
 from ebm.samplers.factory import sampler_in_use
 from ebm.streams import stream_sources
 
+log = logging.getLogger(__name__)
+
 BLOCK = 512  # states computed at a time
+MAX_INITIAL = 0.05  # weight of the initial weights in the averaged ones, above which it is said
 
 
 @dataclass(frozen=True)
@@ -304,7 +308,17 @@ def _open(config: Config, chosen: Path, device: torch.device, weights: Literal["
     energy = build_energy(config.energy, config.data.shape, config.run.seed)
     name = {"ema": "ema", "raw": "model"}[weights]
     energy.load_state_dict(checkpoint.read_tensors(chosen, name, energy.state_dict()))
+    if weights == "ema" and (share := config.optim.initial_share(state.step)) > MAX_INITIAL:
+        log.warning(initial_weights(share, state.step))
     return TrainedRun(config, FoldedEnergy(energy.to(device)).refresh(), chosen, device, _persistent(config, chosen))
+
+
+def initial_weights(share: float, step: int) -> str:
+    """What to say of averaged weights in which the initial ones have this share."""
+    return (
+        f"the averaged weights of step {step} are still {share:.0%} the initial ones: train longer, lower "
+        "optim.ema_decay, or take the last weights (--weights raw)"
+    )
 
 
 def _persistent(config: Config, path: Path) -> PersistentChains | None:

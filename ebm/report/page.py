@@ -199,7 +199,8 @@ CHARTS = (
     ("Spread of fresh chains", ("fresh/spread",)),
     ("AUC of fresh chains", ("fresh/auc",)),
     ("Pixels of fresh chains at a bound", ("fresh/saturated",)),
-    ("Energy of fresh chains", ("fresh/energy_mean",)),
+    ("Energy of fresh chains and held-out data", ("fresh/energy_mean", "heldout/energy_mean")),
+    ("AUC of held-out against training data", ("heldout/auc",)),
     ("Pixels at a bound", ("sampler/saturated", "data/saturated")),
     ("Displacement", ("sampler/displacement",)),
     ("Age of the chains", ("buffer/age_mean",)),
@@ -207,6 +208,9 @@ CHARTS = (
     ("Skipped steps, reset chains", ("health/skipped_steps", "health/reset_chains")),
     ("Learning rate", ("optim/lr",)),
     ("Seconds a step", ("perf/step_s",)),
+    ("Images a second", ("perf/images_per_s",)),
+    ("GPU memory", ("perf/gpu_memory_gb",)),
+    ("Share of the GPUs' peak", ("perf/mfu",)),
     ("Share of time waiting for data", ("perf/data_wait_frac",)),
 )
 IN_NUMBERS_ONLY = {"data/epoch", "data/skipped", "health/rollbacks", "health/lr_scale", "health/step_scale"}
@@ -250,8 +254,8 @@ def is_within(value: float, bounds: tuple[float, float]) -> bool:
 
 
 def is_too_early(records: Records, key: str) -> bool:
-    """Whether fresh chains can't tell anything yet about a run that is so short."""
-    return key.startswith("fresh/") and records.step <= judged_after(records.config)
+    """Whether panels can't tell anything yet about a run that is so short."""
+    return key.startswith(("fresh/", "heldout/")) and records.step <= judged_after(records.config)
 
 
 def header(records: Records) -> str:

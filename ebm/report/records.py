@@ -13,7 +13,7 @@ import numpy as np
 
 from ebm.config import Config, load_config
 from ebm.errors import DataError
-from ebm.training.divergence import MIN_FRESH_SPREAD, largest_grad_norm
+from ebm.training.divergence import MAX_HELDOUT_AUC, MIN_FRESH_SPREAD, largest_grad_norm
 
 Range = tuple[float, float]
 
@@ -74,8 +74,14 @@ METRICS = (
            lambda *_: (0.05, 0.95)),
     Metric("fresh/saturated", "share of the fresh chains' pixels at a bound", "share",
            "near data/saturated, at most .25 above it", lambda _, data: (0.0, data["data/saturated"] + 0.25)),
-    Metric("fresh/spread", "how much fresh chains differ from each other, as a share of how much data do", "share",
-           "near 1; below .1 all chains are the same picture", lambda *_: (MIN_FRESH_SPREAD, 2.0)),
+    Metric("fresh/spread", "how much fresh chains differ from each other, as a share of how much data do; images by "
+           "the means of 4 x 4 fields", "share", "near 1; below .5 they are alike, below .1 all the same picture",
+           lambda *_: (MIN_FRESH_SPREAD, 2.0)),
+    Metric("heldout/energy_mean", "mean energy of held-out data, by the averaged weights", "energy",
+           "close to pos_mean"),
+    Metric("heldout/auc", "P(a held-out datum's energy is above a training datum's), of a panel's few images",
+           "probability", "near .5; near 1 the energy remembers its training data",
+           lambda *_: (0.2, MAX_HELDOUT_AUC)),
     Metric("data/saturated", "share of the data's pixels at a bound", "share", "constant, a property of the data"),
     Metric("data/epoch", "epoch of the data", "epochs", "grows"),
     Metric("data/skipped", "samples passed over (data.on_error=skip)", "samples", "0", _zero),
@@ -95,6 +101,10 @@ METRICS = (
     Metric("health/step_scale", "what cuts left of the step size", "factor", "1", _one),
     Metric("perf/step_s", "wall time of a step", "s", "level"),
     Metric("perf/chain_steps_per_s", "steps of single chains a second", "1/s", "level"),
+    Metric("perf/images_per_s", "training images a second, over all ranks", "1/s", "level"),
+    Metric("perf/gpu_memory_gb", "most GPU memory that rank 0 had in use since the last line", "GB", "level"),
+    Metric("perf/mfu", "FLOPs of a step, counted for its chains and loss, as a share of what the GPUs can do at most "
+           "(dense, by their data sheets)", "share", "level; .3 is good"),
     Metric("perf/data_wait_frac", "share of the time spent waiting for data", "share",
            "below .1; above it, raise data.workers", lambda *_: (0.0, 0.1)),
 )  # fmt: skip

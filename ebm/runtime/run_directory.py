@@ -7,8 +7,8 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -31,7 +31,15 @@ OURS = (
     r"wandb_id|wandb_step|wandb_run\.json|report\.html"
 )
 PICTURE = re.compile(r"step_\d{8,}\.png")
-OF_ONE_CONFIG = ("attempts.json", "rollbacks.json", "DONE", "wandb_id", "wandb_step", "wandb_run.json")
+OF_ONE_CONFIG = (
+    "attempts.json",
+    "rollbacks.json",
+    "DONE",
+    "wandb_id",
+    "wandb_step",
+    "wandb_run.json",
+    "evaluations.jsonl",
+)
 LOCK_WAIT = 60.0  # seconds for ranks that lost their launcher to notice it, save and end
 
 
@@ -286,6 +294,24 @@ def is_training(run_dir: Path) -> bool:
     except OSError:
         return False
     return False
+
+
+@contextmanager
+def reserved(run_dir: Path) -> Iterator[None]:
+    """Keep trainings out of the run for a moment; one that starts waits for the end. Raises ConfigError while one is
+    under way."""
+    try:
+        file = open_own(run_dir / "lock", os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise ConfigError(f"{run_dir}/lock: {error.strerror}; make the run directory writable") from error
+    with open(file, "r+b") as lock:
+        try:
+            free = try_lock(lock.fileno())
+        except OSError:  # a file system without locks, which training warns of
+            free = True
+        if not free:
+            raise ConfigError(f"{run_dir} is being trained, and W&B takes one writer; wait for its end, or stop it")
+        yield
 
 
 def _restarts() -> int:

@@ -17,15 +17,18 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ebm.config import TrackingConfig
-from ebm.runtime.files import read_json, replace
+from ebm.runtime.files import open_own, read_json, replace
 
 log = logging.getLogger(__name__)
 
+WARNING = "health/warning"  # the worst sign of divergence, as a share of its limit
+MAX_EVALUATIONS = 1 << 24  # bytes that are read
 MAX_ID = 128
 ID = re.compile(r"[\w.-]{1,128}")
 DEFAULT_PROJECT = "ebm"
@@ -34,12 +37,13 @@ YES = ("1", "true", "yes", "on")
 
 class Obtained(BaseModel):
     """RUN/wandb_run.json: where the client put the run. `folder`: the directory with its `wandb` directory, if not RUN,
-    which may move."""
+    which may move. `facts`: what the run's W&B config has beside the config."""
 
     model_config = ConfigDict(strict=True)
     project: Annotated[str, Field(max_length=1000)]
     entity: Annotated[str, Field(max_length=1000)] | None = None
     folder: Annotated[str, Field(max_length=4096)] | None = None
+    facts: dict[str, Any] = {}
 
 
 class Identity(NamedTuple):
@@ -64,13 +68,13 @@ def asked_for(tracking: TrackingConfig, run_dir: Path, environment: Mapping[str,
     )
 
 
-def keep(run: Any, run_dir: Path, folder: Path) -> str:
+def keep(run: Any, run_dir: Path, folder: Path, facts: Mapping[str, Any]) -> str:
     """Keep what the client obtained for its run, and return its id: in a sweep it takes the agent's id and project,
     whatever it was asked for. Where they are others than before, none of the rows is delivered there."""
     before = obtained(run_dir)
     entity = run.entity or (before.entity if before is not None else None)  # an offline client does not know its own
     place = None if folder == run_dir else str(folder.absolute())
-    now = Obtained(project=run.project, entity=entity or None, folder=place)
+    now = Obtained(project=run.project, entity=entity or None, folder=place, facts=dict(facts))
     moved = before is not None and (before.project != now.project or (before.entity or entity) != entity)
     if moved:
         (run_dir / "wandb_step").unlink(missing_ok=True)
@@ -235,6 +239,39 @@ class Handed:
             self._written = time.monotonic()
 
 
+EVALUATIONS = "evaluations.jsonl"  # in a run directory: a line for each `ebm evaluate`
+FRECHET = "frechet/fresh_ratio"  # by which checkpoints of a run are compared
+
+
+def add_evaluation(run_dir: Path, record: dict[str, Any]) -> None:
+    """Append what `ebm evaluate` measured: its step, settings and values. Raises OSError."""
+    with open(open_own(run_dir / EVALUATIONS, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as file:
+        file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+
+
+def best_frechet(run_dir: Path) -> tuple[float, int] | None:
+    """The lowest Fréchet ratio of fresh chains that a checkpoint of the run reached, and its step: among the
+    evaluations with the settings of the newest one. None where there is none."""
+    found: list[tuple[Any, float, int]] = []
+    try:
+        lines = (run_dir / EVALUATIONS).read_bytes()[-MAX_EVALUATIONS:].splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        try:
+            record = json.loads(line)
+            found.append((record["settings"], float(record["values"][FRECHET]), int(record["step"])))
+        except (ValueError, TypeError, KeyError, RecursionError):  # torn, of another kind, or without this metric
+            continue
+    return min(((ratio, step) for settings, ratio, step in found if settings == found[-1][0]), default=None)
+
+
+def worst_warning(metrics: Path, until: int) -> tuple[float, int]:
+    """The largest health/warning of the records up to the step `until`, and its step; (0, 0) without any."""
+    rows = rows_between(metrics, 0, until) if metrics.is_file() else iter(())
+    return max(((row[WARNING], row["step"]) for row in rows if isinstance(row.get(WARNING), float)), default=(0.0, 0))
+
+
 def rows_between(metrics: Path, first: int, until: int) -> Iterator[dict[str, Any]]:
     """Yields the records of `metrics.jsonl` with first <= step <= until, as they were logged. Stops at a line that is
     no record."""
@@ -280,9 +317,9 @@ class Artifacts:
     def __init__(self, run_dir: Path, max_gb: float):
         self._root, self._max_bytes = run_dir / "wandb" / "artifacts", int(max_gb * 1e9)
 
-    def hold(self, name: str, files: list[Path]) -> Path:
-        """Returns a directory with these files, which nobody changes any more. Raises OSError beyond the limit, and if
-        a file is gone."""
+    def hold(self, name: str, files: list[Path], texts: Mapping[str, str] = MappingProxyType({})) -> Path:
+        """Returns a directory with these files, which nobody changes any more, and with `texts` by file name. Raises
+        OSError beyond the limit, and if a file is gone."""
         size = sum(file.stat().st_size for file in files)
         held = sum(file.stat().st_size for file in self._root.rglob("*") if file.is_file())
         if held + size > self._max_bytes:
@@ -298,6 +335,8 @@ class Artifacts:
                 os.link(file, directory / file.name)
             except OSError:  # a file system without hard links
                 shutil.copyfile(file, directory / file.name)
+        for file_name, text in texts.items():
+            (directory / file_name).write_text(text)
         return directory
 
     def release(self) -> None:

@@ -9,22 +9,25 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 from io import BytesIO
 from itertools import accumulate, takewhile
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
 from ebm.config import Config, TrackingConfig
-from ebm.errors import UserError
+from ebm.errors import ConfigError, UserError
 from ebm.inference.images import pictures, side_by_side
 from ebm.runtime.files import open_own, replace, sync_directory
-from ebm.tracking.delivery import step_of
+from ebm.tracking.delivery import WARNING, step_of
 from ebm.tracking.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
@@ -177,7 +180,6 @@ def _finite(value: Any) -> Any:
     return value
 
 
-WARNING = "health/warning"  # the ladder's worst sign, as a share of its limit
 HISTORY, MINIMUM, RECENT = 50, 10, 3  # lines of metrics: what the step time is compared with, and what is
 
 
@@ -226,6 +228,63 @@ class Alerts:
             log.warning(f"{title}: {text}")
 
 
+class TensorBoard:
+    """RUN/tensorboard: the same metrics, panels and histograms as event files, by torch's writer. (Accelerate's tracker
+    is the same writer without what a resumed run needs: events after the step that it goes on from are hidden.)
+
+    What goes wrong after the start is logged once, and training goes on without it."""
+
+    def __init__(self, folder: Path, resume_step: int):
+        """Raises ConfigError where the package is not installed."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(
+                f"tracking.tensorboard=true needs the package tensorboard ({error}): pip install tensorboard, or "
+                "pip install 'ebm[tensorboard]'; or set tracking.tensorboard=false"
+            ) from error
+        self._begin: Callable[..., Any] = partial(SummaryWriter, str(folder))
+        self._writer: Any = None
+        self._failed = False
+        self.rewind(resume_step)
+
+    def rewind(self, step: int) -> None:
+        """Hide what was written after `step`."""
+        self.close()
+        with self._guarded():
+            self._writer = self._begin(purge_step=step + 1 if step else None)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        with self._guarded():
+            for key, value in values.items():
+                self._writer.add_scalar(key, value, step)
+
+    def images(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        with self._guarded():
+            for key, picture in pictures.items():
+                self._writer.add_image(key, picture, step, dataformats="HWC")
+
+    def histograms(self, step: int, values: Mapping[str, np.ndarray]) -> None:
+        with self._guarded():
+            for key, value in values.items():
+                if np.isfinite(value).all():  # it has no bins for others
+                    self._writer.add_histogram(key, value, step)
+
+    def close(self) -> None:
+        with self._guarded():
+            if self._writer is not None:
+                self._writer.close()
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of many kinds, a full disk's among them, and none may reach training
+            if not self._failed:  # later calls end here, too: there is no writer any more
+                log.warning(f"TensorBoard: {error}; training goes on without it, metrics.jsonl has everything")
+            self._failed, self._writer = True, None
+
+
 class Progress:
     """Shows step, rate, time left, loss and AUC, as a bar on a terminal and as lines of the log elsewhere."""
 
@@ -256,7 +315,8 @@ class Tracker:
     """All that rank 0 records of a run that goes on at `resume_step`. Only the start raises (UserError): a disk that is
     full, read-only or failing later on is logged, and tried again, while training goes on."""
 
-    def __init__(self, config: Config, run_dir: Path, resume_step: int):
+    def __init__(self, config: Config, run_dir: Path, resume_step: int, facts: Mapping[str, Any] | None = None):
+        """`facts`: see WandbRun. Raises UserError, also where tracking.tensorboard can't be had."""
         self._samples_dir = run_dir / "samples"
         self._progress = Progress(config.train.steps, resume_step)
         try:
@@ -269,13 +329,17 @@ class Tracker:
             ) from error
         self._records = [self._metrics] if self._trace is None else [self._metrics, self._trace]
         self._samples = WholeFiles(str(self._samples_dir))
-        self._wandb = WandbRun(config, run_dir, resume_step)
+        self._board = TensorBoard(run_dir / "tensorboard", resume_step) if config.tracking.tensorboard else None
+        self._wandb = WandbRun(config, run_dir, resume_step, facts)
+        self._last: dict[str, Any] = {}  # line of metrics
         self._alerts, self._step = Alerts(config.tracking, self._wandb.alert), resume_step
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        self._step = step
-        self._metrics.append({"step": step, **metrics})
+        self._step, self._last = step, {"step": step, **metrics}
+        self._metrics.append(self._last)
         self._wandb.log(step, metrics)
+        if self._board is not None:
+            self._board.log(step, metrics)
         self._progress.update(step, metrics)
         self._alerts.read(step, metrics)
 
@@ -289,28 +353,43 @@ class Tracker:
 
     def checkpoint(self, path: Path) -> None:
         """Upload a checkpoint that became final as an artifact, if `tracking.artifacts` says so."""
-        self._wandb.log_checkpoint(path)
+        self._wandb.log_checkpoint(path, self._last)
 
     def rewind(self, step: int) -> None:
         """Training went back to `step`: the records after it go, so that every step stands once."""
         for records in self._records:
             records.rewind(step)
         self._wandb.rewind(step)
+        if self._board is not None:
+            self._board.rewind(step)
 
     def trace(self, step: int, samples: list[Any], chains: list[Any]) -> None:
         assert self._trace is not None, "data.trace=false"
         self._trace.append({"step": step, "samples": samples, "chains": chains})
 
-    def panels(self, step: int, samples: dict[str, Tensor]) -> None:
-        """Images (N, C, H, W) in [-1, 1] or vectors (N, D), by panel: all in samples/step_N.png, each in W&B."""
+    def panels(
+        self,
+        step: int,
+        samples: dict[str, Tensor],
+        captions: Mapping[str, str] = MappingProxyType({}),
+        further: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
+        """Images (N, C, H, W) in [-1, 1] or vectors (N, D), by panel: all in samples/step_N.png, each in W&B with its
+        caption. `further` panels, such as those of single classes, are in W&B alone."""
         panels = pictures(samples)
         file = BytesIO()
         side_by_side(panels).save(file, format="png")
         self._samples.write(self._samples_dir / f"step_{step:08d}.png", file.getvalue())
-        self._wandb.log_images(step, panels)
+        shown = panels | (pictures(dict(further)) if further else {})
+        self._wandb.log_images(step, shown, captions)
+        if self._board is not None:
+            self._board.images(step, shown)
 
     def histograms(self, step: int, values: dict[str, Tensor]) -> None:
-        self._wandb.log_histograms(step, {name: v.float().cpu().numpy() for name, v in values.items()})
+        arrays = {name: v.float().cpu().numpy() for name, v in values.items()}
+        self._wandb.log_histograms(step, arrays)
+        if self._board is not None:
+            self._board.histograms(step, arrays)
 
     def flush(self) -> bool:
         """Sync the records. Returns whether all of them are on the disk for good. Call it before a checkpoint becomes
@@ -329,6 +408,8 @@ class Tracker:
         files: list[Records | WholeFiles] = [*self._records, self._samples]
         for file in files:  # before W&B, which may take its time
             file.close()
+        if self._board is not None:
+            self._board.close()
         self._wandb.finish(exit_code)
         hint = self._wandb.sync_hint()
         if hint:

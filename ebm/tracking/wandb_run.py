@@ -1,6 +1,7 @@
 """A run's client of W&B, which works in a thread of its own."""
 
 import errno
+import json
 import logging
 import math
 import netrc
@@ -9,7 +10,7 @@ import shlex
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -19,9 +20,20 @@ from urllib.parse import urlparse
 import numpy as np
 
 from ebm.config import Config, TrackingConfig
-from ebm.errors import EXIT_STOPPED
+from ebm.errors import EXIT_STOPPED, ConfigError
+from ebm.runtime import checkpoint
 from ebm.tracking import delivery as identity
-from ebm.tracking.delivery import CLOSED, Artifacts, Handed, newest_samples, number_part, rows_between
+from ebm.tracking.delivery import (
+    CLOSED,
+    WARNING,
+    Artifacts,
+    Handed,
+    best_frechet,
+    newest_samples,
+    number_part,
+    rows_between,
+    worst_warning,
+)
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +41,20 @@ log = logging.getLogger(__name__)
 # the first to be left out.
 MAX_WAITING, MAX_BYTES = 10_000, 256 << 20
 BYTES_A_VALUE = 200  # of a row
+# What W&B shows of a metric beside its curve, and compares runs by.
+SUMMARIES = {
+    "health/warning": "max,last",
+    "energy/auc": "min,max,last",
+    "fresh/spread": "min,last",
+    "fresh/auc": "min,max,last",
+    "heldout/auc": "max,last",
+    "perf/step_s": "mean,last",
+    "perf/images_per_s": "mean,last",
+    "perf/gpu_memory_gb": "max,last",
+    "perf/mfu": "mean,last",
+    "frechet/fresh_ratio": "min,last",
+    "frechet/persistent_ratio": "min,last",
+}
 UNSAFE = {"offline": 10.0, "online": 60.0}  # seconds a row is with the client before it is on the disk, or uploaded
 
 
@@ -41,8 +67,10 @@ class WandbRun:
 
     A run that is resumed goes on as the same W&B run, and hands over the rows that earlier starts did not deliver."""
 
-    def __init__(self, config: Config, run_dir: Path, resume_step: int):
-        self._config, self._run_dir, self._resume_step = config, run_dir, resume_step
+    def __init__(self, config: Config, run_dir: Path, resume_step: int, facts: Mapping[str, Any] | None = None):
+        """`facts`: what the run's W&B config has beside the config, such as devices and the size of the network."""
+        self._config, self._run_dir, self._resume_step, self._facts = config, run_dir, resume_step, facts
+        self._worst, self._worst_step = 0.0, 0  # health/warning so far, and its step
         self._log_level = logging.WARNING
         self._folder = run_dir / "wandb"  # of the client's files
         self._timeout = config.tracking.wandb_timeout
@@ -103,28 +131,48 @@ class WandbRun:
         wandb, tracking = self._wandb, self._config.tracking
         identity.share_with_client(identity.asked_for(tracking, self._run_dir, os.environ))
         wandb.setup(wandb.Settings(silent=True))
-        settings = {"init_timeout": self._timeout, "console": "off", "silent": True}
+        console = "wrap" if tracking.console else "off"
+        settings = {"init_timeout": self._timeout, "console": console, "silent": True}
         settings["x_transaction_log_flush_interval"] = 1.0  # seconds; SIGKILL loses what came later
         asked = identity.asked_for(tracking, self._run_dir, os.environ)
         asked.folder.mkdir(parents=True, exist_ok=True)
         config = self._config.model_dump(mode="json")
+        facts = self._facts
+        if facts is None:  # those of the last training
+            before = identity.obtained(self._run_dir)
+            facts = {} if before is None else before.facts
+        config["environment"] = dict(facts)
         run = wandb.init(
             dir=asked.folder, mode=self.mode, id=asked.id, resume="allow", project=asked.project, entity=asked.entity,
-            name=asked.name, group=tracking.group, tags=list(tracking.tags) or None, config=config,
-            settings=wandb.Settings(**settings))  # fmt: skip
+            name=asked.name, group=tracking.group, tags=list(tracking.tags) or None, notes=tracking.notes,
+            job_type=tracking.job_type, config=config, settings=wandb.Settings(**settings))  # fmt: skip
         if self._resume_step:
             run.config.update(config, allow_val_change=True)  # what train.extend changed
-        obtained, self._folder = identity.keep(run, self._run_dir, asked.folder), asked.folder / "wandb"
+        obtained, self._folder = identity.keep(run, self._run_dir, asked.folder, facts), asked.folder / "wandb"
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
+        for key, summary in SUMMARIES.items():
+            run.define_metric(key, step_metric="step", summary=summary)
         if self._handed is None:
             self._handed = Handed(self._run_dir, obtained, UNSAFE[self.mode])
         self._part_ends = time.monotonic() + tracking.offline_part
+        self._summarise_before(run)
         if self.mode == "offline":
             number_part(Path(run.dir).parent)
         else:
             log.info(f"W&B: {run.url}")
         return run
+
+    def _summarise_before(self, run: Any) -> None:
+        """The summaries of what came before this start, or this part of an offline run: W&B takes a part's for the
+        whole run's."""
+        if not self._worst:
+            self._worst, self._worst_step = worst_warning(self._run_dir / "metrics.jsonl", self._resume_step)
+        if self._worst:
+            run.summary.update({"worst/warning": self._worst, "worst/step": self._worst_step})
+        best = best_frechet(self._run_dir)
+        if best is not None:
+            run.summary.update({"best/frechet_ratio": best[0], "best/step": best[1]})
 
     def _catch_up(self) -> None:
         """Hand over the rows before this start that no earlier one delivered."""
@@ -156,10 +204,12 @@ class WandbRun:
         """Training went back to `step`; W&B keeps what it has, and of a step that comes again the last row counts."""
         self._call(lambda: self._delivered.rewind(step))
 
-    def log_images(self, step: int, pictures: dict[str, np.ndarray]) -> None:
-        size = sum(picture.nbytes for picture in pictures.values())
-        call = lambda: self._log({"step": step} | {k: self._wandb.Image(p) for k, p in pictures.items()})  # noqa: E731
-        self._call(call, size, MAX_BYTES // 2)
+    def log_images(self, step: int, pictures: dict[str, np.ndarray], captions: Mapping[str, str]) -> None:
+        def call() -> None:
+            images = {key: self._wandb.Image(p, caption=captions.get(key)) for key, p in pictures.items()}
+            self._log({"step": step} | images)
+
+        self._call(call, sum(picture.nbytes for picture in pictures.values()), MAX_BYTES // 2)
 
     def log_histograms(self, step: int, values: dict[str, np.ndarray]) -> None:
         size = sum(value.nbytes for value in values.values())
@@ -170,13 +220,25 @@ class WandbRun:
         every = self._config.tracking.alert_every
         self._call(lambda: self._run.alert(title, text, level, wait_duration=every))
 
-    def log_checkpoint(self, path: Path) -> None:
-        """Upload a checkpoint that is final as an artifact, if `tracking.artifacts` says so."""
+    def log_checkpoint(self, path: Path, metrics: Mapping[str, Any]) -> None:
+        """Upload a checkpoint that is final as an artifact, and its averaged weights with config and `metrics` as a
+        model, if `tracking.artifacts` says so."""
         wanted, last = self._config.tracking.artifacts, path.name == f"step_{self._config.train.steps:08d}"
         if wanted == "all" or (wanted == "final" and last):
             self._call(lambda: self._log_artifact("checkpoint", path.name, sorted(path.iterdir())))
+            self._call(lambda: self._log_model(path, metrics, ["latest"]))
         if wanted != "none" and last:
             self._call(lambda: self._log_artifact("samples", "samples", newest_samples(self._run_dir)))
+
+    def log_evaluation(self, path: Path, values: Mapping[str, Any]) -> None:
+        """What `ebm evaluate` measured of the checkpoint `path`: a row at its step, the best so far as a summary, and
+        the model, if `tracking.artifacts` says that the run's are uploaded."""
+        step, best = checkpoint.step_of(path), best_frechet(self._run_dir)
+        self._call(lambda: self._log({"step": step, **values}), BYTES_A_VALUE * (len(values) + 1))
+        if self._config.tracking.artifacts != "none":
+            newest = max(map(checkpoint.step_of, checkpoint.checkpoints(path.parent)), default=step)
+            aliases = ["latest"] * (step == newest) + ["best"] * (best is not None and best[1] == step)
+            self._call(lambda: self._log_model(path, {"step": step, **values}, aliases))
 
     def _log_artifact(self, kind: str, name: str, files: list[Path]) -> None:
         if not files:
@@ -184,6 +246,15 @@ class WandbRun:
         artifact = self._wandb.Artifact(f"{kind}-{self._run.id}", type=kind)
         artifact.add_dir(str(self._artifacts.hold(name, files)), policy="immutable", skip_cache=True)
         self._run.log_artifact(artifact, aliases=["latest", name])
+
+    def _log_model(self, path: Path, metrics: Mapping[str, Any], aliases: list[str]) -> None:
+        """The averaged weights of a checkpoint, the run's config, and metrics, as an artifact of the type model."""
+        sound = {key: value for key, value in metrics.items() if not isinstance(value, float) or math.isfinite(value)}
+        files = [path / "ema.safetensors", self._run_dir / "config.yaml"]
+        held = self._artifacts.hold(f"model_{path.name}", files, {"metrics.json": json.dumps(sound, indent=1)})
+        artifact = self._wandb.Artifact(f"model-{self._run.id}", type="model", metadata=sound)
+        artifact.add_dir(str(held), policy="immutable", skip_cache=True)
+        self._run.log_artifact(artifact, aliases=[*aliases, path.name])
 
     def _call(self, call: Callable[[], None], size: int = 0, most: int = MAX_BYTES) -> bool:
         """Queue a call that holds `size` bytes, unless more than `most` would wait then. Returns whether it is
@@ -218,6 +289,9 @@ class WandbRun:
             self._delivered.miss(row["step"])
             raise
         self._delivered.note(row["step"])
+        if row.get(WARNING, 0.0) > self._worst:
+            self._worst, self._worst_step = row[WARNING], row["step"]
+            self._run.summary.update({"worst/warning": self._worst, "worst/step": self._worst_step})
 
     def _log(self, row: dict[str, Any]) -> None:
         self._run.log(row)
@@ -276,6 +350,23 @@ class WandbRun:
             files = f"{shlex.quote(str(self._folder))}/run-*-{self._run.id}"
             command = f"wandb sync --include-online {files}"
         return f"not uploaded to W&B; to do so: wandb login && {command}"
+
+
+def send_evaluation(config: Config, run_dir: Path, path: Path, values: Mapping[str, Any], last_step: int) -> str:
+    """Send what `ebm evaluate` measured of the checkpoint `path` to the run's W&B run, or into an offline part of it.
+    Returns what to tell the user. Nobody may train the run meanwhile. Raises ConfigError where it has no W&B run.
+
+    `last_step`: of the run's metrics.
+    """
+    run = WandbRun(config, run_dir, last_step)
+    if run.mode == "disabled":
+        raise ConfigError(
+            "--log: the run has no W&B (tracking.wandb=disabled, or the environment says so); set tracking.wandb in "
+            f"{run_dir}/config.yaml to auto, online or offline"
+        )
+    run.log_evaluation(path, {key: value for key, value in values.items() if not isinstance(value, str)})
+    run.finish(0 if (run_dir / "DONE").exists() else EXIT_STOPPED)
+    return run.sync_hint() or f"logged to W&B, at step {checkpoint.step_of(path)}"
 
 
 def mode_here(tracking: TrackingConfig) -> str:

@@ -2,8 +2,11 @@
 before anything is allocated or written."""
 
 import json
+import logging
 import math
 import os
+import re
+import socket
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ebm.config import Config, differences, to_yaml
+from ebm.config import Config, TrainConfig, differences, to_yaml
 from ebm.config.losses import LossConfig, ScoreMatchingConfig
 from ebm.data.reader import reader_bytes
 from ebm.energies import FoldedEnergy, build_energy
@@ -23,7 +26,9 @@ from ebm.samplers.base import evaluate
 from ebm.samplers.factory import chain_shape, negative_states, sampler_of, with_replicas
 from ebm.streams import generator, uniform_
 from ebm.training.negatives import chain_energy
-from ebm.training.state import Objective
+from ebm.training.state import Objective, TrainState
+
+log = logging.getLogger(__name__)
 
 STREAM_BYTES = 2000  # of the generators and positions of a stream
 
@@ -60,6 +65,50 @@ def demands(config: Config, ranks: int) -> list[Demand]:
         chain = math.prod(chain_shape(config.sampler, config.data.shape)) * itemsize + 4  # and its age
         found.append(Demand("buffer.size", config.buffer.size, config.buffer.size // ranks * chain))
     return found
+
+
+# Dense peak of common GPUs by their data sheets, in TFLOP/s: bf16 and fp16, and float32 without TF32.
+PEAKS = {"B200": (2250, 75), "H200": (989, 67), "GH200": (989, 67), "H100 PCIe": (756, 51), "H100": (989, 67),
+         "A100": (312, 19.5), "L40S": (362, 92), "A40": (150, 37), "A10": (125, 31), "L4": (121, 30)}  # fmt: skip
+
+
+def peak_flops(device: str, config: TrainConfig) -> float | None:
+    """FLOP/s that a GPU of this name reaches at most in the run's precision; None where it is not known."""
+    found = next((peaks for name, peaks in PEAKS.items() if re.search(rf"\b{name}\b", device)), None)
+    if found is None:
+        return None
+    half, single = found
+    return 1e12 * (half if config.mixed_precision != "no" else half / 2 if config.tf32 else single)
+
+
+def run_facts(state: TrainState) -> dict[str, Any]:
+    """What the run computes on, how large it is, and its data: what its W&B config has beside the config. All ranks
+    together; the FLOPs of a step are counted on rank 0, where anybody asks for them."""
+    config, world = state.config, state.world
+    hosts = world.gather(socket.gethostname())
+    facts: dict[str, Any] = {
+        "world_size": world.size,
+        "nodes": len(set(hosts)),
+        "device": world.device_name,
+        "precision": world.precision,
+        "parameters": sum(p.numel() for p in state.energy.parameters()),
+        "data": state.data.name,
+        "data_identity": state.data.identity,
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+    }
+    if world.is_main and (config.tracking.wandb != "disabled" or peak_flops(world.device_name, config.train)):
+        facts["flops_per_step"] = step_flops(config)
+    return facts
+
+
+def step_flops(config: Config) -> int | None:
+    """FLOPs of one optimizer step over all ranks; None where they can't be counted."""
+    try:
+        cost = measure_cost(config)
+    except Exception as error:  # an energy of the user's own may do what can't be counted: no reason to end a run
+        log.info(f"the FLOPs of a step can't be counted ({error})")
+        return None
+    return (cost.chain + cost.loss) * config.train.batch_size
 
 
 def memory_of(device: torch.device) -> int:

@@ -18,7 +18,9 @@ from ebm.errors import DataError
 
 HISTORY = 50  # good checks that the energy gap is compared with
 ENOUGH_GAPS = 20  # number of good checks after which the gap's usual range is known
-MIN_FRESH_SPREAD = 0.1  # spread across fresh chains, over that of the data, below which they are all one picture
+MIN_FRESH_SPREAD = 0.5  # spread across fresh chains, over that of the data, below which too few are different
+ONE_PICTURE = 0.1  # the same, below which they are all one picture
+MAX_HELDOUT_AUC = 0.95  # P(E(held-out) > E(training data)), above which the energy remembers what it was trained on
 ENOUGH_SPREADS = 5  # number of good checks after which the scale of the energies is known
 
 
@@ -51,14 +53,51 @@ def judged_after(config: Config) -> float:
     return max(config.optim.warmup_steps, 1 / config.buffer.reinit_prob if persistent else 0)
 
 
-def collapse(step: int, spread: float, config: Config) -> float:
-    """How far fresh chains are on the way to being all one picture, as a share of the limit: 1 or more is bad.
+class FreshReading(NamedTuple):
+    """A panel's fresh chains beside its data, and held-out data beside these; energies by the averaged weights."""
 
-    `spread`: their standard deviation over that of the data. 0 where it is too early to judge.
-    """
+    spread: float  # across chains, over that of the data
+    auc: float  # P(E(chain) > E(data))
+    saturated: float  # share of the chains' components at the bounds, less that of the data's
+    heldout_auc: float | None  # P(E(held-out) > E(data)); None without held-out data
+
+    def __str__(self) -> str:
+        heldout = "" if self.heldout_auc is None else f", held-out auc {self.heldout_auc:.3f}"
+        return f"spread {self.spread:.2g}, auc {self.auc:.3f}, saturated {self.saturated:+.2f}{heldout}"
+
+
+def fresh_signs(step: int, reading: FreshReading, config: Config) -> dict[str, float]:
+    """Each sign of a panel's fresh chains as a share of its limit: 1 and above is bad. None is left before
+    `judged_after`, and before health.grace, in which chains from noise run past the data, only their collapse."""
+    c = config.health
     if step <= judged_after(config):
-        return 0.0
-    return MIN_FRESH_SPREAD / spread if spread > 0 else math.inf  # also where it is NaN
+        return {}
+    if step <= c.grace:
+        return _finite_signs({"fresh chains are nearly the same picture": ONE_PICTURE / max(reading.spread, 1e-30)})
+    alike = "are nearly the same picture" if reading.spread < ONE_PICTURE else "are alike"
+    signs = {
+        f"fresh chains {alike}": MIN_FRESH_SPREAD / max(reading.spread, 1e-30),
+        "fresh chains at the bounds": reading.saturated / c.max_saturated,
+        "fresh chains lie below all data": _below(reading.auc, c),
+        "fresh chains lie above all data": _above(reading.auc, c),
+    }
+    if reading.heldout_auc is not None:
+        signs["the energy remembers its training data"] = (1 - MAX_HELDOUT_AUC) / max(1 - reading.heldout_auc, 1e-9)
+    return _finite_signs(signs)
+
+
+def _below(auc: float, config: HealthConfig) -> float:
+    """The sign that chains lie below all data."""
+    return min(config.min_auc / max(auc, 1e-9), 2.0)
+
+
+def _above(auc: float, config: HealthConfig) -> float:
+    """The sign that chains lie above all data."""
+    return min((1 - config.max_auc) / max(1 - auc, 1e-9), 2.0)
+
+
+def _finite_signs(signs: dict[str, float]) -> dict[str, float]:
+    return {name: value if math.isfinite(value) else math.inf for name, value in signs.items()}
 
 
 class ChainReading(NamedTuple):
@@ -172,10 +211,10 @@ class DivergenceMonitor:
             signs["the energy gap left its history"] = abs(gap - centre) / (c.gap_deviations * scale)
         # An untrained energy may rate noise below all data: in the first steps this counts beside another sign alone.
         if step > c.grace or max(signs.values()) >= 0.5:
-            signs["chains lie below all data"] = min(c.min_auc / max(auc, 1e-9), 2.0)
+            signs["chains lie below all data"] = _below(auc, c)
         if step > c.grace:  # chains begin as noise, which any energy tells from data
-            signs["chains lie above all data"] = min((1 - c.max_auc) / max(1 - auc, 1e-9), 2.0)
-        return {name: value if math.isfinite(value) else math.inf for name, value in signs.items()}
+            signs["chains lie above all data"] = _above(auc, c)
+        return _finite_signs(signs)
 
     def _take_in_good(self, reading: Reading) -> None:
         if reading.skipped_in_row:

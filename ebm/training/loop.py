@@ -4,6 +4,7 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ebm.config import Config
 from ebm.data import Batch
@@ -15,8 +16,9 @@ from ebm.runtime.process import leave_code
 from ebm.runtime.run_directory import RunDirectory
 from ebm.runtime.stopping import StopRequest, Watchdog
 from ebm.tracking import Tracker
-from ebm.training.divergence import MIN_FRESH_SPREAD, collapse
-from ebm.training.readings import Interval, measure, panels, read_health, trace
+from ebm.training.cost import run_facts
+from ebm.training.divergence import FreshReading, fresh_signs, judged_after
+from ebm.training.readings import Heldout, Interval, measure, panels, read_health, read_heldout, trace
 from ebm.training.state import TrainState, build_state, load, snapshot
 from ebm.training.step import StepResult, train_step
 
@@ -132,7 +134,10 @@ def run_from(run: RunDirectory, config: Config, world: World, watchdog: Watchdog
     if idle := world.idle_cores():
         log.info(idle)
     watchdog.beat()
-    tracker, code = open_tracker(state, run), 1
+    heldout: list[Heldout | None] = []  # on rank 0 alone
+    world.on_main(lambda: heldout.append(read_heldout(state)), watchdog.beat)
+    facts = run_facts(state)
+    tracker, code = open_tracker(state, run, facts), 1
     if tracker is not None:
         watchdog.on_stall(config.tracking.stall_after, tracker.stalled)
     try:
@@ -141,7 +146,9 @@ def run_from(run: RunDirectory, config: Config, world: World, watchdog: Watchdog
             watchdog,
             Saver(run.checkpoints, world) as saver,
         ):
-            code = Training(state, run, saver, tracker).loop(stop, watchdog)
+            code = Training(
+                state, run, saver, tracker, heldout[0] if heldout else None, facts.get("flops_per_step")
+            ).loop(stop, watchdog)
     except Exception as error:
         if isinstance(error, UserError):  # at once: the tracker's end takes time
             leave_code(error.exit_code, run.path)
@@ -165,12 +172,12 @@ def run_from(run: RunDirectory, config: Config, world: World, watchdog: Watchdog
     return code
 
 
-def open_tracker(state: TrainState, run: RunDirectory) -> Tracker | None:
+def open_tracker(state: TrainState, run: RunDirectory, facts: dict[str, Any]) -> Tracker | None:
     """The tracker, on rank 0 alone; what keeps it from opening ends every rank."""
     tracker, error = None, None
     if state.world.is_main:
         try:
-            tracker = Tracker(state.config, run.path, state.step)
+            tracker = Tracker(state.config, run.path, state.step, facts)
         except UserError as caught:
             error = caught
     state.world.raise_together(error)
@@ -185,6 +192,8 @@ class Training:
     run: RunDirectory
     saver: Saver
     tracker: Tracker | None
+    heldout: Heldout | None  # on rank 0, where the run has held-out data
+    flops: int | None  # of a step over all ranks, on rank 0, where they are known
 
     def loop(self, stop: StopRequest, watchdog: Watchdog) -> int:
         """Train to the last step (0), or until a stop is asked for (75)."""
@@ -205,7 +214,7 @@ class Training:
                 continue
             showing = step % config.tracking.samples_every == 0 or last
             if step % config.train.log_every == 0 or showing:
-                metrics = measure(state, result, interval)
+                metrics = measure(state, result, interval, self.flops)
                 interval = Interval(step)
                 if showing:
                     self.show(batch, result, metrics)
@@ -237,20 +246,25 @@ class Training:
         return batch
 
     def show(self, batch: Batch, result: StepResult, metrics: dict[str, float]) -> None:
-        """Show this step's panels. Adds the metrics of their fresh chains to `metrics`, and to its warning their
-        collapse, which no action follows: what has collapsed needs another recipe."""
-        fresh = panels(self.state, batch, result, self.tracker)
+        """Show this step's panels. Adds the metrics of their fresh chains and of held-out data to `metrics`, and their
+        signs to its warning. No action follows these: what has collapsed needs another recipe."""
+        config, step = self.state.config, self.state.step
+        found = panels(self.state, batch, result, self.tracker, self.heldout)
         if self.tracker is None:
             return
-        sign = min(collapse(self.state.step, fresh["fresh/spread"], self.state.config), 1e6)
-        metrics |= fresh | {"health/warning": max(metrics["health/warning"], sign)}
-        if sign >= 1:
-            told = (
-                f"step {self.state.step}: fresh chains are nearly the same picture (fresh/spread "
-                f"{fresh['fresh/spread']:.2g}, below {MIN_FRESH_SPREAD}); docs/your_images.md says what to change"
-            )
+        metrics |= found
+        excess = found["fresh/saturated"] - metrics["data/saturated"]
+        reading = FreshReading(found["fresh/spread"], found["fresh/auc"], excess, found.get("heldout/auc"))
+        signs = fresh_signs(step, reading, config)
+        if not signs:
+            log.info(f"step {step}: too early to judge by fresh chains before step {judged_after(config) + 1:.0f}")
+            return
+        worst = max(signs, key=lambda name: signs[name])
+        metrics["health/warning"] = max(metrics["health/warning"], min(signs[worst], 1e6))
+        if signs[worst] >= 1:
+            told = f"step {step}: {worst} ({reading}); docs/your_images.md says what to change"
             log.warning(told)
-            self.tracker.alert("fresh chains are alike", told)
+            self.tracker.alert(worst, told)
 
     def heal(self, result: StepResult) -> bool:
         """Judge the run's health and act on it. Returns whether the run went back to an earlier state."""

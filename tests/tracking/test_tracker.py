@@ -324,8 +324,9 @@ def test_alerts_reach_w_and_b(tmp_path, shown):
 def make_checkpoint(run_dir, step: int):
     path = run_dir / "checkpoints" / f"step_{step:08d}"
     path.mkdir(parents=True)
-    for name in ("manifest.json", "model.safetensors"):
+    for name in ("manifest.json", "model.safetensors", "ema.safetensors"):
         (path / name).write_bytes(f"{name} {step}".encode() * 1000)
+    (run_dir / "config.yaml").write_text("run: {}\n")
     return path
 
 
@@ -338,6 +339,7 @@ def test_checkpoints_and_samples_as_artifacts(tmp_path, which, steps):
     tracker.panels(20, {"samples/fresh": torch.zeros(4, 1, 8, 8)})
     made = [make_checkpoint(run_dir, step) for step in (10, 20, 30)]
     for path in made:
+        tracker.log(int(path.name[5:]), {"train/loss": 0.5, "energy/auc": float("nan")})
         tracker.checkpoint(path)
     tracker.close(0)
     for file in (file for path in made for file in path.iterdir()):
@@ -352,19 +354,27 @@ def test_checkpoints_and_samples_as_artifacts(tmp_path, which, steps):
     assert [set(a.aliases) for a in checkpoints] == [{"latest", f"step_{step:08d}"} for step in steps]
     for artifact, step in zip(checkpoints, steps, strict=True):
         files = {entry.path: entry for entry in artifact.manifest.contents}
-        assert set(files) == {"manifest.json", "model.safetensors"}
+        assert set(files) == {"manifest.json", "model.safetensors", "ema.safetensors"}
         for name, entry in files.items():
             assert Path(entry.local_path).read_bytes() == f"{name} {step}".encode() * 1000
+    models = [a for a in artifacts if a.type == "model"]
+    assert [set(a.aliases) for a in models] == [{"latest", f"step_{step:08d}"} for step in steps]
+    for artifact, step in zip(models, steps, strict=True):
+        files = {entry.path: Path(entry.local_path).read_text() for entry in artifact.manifest.contents}
+        assert set(files) == {"ema.safetensors", "config.yaml", "metrics.json"}
+        assert files["ema.safetensors"] == f"ema.safetensors {step}" * 1000 and files["config.yaml"] == "run: {}\n"
+        assert json.loads(files["metrics.json"]) == json.loads(artifact.metadata) == {"step": step, "train/loss": 0.5}
 
 
 def test_artifacts_are_bounded(tmp_path, shown):
     run_dir = tmp_path / "run"
-    settings = config(tmp_path, "tracking.wandb=offline", "tracking.artifacts=all", "tracking.artifacts_gb=5e-5")
+    settings = config(tmp_path, "tracking.wandb=offline", "tracking.artifacts=all", "tracking.artifacts_gb=8e-5")
     tracker = Tracker(settings, run_dir, 0)
     for step in (10, 20, 30):
         tracker.checkpoint(make_checkpoint(run_dir, step))
     tracker.close(0)
-    assert len(list((run_dir / "wandb/artifacts").iterdir())) == 1
+    held = {path.name for path in (run_dir / "wandb/artifacts").iterdir()}
+    assert held == {"step_00000010", "model_step_00000010"}
     said = shown()
     assert said.count("step_00000020 is left out") == 1 and "tracking.artifacts_gb" in said
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ebm.config import validate
+from ebm.config import OptimConfig, validate
 from ebm.energies.networks import spectrally_normalise
 from ebm.training.state import (
     build_optimizer,
@@ -178,3 +178,21 @@ def test_the_average_follows_the_weights_and_takes_over_the_buffers():
     torch.testing.assert_close([p.double() for p in average.parameters()], expected)
     assert all(torch.equal(a, b) for a, b in zip(average.buffers(), model.buffers(), strict=True))
     assert len(list(average.buffers())) == 4
+
+
+@pytest.mark.parametrize(("decay", "warmup", "left"), [(0.999, False, 0.748), (0.999, True, 0.0), (0.5, True, 0.0)])
+def test_the_share_of_initial_weights_in_the_average(decay, warmup, left):
+    """What is left of initial weights of 1 once the weights are 0: with a warm-up nothing, also after 290 steps."""
+    optim = OptimConfig(ema_decay=decay, ema_warmup=warmup)
+    model, average = torch.nn.Linear(1, 1).double(), torch.nn.Linear(1, 1).double().requires_grad_(False)
+    for parameters, value in ((model.parameters(), 0.0), (average.parameters(), 1.0)):
+        for p in parameters:
+            torch.nn.init.constant_(p, value)
+    for step in range(1, 291):
+        update_average(average, model, optim.average_decay(step))
+        if step in (1, 7, 290):
+            assert average.weight.item() == pytest.approx(optim.initial_share(step), abs=1e-12)
+    assert optim.initial_share(290) == pytest.approx(left, abs=1e-3)
+    assert optim.initial_share(0) == 1 and optim.average_decay(10**6) == decay
+    first = [optim.average_decay(step) for step in (1, 2, 8)]
+    assert first == [min(decay, d) if warmup else decay for d in (2 / 11, 3 / 12, 9 / 18)]
