@@ -14,6 +14,8 @@ Negatives = Literal["persistent", "data", "noise", "recovery"]  # where the chai
 class ObjectiveConfig(Section):
     # Whether the loss may differentiate dE/dx alone, which does not depend on a bias of the head.
     of_scores: ClassVar[bool] = False
+    # Whether the loss, but for a gradient penalty, calls the energy once and never for a gradient in x.
+    of_energies: ClassVar[bool] = False
     l2: float = Field(0.0, ge=0, description="weight of E(x_pos)^2 + E(x_neg)^2 (Du & Mordatch 2019)")
     gradient_penalty: float = Field(
         0.0, ge=0, description="weight of |dE/dx|^2 / 2 on data (R1, Mescheder et al. 2018)"
@@ -51,6 +53,7 @@ class ContrastiveFamily(ObjectiveConfig):
 class ContrastiveConfig(ContrastiveFamily):
     """Contrastive divergence (Hinton 2002)."""
 
+    of_energies: ClassVar[bool] = True
     kind: Literal["contrastive"] = "contrastive"
 
 
@@ -84,6 +87,7 @@ class JEMConfig(ContrastiveFamily):
 class RecoveryConfig(ObjectiveConfig):
     """Recovery likelihood (Gao et al. 2021); needs chains at temperature 1."""
 
+    of_energies: ClassVar[bool] = True
     kind: Literal["recovery"] = "recovery"
     negatives: ClassVar[Negatives] = "recovery"  # at a noisy copy of the data, to which they are tied
     sigma: float = Field(0.3, gt=0, description="noise of the copy that each chain starts from and is tied to")
@@ -227,6 +231,7 @@ class DualScoreMatchingConfig(ObjectiveConfig):
 class NoiseContrastiveConfig(WithoutChains):
     """Noise contrastive estimation (Gutmann & Hyvarinen 2010)."""
 
+    of_energies: ClassVar[bool] = True
     kind: Literal["noise_contrastive"] = "noise_contrastive"
     temperature: ClassVar[float] = 1.0
     noise: Literal["gaussian", "uniform"] = Field(
@@ -247,6 +252,7 @@ class NoiseContrastiveConfig(WithoutChains):
 class EnergyDiscrepancyConfig(WithoutChains):
     """Energy discrepancy (Schroeder et al. 2023), at temperature 1."""
 
+    of_energies: ClassVar[bool] = True
     kind: Literal["energy_discrepancy"] = "energy_discrepancy"
     temperature: ClassVar[float] = 1.0
     time: float = Field(0.05, gt=0, description="variance of each of the two steps from a datum to its draws")

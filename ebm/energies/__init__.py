@@ -17,7 +17,7 @@ from ebm.energies.base import (
     split_noise_level,
     with_noise_level,
 )
-from ebm.energies.factory import FoldedEnergy, build_energy, chain_dtype
+from ebm.energies.factory import EnergyOfTensors, FoldedEnergy, SpectralNorms, build_energy, chain_dtype
 from ebm.energies.graph import PixelGraphEnergyFunction, PointGraphEnergyFunction
 from ebm.energies.networks import (
     ConvolutionalEnergyFunction,
@@ -32,6 +32,7 @@ __all__ = [
     "BaseEnergyFunction",
     "ConvolutionalEnergyFunction",
     "DoubleWellEnergy",
+    "EnergyOfTensors",
     "FoldedEnergy",
     "FourPeaksEnergy",
     "GaussianEnergy",
@@ -45,6 +46,7 @@ __all__ = [
     "PointGraphEnergyFunction",
     "ResNetEnergyFunction",
     "RingEnergy",
+    "SpectralNorms",
     "TransformerEnergyFunction",
     "UNetEnergyFunction",
     "WeightedSum",

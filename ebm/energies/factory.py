@@ -4,13 +4,14 @@ import copy
 import importlib
 import math
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _SpectralNorm
 
 from ebm.config import energies as sections
 from ebm.config.energies import EnergyConfig, Network
@@ -84,6 +85,86 @@ class FoldedEnergy:
     def _compute(self, function: Callable[..., Tensor], x: Tensor, *labels: Tensor) -> Tensor:
         with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             return function(x, *labels).float()
+
+
+class EnergyOfTensors:
+    """`energy` as a function of its tensors as well, (tensors, x (B, *shape), *labels) -> E (B,), for a compiler: the
+    normalisation of weights, which changes buffers, stays outside. For energies that change no buffer themselves."""
+
+    def __init__(self, energy: BaseEnergyFunction):
+        self._module = _plain_copy(energy).train()
+        self._sources = [(layer, name) for layer, name, _ in _tensors(energy)]
+        self._paths = [path for _, _, path in _tensors(energy)]
+
+    def tensors(self) -> list[Tensor]:
+        """The current parameters and buffers of `energy`, normalised; gradients flow to the parameters."""
+        found = (getattr(layer, name) for layer, name in self._sources)
+        return [tensor.view_as(tensor) for tensor in found]  # as plain tensors: compiled code asks for the type
+
+    def __call__(self, tensors: Sequence[Tensor], x: Tensor, *labels: Tensor) -> Tensor:
+        energies: Tensor = torch.func.functional_call(
+            self._module, dict(zip(self._paths, tensors, strict=True)), (x, *labels)
+        )
+        return energies
+
+
+class SpectralNorms:
+    """The spectral norms of an energy. `computed` does for all layers together what torch's parametrisation does in
+    each layer at each access, with the same numbers and, on a GPU, half of the kernel launches."""
+
+    def __init__(self, energy: nn.Module):
+        self._norms: list[_SpectralNorm] = []
+        self._weights: list[nn.Parameter] = []  # before they are normalised
+        self._layers: list[tuple[nn.Module, str]] = []
+        for layer in energy.modules():
+            for name in _parametrised(layer):
+                chain = cast(nn.ModuleDict, layer.parametrizations)[name]
+                first, *others = cast(nn.ModuleList, chain)
+                # Another parametrisation would change the weight whose norm is taken; torch does its own work then.
+                if others or not isinstance(first, _SpectralNorm):
+                    continue
+                weight = chain.original
+                if isinstance(weight, nn.Parameter) and weight.ndim > 1:
+                    self._norms.append(first)
+                    self._weights.append(weight)
+                    self._layers.append((layer, name))
+
+    @contextmanager
+    def computed(self) -> Iterator[None]:
+        """Inside, each normalised weight is a value that is computed once, after its power iterations where the layer
+        is in training mode. In float32 whatever the autocast type: chains move on weights that are normalised so."""
+        was = [norm.training for norm in self._norms]
+        devices = {weight.device.type for weight in self._weights}
+        with parametrize.cached():
+            try:
+                with ExitStack() as stack:
+                    for device in devices:
+                        stack.enter_context(torch.autocast(device, enabled=False))
+                    self._iterate()
+                    for norm, (layer, name) in zip(self._norms, self._layers, strict=True):
+                        norm.training = False
+                        getattr(layer, name)  # which the cache keeps
+            finally:
+                for norm, training in zip(self._norms, was, strict=True):
+                    norm.training = training
+            yield
+
+    @torch.no_grad()
+    def _iterate(self) -> None:
+        """Miyato et al. (2018), algorithm 1, as `_SpectralNorm._power_method` has it: u <- W v / |W v|, then
+        v <- W^T u / |W^T u|."""
+        training = [(norm, weight) for norm, weight in zip(self._norms, self._weights, strict=True) if norm.training]
+        for number in range(max((norm.n_power_iterations for norm, _ in training), default=0)):
+            norms = [(norm, weight) for norm, weight in training if number < norm.n_power_iterations]
+            matrices = [norm._reshape_weight_to_matrix(weight) for norm, weight in norms]
+            us, vs = [norm._u for norm, _ in norms], [norm._v for norm, _ in norms]
+            least = [norm.eps for norm, _ in norms]
+            for out, of, factors in ((us, vs, matrices), (vs, us, [matrix.H for matrix in matrices])):
+                products = [torch.mv(factor, vector) for factor, vector in zip(factors, of, strict=True)]
+                lengths = list(torch._foreach_norm(products))
+                torch._foreach_clamp_min_(lengths, least)
+                torch._foreach_div_(products, lengths)
+                torch._foreach_copy_(out, products)
 
 
 def _plain_copy(energy: BaseEnergyFunction) -> BaseEnergyFunction:

@@ -1,24 +1,28 @@
-"""The energy of chains under torch.compile: only where it is right and pays off, and the same after a restart."""
+"""The energy of chains, and of the loss, under torch.compile: only where it is right and pays off, and the same after a
+restart."""
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ebm.energies import BaseEnergyFunction, EnergyOfTensors
 from ebm.runtime.files import read_json, replace
-from ebm.samplers.base import Energy, evaluate
 
 log = logging.getLogger(__name__)
 
-Function = Callable[..., Tensor]  # states (B, *shape) and extra inputs (B, ...) -> energies (B,)
-WORTH = 1.03  # a compiled chain must be this many times as fast: less is within what a measurement scatters
+# States (B, *shape) and extra inputs (B, ...), or with a list of weights before them -> energies (B,).
+Function = Callable[..., Tensor]
+WORTH = 1.03  # what is compiled must be this many times as fast: less is within what a measurement scatters
 
 # Largest relative difference between compiled and eager energies and gradients. Compiled code keeps sums in float32
 # that eager code rounds; a wrong gradient of inductor's was off by 40 %.
@@ -27,7 +31,7 @@ TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 1e-1}
 
 @dataclass(frozen=True)
 class Compiler:
-    """When a run's chains are compiled.
+    """When the energy of a run's chains, or of its loss, is compiled.
 
     Attributes:
         always: also where it is not faster.
@@ -48,22 +52,29 @@ class Compiler:
     def choose(
         self,
         energy: Function,
-        x: Tensor,
-        labels: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        results: Callable[[Function], Sequence[Tensor]],
         here: Callable[[Callable[[], Any]], Any],
         seconds: Callable[[Function], float],
+        what: Literal["chains", "loss"] = "chains",
     ) -> Function:
-        """`energy`, or its compiled form for inputs like these; the log says in one line which, and why.
+        """`energy`, or its compiled form for `inputs` (states and extra inputs) and others of their shapes; the log
+        says in one line which, and why.
 
-        `here` calls a function where chains will run (in a thread of the engine's, say); `seconds` measures a chain.
+        Args:
+            results: what the two have to agree in: the energies of the batch at hand first, then gradients.
+            here: calls a function where the energy will be called (in a thread of the engine's, say).
+            seconds: measures a use of the energy, for a compiler that is not told to compile `always`.
+            what: what `energy` is the energy of.
         """
-        kind = _kind(x, labels)
+        kind = _kind(inputs) if what == "chains" else f"loss of {_kind(inputs)}"
+        subject = "chains are" if what == "chains" else "the loss is"
         before = self._choices().get(kind)
         if before is False:
             self._settle(kind, False)
             return energy
         start = time.monotonic()
-        function, found = self._compiled(energy, x, labels, here)
+        function, found = self._compiled(energy, inputs[0].device, results, here)
         spent = time.monotonic() - start
         gain = None
         if function is not None and not self.always and before is None:
@@ -73,27 +84,31 @@ class Compiler:
             if before:
                 found += "; the run was compiled before, and goes on with other rounding"
             level = logging.INFO if function is not None else logging.WARNING
-            log.log(level, "chains are not compiled (%.0f s): %s", spent, found)
+            log.log(level, "%s not compiled (%.0f s): %s", subject, spent, found)
             return energy
-        log.info("chains are compiled (%.0f s): %s", spent, found)
+        log.info("%s compiled (%.0f s): %s", subject, spent, found)
         return function
 
     def _compiled(
-        self, energy: Function, x: Tensor, labels: Sequence[Tensor], here: Callable[[Callable[[], Any]], Any]
+        self,
+        energy: Function,
+        device: torch.device,
+        results: Callable[[Function], Sequence[Tensor]],
+        here: Callable[[Callable[[], Any]], Any],
     ) -> tuple[Function | None, str]:
         """The compiled energy and how near it is to the eager one, or None and why there is none."""
         try:
             function: Function = compiled(energy)
-            in_time(lambda: here(lambda: evaluate(_with(function, labels), x)), self.limit, x.device)
-            ours = here(lambda: evaluate(_with(function, labels), x))
-            theirs = here(lambda: evaluate(_with(energy, labels), x))
+            in_time(lambda: here(partial(results, function)), self.limit, device)
+            ours, theirs = here(partial(results, function)), here(partial(results, energy))
         except torch.OutOfMemoryError:
             raise
-        # Whatever a compiler, its absence, or code that it can't take raises: the chain runs as it is.
+        # Whatever a compiler, its absence, or code that it can't take raises: the energy stays as it is.
         except Exception as error:
             return None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         errors = [relative_error(a, b) for a, b in zip(ours, theirs, strict=True)]
-        found = "energies within {:.1g} and gradients within {:.1g} of the eager ones".format(*errors)
+        largest = max(errors[1:], key=lambda error: math.inf if math.isnan(error) else error)
+        found = f"energies within {errors[0]:.1g} and gradients within {largest:.1g} of the eager ones"
         if not all(error <= self.tolerance for error in errors):  # NaN is no error below it
             return None, f"{found}, which is more than {self.tolerance:g}: the compiler is wrong about this energy"
         return function, found
@@ -121,13 +136,63 @@ class Compiler:
         return use
 
 
+class EnergyOfLoss:
+    """The energy that a loss evaluates: the module, or its compiled form, as `compiler` chooses at the first call with
+    inputs of a shape.
+
+    Args:
+        dtype: autocast type of the loss.
+    """
+
+    def __init__(self, energy: BaseEnergyFunction, dtype: torch.dtype, compiler: Compiler):
+        self.energy, self.dtype, self.compiler = energy, dtype, compiler
+        self._of_tensors = EnergyOfTensors(energy)
+        self._functions: dict[tuple[torch.Size, ...], Function] = {}  # by the shapes of their inputs
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """E (B,) of states (B, *shape) and perhaps labels (B,)."""
+        tensors, shapes = self._of_tensors.tensors(), tuple(one.shape for one in inputs)
+        if shapes not in self._functions:
+            self._functions[shapes] = self._choose(tensors, inputs)
+        function = self._functions[shapes]
+        if function is self._of_tensors:
+            energies: Tensor = self.energy(*inputs)
+            return energies
+        return self._call(function, tensors, inputs)
+
+    def _call(self, function: Function, tensors: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
+        # The same autocast state in the thread that compiles as in the training thread: compiled code checks it.
+        with torch.autocast(inputs[0].device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            return function(tensors, *inputs)
+
+    def _choose(self, tensors: Sequence[Tensor], inputs: Sequence[Tensor]) -> Function:
+        def results(function: Function) -> list[Tensor]:
+            """Energies, the whole gradient, and that of each matrix: those of biases are sums that nearly cancel."""
+            given = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
+            with torch.enable_grad():
+                energies = self._call(function, given, inputs)
+                leaves = [tensor for tensor in given if tensor.requires_grad]
+                gradients = torch.autograd.grad(energies.sum(), leaves, materialize_grads=True)
+            whole = torch.cat([gradient.flatten() for gradient in gradients])
+            return [energies.detach(), whole, *(gradient for gradient in gradients if gradient.ndim > 1)]
+
+        def seconds(function: Function) -> float:
+            return best_seconds(partial(results, function), inputs[0].device)
+
+        return self.compiler.choose(self._of_tensors, inputs, results, lambda call: call(), seconds, "loss")
+
+
 def compiled(energy: Function) -> Function:
     """torch.compile of `energy` for fixed shapes. Under deterministic algorithms it tries no variants of a kernel
     against each other, as another start might choose others."""
     tries = torch.cuda.is_available() and not torch.are_deterministic_algorithms_enabled()
     mode = "max-autotune-no-cudagraphs" if tries else "default"
 
-    def call(*inputs: Tensor) -> Tensor:
+    # Inside the forward of a module whose gradients are averaged, torch would cut the graph into pieces for it. What is
+    # averaged here are gradients of weights before their normalisation, outside of the graph.
+    torch._dynamo.config.optimize_ddp = False
+
+    def call(*inputs: Any) -> Tensor:
         return energy(*inputs)
 
     return torch.compile(call, dynamic=False, mode=mode)
@@ -163,12 +228,21 @@ def in_time(function: Callable[[], object], limit: float, device: torch.device) 
         raise failed[0]
 
 
-def _with(function: Function, labels: Sequence[Tensor]) -> Energy:
-    return lambda x: function(x, *labels)
+def best_seconds(run: Callable[[], object], device: torch.device) -> float:
+    """The duration of a call on a GPU, the best of three after a first one."""
+    times = []
+    for _ in range(4):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
 
 
-def _kind(x: Tensor, labels: Sequence[Tensor]) -> str:
+def _kind(inputs: Sequence[Tensor]) -> str:
     """What a choice holds for: the shapes, the device's model, the version of torch."""
-    device = torch.cuda.get_device_name(x.device) if x.is_cuda else "CPU"
-    shapes = ", ".join(str(list(t.shape)) for t in (x, *labels))
+    on = inputs[0].device
+    device = torch.cuda.get_device_name(on) if on.type == "cuda" else "CPU"
+    shapes = ", ".join(str(list(t.shape)) for t in inputs)
     return f"{shapes} on {device}, torch {torch.__version__}"

@@ -1,7 +1,6 @@
 """The engine runs samplers at the speed of the hardware and gives the chains of the plain functions."""
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ebm.samplers.base import Energy, Info, mean_info
-from ebm.samplers.compiled import Compiler, Function
+from ebm.samplers.base import Energy, Info, evaluate, mean_info
+from ebm.samplers.compiled import Compiler, Function, best_seconds
 from ebm.streams import Philox, StreamSources
 
 log = logging.getLogger(__name__)
@@ -76,7 +75,10 @@ class Engine:
             def seconds(energy: Function) -> float:
                 return _seconds(energy, self.capture, sampler, x, labels, len(generator), settings)
 
-            self._functions[shapes] = self.compiler.choose(self.energy, states, extra, here, seconds)
+            def results(energy: Function) -> Sequence[Tensor]:
+                return evaluate(_of_states(energy, extra), states)
+
+            self._functions[shapes] = self.compiler.choose(self.energy, (states, *extra), results, here, seconds)
         return self._functions[shapes]
 
     def _captured(
@@ -179,14 +181,7 @@ def _seconds(
             run = partial(captured, x, labels, source, settings)
         except _CaptureError:  # said where the chain itself is captured
             run = plain
-    times = []
-    for _ in range(4):
-        torch.cuda.synchronize(x.device)
-        start = time.perf_counter()
-        run()
-        torch.cuda.synchronize(x.device)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+    return best_seconds(run, x.device)
 
 
 def _numbers(settings: dict[str, Any]) -> dict[str, Any]:

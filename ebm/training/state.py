@@ -14,18 +14,26 @@ from torch.amp import GradScaler
 from torch.nn.utils import parametrize
 
 from ebm.config import Config, OptimConfig, SamplerConfig
+from ebm.config.energies import HybridConfig, ImportConfig
 from ebm.config.samplers import MetropolisConfig
 from ebm.data import Access, Manifest, ShardReader, load_manifest
 from ebm.data.manifest import check_files
 from ebm.data.reader import read_all
-from ebm.energies import BaseEnergyFunction, FoldedEnergy, NoiseConditionalEnergy, build_energy, chain_dtype
+from ebm.energies import (
+    BaseEnergyFunction,
+    FoldedEnergy,
+    NoiseConditionalEnergy,
+    SpectralNorms,
+    build_energy,
+    chain_dtype,
+)
 from ebm.errors import DataError
 from ebm.inference.images import dequantize
 from ebm.losses import LossOutput, loss_of
 from ebm.runtime import checkpoint
 from ebm.runtime.distributed import World
 from ebm.samplers import Engine, adapted, sampler_of
-from ebm.samplers.compiled import TOLERANCE, Compiler
+from ebm.samplers.compiled import TOLERANCE, Compiler, EnergyOfLoss
 from ebm.samplers.factory import chain_shape, sampler_in_use
 from ebm.streams import StreamGenerators, derive_seed, owned_streams
 from ebm.training.divergence import DivergenceMonitor
@@ -44,15 +52,24 @@ class Objective(nn.Module):
     Args:
         of_scores: the loss differentiates dE/dx, to which some weights (a bias of the head) may be nothing. They get a
             gradient of 0 then: the ranks wait for every weight's.
+        evaluated: what the loss calls for energies, in place of `energy` itself.
     """
 
-    def __init__(self, energy: nn.Module, loss: Callable[..., LossOutput], of_scores: bool = False) -> None:
+    def __init__(
+        self,
+        energy: nn.Module,
+        loss: Callable[..., LossOutput],
+        of_scores: bool = False,
+        evaluated: Callable[..., Tensor] | None = None,
+    ) -> None:
         super().__init__()
-        self.energy, self.loss, self.of_scores = energy, loss, of_scores
+        self.energy, self.loss, self.of_scores, self.evaluated = energy, loss, of_scores, evaluated
+        self.norms = SpectralNorms(energy)
 
     def forward(self, x_pos: Tensor, x_neg: Tensor | None, **settings: Any) -> LossOutput:
-        with parametrize.cached():
-            output = self.loss(self.energy, x_pos, x_neg, **settings)
+        with parametrize.cached(), self.norms.computed():
+            energy = self.energy if self.evaluated is None else self.evaluated
+            output = self.loss(energy, x_pos, x_neg, **settings)
         if not self.of_scores:
             return output
         nothing = 0.0 * torch.stack([p.sum() for p in self.energy.parameters() if p.requires_grad]).sum()
@@ -158,7 +175,7 @@ def build_state(config: Config, world: World) -> TrainState:
     # Copies before `prepare`: accelerate replaces the forward of the module it is given.
     ema = copy.deepcopy(energy).requires_grad_(False)
     folded = FoldedEnergy(energy, chain_dtype(world.autocast_dtype(), world.device))
-    objective = Objective(energy, loss_of(config.loss), of_scores=config.loss.of_scores)
+    objective = Objective(energy, loss_of(config.loss), config.loss.of_scores, energy_of_loss(config, world, energy))
     model = world.prepare(objective)
     zero = torch.zeros((), dtype=torch.int64, device=world.device)
     adapts = config.loss.negatives is not None and config.sampler.adapt
@@ -196,7 +213,7 @@ def moment_data(config: Config, manifest: Manifest) -> Tensor:
 
 
 def compiler_of(config: Config, world: World, dtype: torch.dtype) -> Compiler | None:
-    """How the run's chains, which compute in `dtype`, are compiled, where train.compile says so."""
+    """How what computes in `dtype`, the run's chains or its loss, is compiled, where train.compile says so."""
     wish = config.train.compile
     if wish == "false" or (wish == "auto" and world.device.type != "cuda"):
         return None
@@ -208,6 +225,18 @@ def compiler_of(config: Config, world: World, dtype: torch.dtype) -> Compiler | 
         file=Path(config.run.dir) / "compiled.json",
         writes=world.is_main,
     )
+
+
+def energy_of_loss(config: Config, world: World, energy: BaseEnergyFunction) -> EnergyOfLoss | None:
+    """What the loss calls where it may be compiled: a loss of energies alone, as torch.compile has no double backward,
+    and a network of the project's, as a class of the user's may change its buffers in training."""
+    networks = [config.energy] + ([config.energy.network] if isinstance(config.energy, HybridConfig) else [])
+    if not config.loss.of_energies or config.loss.gradient_penalty:
+        return None
+    if any(isinstance(network, ImportConfig) for network in networks):
+        return None
+    compiler = compiler_of(config, world, world.autocast_dtype())
+    return None if compiler is None else EnergyOfLoss(energy, world.autocast_dtype(), compiler)
 
 
 def build_buffer(config: Config, world: World, streams: list[int]) -> ReplayBuffer | None:

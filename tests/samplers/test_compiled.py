@@ -14,10 +14,11 @@ import torch
 from runs import command, final_hashes, finish
 from test_engine import SETTINGS, generators
 
-from ebm.energies import FoldedEnergy, ResNetEnergyFunction
-from ebm.samplers import Engine, compiled, hmc, langevin, mala
-from ebm.samplers import levels as tempering
-from ebm.samplers.compiled import Compiler, in_time, relative_error
+from ebm.energies import EnergyOfTensors, FoldedEnergy, ResNetEnergyFunction, SpectralNorms
+from ebm.losses import contrastive_divergence
+from ebm.samplers import Engine, compiled, hmc, langevin, mala, tempering
+from ebm.samplers.base import evaluate
+from ebm.samplers.compiled import Compiler, EnergyOfLoss, in_time, relative_error
 from ebm.samplers.engine import _first_inputs
 
 CPU = torch.device("cpu")
@@ -136,7 +137,10 @@ def test_a_compilation_that_takes_too_long_is_given_up(tmp_path, caplog, monkeyp
 
 def chosen(compiler, gain=2.0):
     times = {energy: gain}
-    return compiler.choose(energy, start(), (), lambda function: function(), lambda f: times.get(f, 1.0)) is not energy
+    chosen = compiler.choose(
+        energy, [start()], lambda f: evaluate(f, start()), lambda function: function(), lambda f: times.get(f, 1.0)
+    )
+    return chosen is not energy
 
 
 def test_what_was_chosen_is_kept(tmp_path, caplog, monkeypatch):
@@ -178,12 +182,84 @@ def test_the_energy_is_compiled_for_what_samplers_give_it(sampler):
     assert torch.equal(labels, torch.arange(6).repeat_interleave(len(rows) // 6))
 
 
+def network(**options):
+    torch.manual_seed(0)
+    return ResNetEnergyFunction(1, 9, 9, (4,), **options).train()
+
+
+def loss_and_gradients(module, evaluated, seed, dtype=torch.float32, **labels):
+    """A contrastive loss after one power iteration, and its gradients; of `evaluated`, which reads `module`."""
+    x_pos, x_neg = torch.rand(2, 8, 1, 9, 9, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    with SpectralNorms(module).computed(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        loss = contrastive_divergence(evaluated, x_pos, x_neg, l2=0.1, **labels).loss
+    return loss.detach(), *torch.autograd.grad(loss, list(module.parameters()))
+
+
+def test_an_energy_of_given_tensors_is_the_module():
+    module, y = network(num_classes=3), torch.arange(8) % 3
+    of_tensors = EnergyOfTensors(module)
+    same = [
+        loss_and_gradients(module, evaluated, 0, y_pos=y, y_neg=y)
+        for evaluated in (lambda *inputs: of_tensors(of_tensors.tensors(), *inputs), module)
+        if module.load_state_dict(network(num_classes=3).state_dict())
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*same, strict=True))
+
+
+@NEEDS_A_COMPILER
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+def test_a_compiled_loss_is_the_eager_one_and_is_compiled_once(tmp_path, caplog, dtype):
+    torch._dynamo.utils.counters.clear()
+    module, tolerance = network(), {torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype]
+    evaluated = EnergyOfLoss(module, dtype, compiler(tmp_path, tolerance=tolerance))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
+    for step in range(3):
+        state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        expected = loss_and_gradients(module, module, step, dtype)
+        module.load_state_dict(state)
+        found = loss_and_gradients(module, evaluated, step, dtype)
+        for parameter, a, b in zip(module.parameters(), found[1:], expected[1:], strict=True):
+            assert relative_error(a, b) < 3 * tolerance, parameter.shape
+            parameter.grad = a
+        assert found[0] == pytest.approx(expected[0].item(), abs=tolerance)
+        optimizer.step()
+    (line,) = lines(caplog)
+    assert line.startswith("the loss is compiled (")
+    (kind,) = json.loads((tmp_path / "compiled.json").read_text())
+    assert kind.startswith("loss of [16, 1, 9, 9] on CPU")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_wrong_gradient_of_a_single_weight_leaves_the_loss_eager(tmp_path, caplog, monkeypatch):
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 1.5 * grad
+
+    module = network()
+
+    def wrong(energy):
+        return lambda tensors, x: energy([Wrong.apply(t) if t.shape == (4, 1, 3, 3) else t for t in tensors], x)
+
+    monkeypatch.setattr(compiled, "compiled", wrong)
+    evaluated = EnergyOfLoss(module, torch.float32, compiler(tmp_path, tolerance=0.05))
+    found = loss_and_gradients(module, evaluated, 0)
+    module.load_state_dict(network().state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(found, loss_and_gradients(module, module, 0), strict=True))
+    (line,) = lines(caplog)
+    assert line.startswith("the loss is not compiled (") and "gradients within 0.5" in line
+
+
 @pytest.mark.slow
 @NEEDS_A_COMPILER
 def test_a_run_compiles_and_resumes_as_it_began(digits, tmp_path):
     settings = {"train__compile": "true", "train__steps": 20}
     log = finish(command(1, tmp_path / "run", digits, train__time_limit=0.1, **settings), tmp_path / "log")
     finish(command(1, tmp_path / "whole", digits, **settings), tmp_path / "log")
-    assert "chains are compiled (" in log
+    assert "chains are compiled (" in log and "the loss is compiled (" in log
     finish(command(1, tmp_path / "run", digits, **settings), tmp_path / "log")
     assert final_hashes(tmp_path / "run") == final_hashes(tmp_path / "whole")
