@@ -208,9 +208,11 @@ def in_time(function: Callable[[], object], limit: float, device: torch.device) 
     """Calls `function` in a thread. Raises TimeoutError if it has not returned after `limit` seconds; it can't be
     stopped then, and its result is dropped when it ends."""
     failed: list[BaseException] = []
+    threads = torch.get_num_threads()
 
     def run() -> None:
         try:
+            torch.set_num_threads(threads)  # compiled code asks for the number that it was compiled with
             if device.type == "cuda":
                 torch.cuda.set_device(device)
             function()
