@@ -44,7 +44,8 @@ METHODS = {
     "recovery, MALA": ["loss.kind=recovery", "loss.sigma=1.5", *MALA, "sampler.step_size=0.5", "sampler.num_steps=15",
                        "train.steps=8000"],
     "energy_matching": ["loss.kind=energy_matching", "loss.warmup_steps=500", "loss.contrastive_weight=1",
-                        "loss.flow_weight=0.001", "loss.trim=0", "loss.floor=null", *FLOW],
+                        "loss.flow_weight=0.001", "loss.trim=0", "loss.floor=null", "loss.from_data=false",
+                        "loss.separate_batch=false", "loss.second_ema_decay=null", *FLOW],
 }  # fmt: skip
 
 

@@ -203,8 +203,8 @@ LOSSES = {
     ),
     "energy_matching": Loss(
         "flow_matching",
-        ("energy_matching", "flow_loss", "pairing"),
-        "pairs or flow or contrast_of or floor",
+        ("energy_matching", "flow_loss", "pairing", "halves"),
+        "pairs or flow or contrast_of or contrast_has or floor",
         [
             ("-gradient - (x1 - x0)", "gradient - (x1 - x0)"),
             ("-gradient - (x1 - x0)", "-gradient - (x0 - x1)"),
@@ -221,6 +221,9 @@ LOSSES = {
             ("torch.cdist(b, a)", "torch.cdist(a, b)"),
             ("linear_sum_assignment(c)", "linear_sum_assignment(-c)"),
             ("torch.cdist(b, a).square()", "torch.cdist(b, a)"),
+            ("x_flow, x_pos = halves", "x_pos, x_flow = halves"),
+            ("if separate_batch and x_neg is not None", "if separate_batch and x_neg is None"),
+            ("x.reshape(parts, 2, -1,", "x.reshape(1, 2, -1,"),
         ],
     ),
     "equilibrium": Loss(

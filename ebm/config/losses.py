@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ebm.config.samplers import AnnealedConfig, FlowConfig, NesterovConfig, OwnSampler
+from ebm.config.samplers import AnnealedConfig, FlowConfig, LangevinConfig, NesterovConfig, OwnSampler, SamplerConfig
 from ebm.config.section import Section, kind_by_default
 
 OWN_SAMPLER = "sampler of fresh chains; null: as in training, by the section sampler"
@@ -27,9 +27,22 @@ class ObjectiveConfig(Section):
         return True
 
     @property
+    def starts_at_data(self) -> bool:
+        """Whether the first half of a part's chains start at data, while the others follow a schedule."""
+        return False
+
+    @property
     def own_sampler(self) -> OwnSampler | None:
         """The sampler of fresh chains that the objective's paper has; None: the run's sampler."""
         return None
+
+    def ema_decay_at(self, step: int, decay: float) -> float:
+        """The decay of the weights' averages at a step, where optim.ema_decay is `decay`."""
+        return decay
+
+    def check(self, sampler: SamplerConfig, share: int) -> None:
+        """Raises ValueError where the objective does not go with the run's sampler, or with `share` data a stream that
+        are computed at a time."""
 
 
 class ContrastiveFamily(ObjectiveConfig):
@@ -92,6 +105,14 @@ class RecoveryConfig(ObjectiveConfig):
     negatives: ClassVar[Negatives] = "recovery"  # at a noisy copy of the data, to which they are tied
     sigma: float = Field(0.3, gt=0, description="noise of the copy that each chain starts from and is tied to")
 
+    def check(self, sampler: SamplerConfig, share: int) -> None:
+        """Raises ValueError for chains that are not at temperature 1."""
+        if sampler.kind == "tempering" or abs(sampler.implied_temperature - 1) > 1e-6:
+            raise ValueError(
+                "loss.kind=recovery ties chains to noisy data at temperature 1: set sampler.temperature=1 and "
+                "sampler.kind=langevin, mala or hmc"
+            )
+
     def negatives_at(self, step: int) -> Negatives | None:
         """Where the chains of a step start."""
         return self.negatives
@@ -99,7 +120,8 @@ class RecoveryConfig(ObjectiveConfig):
 
 class EnergyMatchingConfig(ObjectiveConfig):
     """Energy matching (Balcerak et al. 2025): a flow from N(0, I), then contrastive. Its chains have
-    sampler.start=normal and sampler.schedule=flow; epsilon of p ~ exp(-E / epsilon) is sampler.temperature."""
+    sampler.start=normal and sampler.schedule=flow, and in the paper sampler.boundary=end; epsilon of
+    p ~ exp(-E / epsilon) is sampler.temperature."""
 
     kind: Literal["energy_matching"] = "energy_matching"
     of_scores: ClassVar[bool] = True
@@ -109,7 +131,21 @@ class EnergyMatchingConfig(ObjectiveConfig):
     contrastive_weight: float = Field(1e-3, ge=0, description="weight of E(x_pos) - E(x_neg)")
     floor: float | None = Field(0.02, gt=0, description="the weighted contrast counts down to minus this; null: no end")
     trim: float = Field(0.1, ge=0, lt=1, description="share of a stream's chains of highest energy that is left out")
+    from_data: bool = Field(
+        True, description="half of the chains start at data, at the full temperature at once; false: all start at noise"
+    )
+    separate_batch: bool = Field(
+        True, description="once there are chains, half of the data are the flow's, and half are compared with chains"
+    )
+    second_ema_decay: float | None = Field(
+        0.99, ge=0, lt=1, description="takes the place of optim.ema_decay once there are chains; null: it stays"
+    )
     sampler: FlowConfig | None = Field(FlowConfig(), description=OWN_SAMPLER)
+
+    @property
+    def starts_at_data(self) -> bool:
+        """Whether the first half of a part's chains start at data, at the full temperature."""
+        return self.from_data
 
     @property
     def own_sampler(self) -> FlowConfig | None:
@@ -119,6 +155,23 @@ class EnergyMatchingConfig(ObjectiveConfig):
     def negatives_at(self, step: int) -> Negatives | None:
         """Where the chains of a step start; None during the warm-up."""
         return None if step <= self.warmup_steps else self.negatives
+
+    def ema_decay_at(self, step: int, decay: float) -> float:
+        """The decay of the weights' averages at a step, where optim.ema_decay is `decay`."""
+        return decay if step <= self.warmup_steps or self.second_ema_decay is None else self.second_ema_decay
+
+    def check(self, sampler: SamplerConfig, share: int) -> None:
+        """Raises ValueError for chains that are no flow from N(0, I), and for a share that has no halves."""
+        flows = isinstance(sampler, LangevinConfig) and sampler.schedule == "flow" and sampler.start == "normal"
+        if not flows:
+            raise ValueError(
+                "loss.kind=energy_matching flows from N(0, I): set sampler.start=normal and sampler.schedule=flow"
+            )
+        if share % 2 and (self.from_data or self.separate_batch):
+            raise ValueError(
+                f"loss.kind=energy_matching halves each stream's part of a batch, which is {share} (train.batch_size / "
+                "data.streams / train.accumulate): make it even, or set loss.from_data and loss.separate_batch to false"
+            )
 
 
 class WithoutChains(ObjectiveConfig):

@@ -408,14 +408,5 @@ class Config(Section):
         if loss.kind in ("improved_contrastive", "energy_matching") and sampler.kind != "langevin":
             raise ValueError(f"loss.kind={loss.kind} goes with sampler.kind=langevin, not {sampler.kind}")
         self._check_noise_levels()
-        flows = isinstance(sampler, LangevinConfig) and sampler.schedule == "flow" and sampler.start == "normal"
-        if loss.kind == "energy_matching" and not flows:
-            raise ValueError(
-                "loss.kind=energy_matching flows from N(0, I): set sampler.start=normal and sampler.schedule=flow"
-            )
-        if loss.kind == "recovery" and (sampler.kind == "tempering" or abs(sampler.implied_temperature - 1) > 1e-6):
-            raise ValueError(
-                "loss.kind=recovery ties chains to noisy data at temperature 1: set sampler.temperature=1 and "
-                "sampler.kind=langevin, mala or hmc"
-            )
+        loss.check(sampler, self.train.batch_size // self.data.streams // self.train.accumulate)
         return self

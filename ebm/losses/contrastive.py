@@ -17,12 +17,11 @@ from ebm.losses.output import (
     energies,
     energy_and_gradient,
     energy_l2,
-    num_parts,
     output,
     squared_norm,
 )
 from ebm.samplers.base import inside
-from ebm.streams import Generators, normal_, uniform_
+from ebm.streams import Generators, normal_, num_parts, uniform_
 
 
 class HasClasses(Protocol):

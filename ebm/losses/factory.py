@@ -81,7 +81,9 @@ def objective_of(config: kinds.LossConfig) -> Callable[..., LossOutput]:
         case kinds.RecoveryConfig():
             return recovery_likelihood
         case kinds.EnergyMatchingConfig():
-            return _with(energy_matching, config, "flow_weight", "contrastive_weight", "floor", "trim")
+            return _with(
+                energy_matching, config, "flow_weight", "contrastive_weight", "floor", "trim", "separate_batch"
+            )
         case kinds.EquilibriumConfig():
             return _with(equilibrium_matching, config, "gradient_scale", "decay_start")
         case kinds.ScoreMatchingConfig(method="sliced"):

@@ -11,11 +11,10 @@ from ebm.losses.output import (
     energies,
     energy_and_gradient,
     energy_l2,
-    num_parts,
     output,
     per_state,
 )
-from ebm.streams import Generators, normal_, uniform_
+from ebm.streams import Generators, normal_, num_parts, uniform_
 
 
 def energy_matching(
@@ -27,6 +26,7 @@ def energy_matching(
     contrastive_weight: float = 1e-3,
     floor: float | None = 0.02,
     trim: float = 0.1,
+    separate_batch: bool = False,
     l2: float = 0.0,
     y_pos: Tensor | None = None,
     y_neg: Tensor | None = None,
@@ -39,18 +39,22 @@ def energy_matching(
     Contrast: max(contrastive_weight * (mean E(x_pos) - mean E(x_neg)), -floor) (algorithm 2), without the share `trim`
     of chains of the highest energies, which have not come near the data. If the chains sample at temperature epsilon
     the density is exp(-E / epsilon), as far as the flow's term allows: flow_weight = 0 with trim = 0 is consistent.
-    Pairing, floor and trim apply to each generator's part of the batch by itself.
+    Pairing, floor and trim apply to each generator's part of the batch by itself. `separate_batch`: with chains the
+    flow's data are the first half of each part, and those of the contrast the second, as their code has another batch.
 
     The pairing runs on the host and so waits for the device; no other loss does.
     """
-    loss, terms = x_pos.new_zeros(()), {}
+    loss, terms, parts = x_pos.new_zeros(()), {}, num_parts(generator)
+    x_flow, y_flow = x_pos, y_pos
+    if separate_batch and x_neg is not None:
+        x_flow, x_pos = halves(x_pos, parts)
+        y_flow, y_pos = (None, None) if y_pos is None else halves(y_pos, parts)
     if flow_weight:
-        terms["flow"] = flow_loss(energy, x_pos, y_pos, generator)
+        terms["flow"] = flow_loss(energy, x_flow, y_flow, generator)
         loss = loss + flow_weight * terms["flow"]
     if x_neg is None:
         return output(loss, **terms)
     e_pos, e_neg = energies(energy, [x_pos, x_neg.detach()], [y_pos, y_neg])
-    parts = num_parts(generator)
     kept = e_neg.view(parts, -1).sort(dim=1).values
     kept = kept[:, : kept.shape[1] - round(trim * kept.shape[1])]
     contrast = contrastive_weight * (e_pos.view(parts, -1).mean(1) - kept.mean(1))
@@ -61,6 +65,12 @@ def energy_matching(
     if l2:
         loss = loss + l2 * energy_l2(e_pos, e_neg)
     return output(loss, e_pos, e_neg, **terms)
+
+
+def halves(x: Tensor, parts: int = 1) -> tuple[Tensor, Tensor]:
+    """The first and the second half of each of `parts` equal parts of a batch."""
+    first, second = x.reshape(parts, 2, -1, *x.shape[1:]).unbind(1)
+    return first.flatten(0, 1), second.flatten(0, 1)
 
 
 def flow_loss(energy: Energy, x1: Tensor, y: Tensor | None = None, generator: Generators = None) -> Tensor:

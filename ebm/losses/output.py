@@ -73,12 +73,6 @@ def without_float16(device: str) -> Iterator[None]:
         yield
 
 
-def num_parts(generator: Generators) -> int:
-    """The number of equal parts of a batch, one for each generator. A loss that compares states compares them within
-    a part, so that a run's losses don't depend on how many parts a process owns."""
-    return 1 if generator is None or isinstance(generator, torch.Generator) else len(generator)
-
-
 def per_state(values: Tensor, x: Tensor) -> Tensor:
     """`values` (B,) in a shape that broadcasts over the states `x` (B, *shape)."""
     return values.view(-1, *[1] * (x.ndim - 1))

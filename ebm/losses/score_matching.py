@@ -16,12 +16,11 @@ from ebm.losses.output import (
     energy_and_gradient,
     energy_l2,
     gradient_of,
-    num_parts,
     output,
     per_state,
     squared_norm,
 )
-from ebm.streams import Generators, normal_, uniform_
+from ebm.streams import Generators, normal_, num_parts, uniform_
 
 PIECEWISE_LINEAR = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.Threshold)
 

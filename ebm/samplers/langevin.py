@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ebm.samplers.base import Bounds, ChainInfo, Energy, check_domain, dense, describe, evaluate, per_step, reflected
-from ebm.streams import Generators, Philox, fused_or, normal_
+from ebm.streams import Generators, Philox, fused_or, normal_, num_parts
 
 BOUNDARIES = ("clamp", "reflect", "end")
 Move = Callable[[Tensor, Tensor, Tensor | Philox | None, float, float, float | None, Bounds, str], None]
@@ -24,6 +24,7 @@ def langevin(
     grad_clamp: float | None = None,
     bounds: Bounds = None,
     boundary: str = "clamp",
+    noise_scale_from_data: float | None = None,
     grad_scale: float = 1.0,
     generator: Generators = None,
 ) -> tuple[Tensor, ChainInfo]:
@@ -39,6 +40,8 @@ def langevin(
         step_size, noise_scale: a number, or one for each step.
         grad_clamp: each component of dE/dx is clamped to +- this.
         bounds, boundary: states are kept in [low, high] by "clamp" or "reflect"; or "end": clamped after the last step.
+        noise_scale_from_data: that of the first half of each generator's chains, at every step, where these start at
+            data and a schedule of `noise_scale` is for the others.
         grad_scale: see `ebm.samplers.base.evaluate`.
         generator: draws the noise; a list of generators cuts the batch into equal parts, one for each
             (`ebm.streams.normal_`).
@@ -51,14 +54,26 @@ def langevin(
     x, grad = start.clone(), torch.zeros_like(start)
     move = _mover(x.device.type)
     z = generator if isinstance(generator, Philox) else torch.empty_like(start)
+    within = None if boundary == "end" else bounds
     for step, noise in zip(steps, noises, strict=True):
         _, grad = evaluate(energy, x, grad_scale)
+        if noise_scale_from_data is not None:
+            draws = normal_(torch.empty_like(start), generator)
+            draws *= torch.where(_first_halves(start, num_parts(generator)), noise_scale_from_data, noise)
+            move(x, grad, draws, step, 1.0, grad_clamp, within, boundary)
+            continue
         if noise and isinstance(z, Tensor):
             normal_(z, generator)
-        move(x, grad, z if noise else None, step, noise, grad_clamp, None if boundary == "end" else bounds, boundary)
+        move(x, grad, z if noise else None, step, noise, grad_clamp, within, boundary)
     if boundary == "end" and bounds is not None:
         x.clamp_(*bounds)
     return x, describe(start, x, grad, bounds)
+
+
+def _first_halves(x: Tensor, parts: int) -> Tensor:
+    """Which states (B, *shape) are in the first half of their part: bool, of a shape that broadcasts over them."""
+    size = len(x) // parts
+    return (torch.arange(len(x), device=x.device) % size < size // 2).view(-1, *[1] * (x.ndim - 1))
 
 
 def flow(

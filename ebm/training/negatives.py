@@ -179,7 +179,12 @@ def initial_states(
     x = with_replicas(config.sampler, x_pos)
     if negatives == "data":
         return Start(x, y_pos)
-    return Start(start_(torch.empty_like(x), random("start", step), config.sampler.start_range), y_pos)
+    noise = start_(torch.empty_like(x), random("start", step), config.sampler.start_range)
+    if loss.starts_at_data:  # the first half of what is computed at a time
+        parts = len(random.streams) * config.train.accumulate
+        data, other = (y.reshape(parts, 2, -1, *y.shape[1:]) for y in (x, noise))
+        noise = torch.stack([data[:, 0], other[:, 1]], 1).flatten(0, 2)
+    return Start(noise, y_pos)
 
 
 def chain_energy(config: Config, folded: FoldedEnergy) -> Callable[..., Tensor]:

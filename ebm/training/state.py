@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.utils import parametrize
 
-from ebm.config import Config, OptimConfig, SamplerConfig
+from ebm.config import Config, LangevinConfig, OptimConfig, SamplerConfig
 from ebm.config.energies import HybridConfig, ImportConfig
 from ebm.config.samplers import MetropolisConfig
 from ebm.data import Access, Manifest, ShardReader, load_manifest
@@ -130,7 +130,10 @@ class TrainState:
         """The sampler and its settings for the chains of a step, with the step size in use."""
         scale = self.divergence.step_scale
         if self.adapted_step is None:
-            sampler, settings = sampler_of(self.config.sampler.scaled(scale))
+            section = self.config.sampler.scaled(scale)
+            sampler, settings = sampler_of(section)
+            if self.config.loss.starts_at_data and isinstance(section, LangevinConfig):
+                settings |= {"noise_scale_from_data": section.noise}
         else:
             sampler, settings = sampler_of(self.config.sampler, step_size=self.adapted_step * scale)
         # Gradients of float16 would vanish without a scale. It is a power of two: exact.

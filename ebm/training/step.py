@@ -68,7 +68,7 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
         set_learning_rate(state.optimizer, config, step, state.divergence.lr_scale)
         step_if(state.optimizer, finite, world.scaler)
         state.optimizer.zero_grad()
-        update_average(state.ema, state.energy, config.optim.average_decay(step))
+        update_average(state.ema, state.energy, config.loss.ema_decay_at(step, config.optim.average_decay(step)))
         if start is not None and start.draw is not None:
             state.write_chains(start.draw, parts.join(chains), e_neg, finite)
 

@@ -444,6 +444,22 @@ def test_contrast_of_energy_matching():
     assert contrast(None, [seeded(), seeded()]).loss.item() == pytest.approx(0.1 * 2 * sum(parts) / 2 + squares)
 
 
+def test_the_contrast_has_data_of_its_own():
+    """The second half of each part, and the flow the first: their sum is that of the halves by themselves."""
+    energy, x_pos, x_neg = Network(), normal(8, 2), normal(8, 2, seed=1)
+    settings = {"flow_weight": 2.0, "contrastive_weight": 0.5, "trim": 0.0, "floor": None}
+    found = losses.energy_matching(
+        energy, x_pos, x_neg, separate_batch=True, generator=[seeded(7), seeded(8)], **settings
+    )
+    first, second = x_pos[[0, 1, 4, 5]], x_pos[[2, 3, 6, 7]]
+    flow = flow_loss(energy, first, generator=[seeded(7), seeded(8)])
+    contrast = 0.5 * (energy(second).mean() - energy(x_neg).mean())
+    torch.testing.assert_close(found.loss, 2 * flow + contrast)
+    torch.testing.assert_close(found.e_pos, energy(second).detach().float())
+    whole = losses.energy_matching(energy, x_pos, separate_batch=True, generator=seeded(7), **settings)
+    torch.testing.assert_close(whole.loss, 2 * flow_loss(energy, x_pos, generator=seeded(7)))  # no chains yet
+
+
 def test_floor_ends_the_gradient():
     w, x_pos, x_neg = torch.tensor([2.0], requires_grad=True), torch.ones(2, 1), 2 * torch.ones(2, 1)
     settings = {"flow_weight": 0.0, "contrastive_weight": 0.1, "trim": 0.0}

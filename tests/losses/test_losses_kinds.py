@@ -71,7 +71,7 @@ KINDS = {
     "energy_matching": (
         {"warmup_steps": 4, "flow_weight": 0.5, "contrastive_weight": 0.3, "floor": 0.2, "trim": 0.3},
         losses.energy_matching,
-        {"flow_weight": 0.5, "contrastive_weight": 0.3, "floor": 0.2, "trim": 0.3},
+        {"flow_weight": 0.5, "contrastive_weight": 0.3, "floor": 0.2, "trim": 0.3, "separate_batch": True},
     ),
     "equilibrium": (
         {"gradient_scale": 3.0, "decay_start": 0.7},

@@ -391,3 +391,27 @@ class TestLangevinDynamics:
         assert half.dtype == full.dtype == torch.float32
         assert seen == [torch.bfloat16] * 10 + [torch.float32] * 10
         assert 0 < (half - full).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_chains_that_start_at_data_have_the_full_noise_at_once(streams):
+    """Without a gradient: the variances add up. The halves are those of each generator's chains."""
+    x = torch.zeros(12_000, 2)
+    noises = [0.0, 0.0, 0.1, 0.2]
+    generators = [torch.Generator().manual_seed(i) for i in range(streams)]
+    found, _ = langevin(
+        lambda x: 0.0 * x.sum(1), x, num_steps=4, step_size=1.0, noise_scale=noises, noise_scale_from_data=0.2,
+        generator=generators,
+    )  # fmt: skip
+    first, second = found.view(streams, 2, -1).unbind(1)
+    assert first.var().item() == pytest.approx(4 * 0.2**2, rel=0.05)
+    assert second.var().item() == pytest.approx(0.1**2 + 0.2**2, rel=0.05)
+    same, _ = langevin(
+        lambda x: 0.0 * x.sum(1), x, num_steps=4, step_size=1.0, noise_scale=0.2, noise_scale_from_data=0.2,
+        generator=[torch.Generator().manual_seed(i) for i in range(streams)],
+    )  # fmt: skip
+    plain, _ = langevin(
+        lambda x: 0.0 * x.sum(1), x, num_steps=4, step_size=1.0, noise_scale=0.2,
+        generator=[torch.Generator().manual_seed(i) for i in range(streams)],
+    )  # fmt: skip
+    torch.testing.assert_close(same, plain)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from ebm.config import validate
+from ebm.config import load_config, validate
 from ebm.errors import ConfigError
 from ebm.losses import contrastive_divergence
-from ebm.streams import generator
-from ebm.training.negatives import ReplayBuffer
+from ebm.streams import StreamGenerators, generator
+from ebm.training.negatives import ReplayBuffer, initial_states
 
 SHARES = torch.tensor([0.1, 0.9])
 MEANS = torch.tensor([-2.0, 1.0])  # of each class: x | y is N(MEANS[y], 1)
@@ -74,3 +74,34 @@ def test_fewer_chains_a_stream_than_classes_are_refused():
     with pytest.raises(ConfigError, match=r"buffer\.size=36 .*raise buffer\.size to 40 or more"):
         validate(values | {"buffer": {"size": 36}}, "config")
     validate(values | {"buffer": {"size": 40}}, "config")
+
+
+def test_half_of_the_chains_of_energy_matching_start_at_data():
+    """The first half of what is computed at a time: with two streams in two parts each, of four data."""
+    config = load_config(
+        None,
+        [
+            "loss.kind=energy_matching", "loss.warmup_steps=0", "sampler.schedule=flow", "sampler.start=normal",
+            "sampler.temperature=0.1", "train.accumulate=2", "data.streams=2", "train.batch_size=16",
+        ],
+    )  # fmt: skip
+    x = torch.arange(16.0).view(16, 1) + 100
+    found = initial_states(config, StreamGenerators(0, [0, 1]), None, x, None, step=1)
+    at_data = found.x.squeeze(1) > 50
+    assert at_data.view(4, 4).tolist() == [[True, True, False, False]] * 4
+    assert torch.equal(found.x[at_data], x[at_data])
+    plain = config.model_copy(update={"loss": config.loss.model_copy(update={"from_data": False})})
+    noise = initial_states(plain, StreamGenerators(0, [0, 1]), None, x, None, step=1)
+    assert torch.equal(noise.x[~at_data], found.x[~at_data]) and noise.x.abs().max() < 50
+    odd = ["train.batch_size=6", "train.accumulate=1"]
+    with pytest.raises(ConfigError, match="which is 3"):
+        load_config(None, ["loss.kind=energy_matching", "sampler.schedule=flow", "sampler.start=normal",
+                           "sampler.temperature=0.1", "data.streams=2", *odd])  # fmt: skip
+
+
+def test_the_second_phase_has_averages_of_its_own():
+    loss = load_config(None, ["loss.kind=energy_matching", "loss.warmup_steps=3", "sampler.schedule=flow",
+                              "sampler.start=normal", "sampler.temperature=0.1"]).loss  # fmt: skip
+    assert [loss.ema_decay_at(step, 0.9999) for step in (1, 3, 4)] == [0.9999, 0.9999, 0.99]
+    kept = loss.model_copy(update={"second_ema_decay": None})
+    assert kept.ema_decay_at(4, 0.9999) == 0.9999
