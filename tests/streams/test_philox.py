@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from ebm.samplers import hmc, langevin, mala
-from ebm.samplers import levels as tempering
+from ebm.samplers.levels import tempering
 from ebm.streams import (
     Philox,
     StreamGenerators,
