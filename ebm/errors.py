@@ -1,4 +1,4 @@
-"""Errors that a user can mend. Each kind ends a command with its own exit code (README, "Exit codes")."""
+"""Errors that a user can mend. Each kind ends a command with its own exit code (docs/clusters.md, "Exit codes")."""
 
 
 def printable(text: str) -> str:

@@ -4,14 +4,17 @@ in them exists; what is made by a script is as the script makes it now."""
 import argparse
 import importlib
 import importlib.util
+import json
 import pkgutil
 import re
 from fnmatch import fnmatch
 from types import ModuleType
 from typing import get_args
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
+from made_runs import make_run
 from runs import ROOT
 
 from ebm.__main__ import COMMANDS
@@ -141,6 +144,20 @@ def test_flags_of_scripts_exist(page):
         for path, rest in re.findall(r"python ((?:launch|benchmarks|tests|docs)/\w+\.py)(.*)", text.partition("#")[0]):
             source = (ROOT / path).read_text()
             assert not [flag for flag in re.findall(r"(?<!\S)(--[a-z-]+)", rest) if f'"{flag}"' not in source], text
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    """Its cells, one after the other, on a run whose weights are the initial ones."""
+    make_run(tmp_path / "runs/digits", "loss.negatives=noise")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("matplotlib.pyplot.show", lambda: None)
+    cells = json.loads((ROOT / "docs/tour.ipynb").read_text())["cells"]
+    names: dict = {"__name__": "tour"}
+    for number, cell in enumerate(cell for cell in cells if cell["cell_type"] == "code"):
+        assert not cell["outputs"], "the notebook is kept without outputs"
+        exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
+    assert names["x"].shape == (16, 1, 8, 8) and names["moved"].abs().max() <= 1
+    plt.close("all")
 
 
 def kl_from_the_truth(truth, energy):

@@ -1,4 +1,5 @@
-"""The README tells the truth: its tree, its snippets, its commands. test_docs.py checks its links, keys and flags."""
+"""The README tells the truth, its snippets and its commands, and so does the tree of docs/design.md. Links, keys and
+flags are checked by test_docs.py."""
 
 import re
 import subprocess
@@ -15,13 +16,19 @@ PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 def test_the_tree_names_every_file():
-    tree = re.search(r"## The tree\n\n```\n(.*?)```", TEXT, re.DOTALL)[1]
+    tree = re.search(r"## The tree\n\n```\n(.*?)```", (ROOT / "docs/design.md").read_text(), re.DOTALL)[1]
     for path in (ROOT / "ebm").iterdir():
         if path.name in ("__init__.py", "__main__.py", "__pycache__"):
             continue
         assert f"\n  {path.name}{'/' if path.is_dir() else ''} " in tree, path.name
     for name in re.findall(r"^(\S+)", tree, re.MULTILINE):
         assert (ROOT / name).exists(), name
+
+
+def test_the_first_screen_has_a_picture_two_commands_and_what_was_measured():
+    screen = TEXT.split("\n## ")[0]
+    assert "![" in screen and "pip install -r requirements.txt\naccelerate launch train.py\n" in screen
+    assert "| time | result" in screen and len(screen.splitlines()) < 50
 
 
 def test_the_table_of_commands_is_whole():

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ebm.config import Config, load_config
 from ebm.config.losses import DenoisingConfig, MultilevelDenoisingConfig
-from ebm.config.samplers import NoiseLevelsConfig, OwnSamplerConfig
+from ebm.config.samplers import LangevinConfig, NoiseLevelsConfig, OwnSamplerConfig
 from ebm.energies import FoldedEnergy, build_energy, marginal_energy, split_noise_level
 from ebm.errors import ConfigError, DataError
 from ebm.runtime import checkpoint
 from ebm.runtime.distributed import set_numerics
-from ebm.samplers import Engine, advance, chain_shape, chains_of_lengths, cold_states
+from ebm.samplers import Engine, LangevinDynamics, advance, chain_shape, chains_of_lengths, cold_states
 from ebm.samplers.factory import sampler_in_use
 from ebm.streams import stream_sources
 
@@ -182,6 +182,23 @@ class TrainedRun:
         engine, noise = Engine(self.network, capture=False), stream_sources(seed, "chain", device=self.device)
         states = advance(engine, self.config.sampler, x.to(self.device), *y, num_steps=steps, generator=noise)
         return states.to(x.device)
+
+    def dynamics(self) -> LangevinDynamics:
+        """A sampler to use from Python, with the energy of this run and the first step size, the noise, the clamp, the
+        bounds and the boundary of its chains. It starts at N(0, I) inside the bounds, or at `initial_points`.
+
+        Raises ConfigError where the run's own chains are no Langevin chains."""
+        sampler = self.config.sampler
+        if not isinstance(sampler, LangevinConfig):
+            raise ConfigError(f"sampler.kind={sampler.kind}: only runs with langevin chains have such a sampler")
+        return LangevinDynamics(
+            self.network,
+            step_size=sampler.step_size,
+            noise_scale=sampler.noise,
+            grad_clamp=sampler.grad_clamp,
+            bounds=sampler.bounds,
+            boundary=sampler.boundary,
+        )
 
     def _labels(self, labels: int | Sequence[int] | Tensor | None, n: int) -> Tensor | None:
         if labels is None:

@@ -17,7 +17,8 @@ from ebm.__main__ import main
 from ebm.config.samplers import LangevinConfig, MALAConfig, TemperingConfig
 from ebm.errors import ConfigError, DataError
 from ebm.inference.run import open_run
-from ebm.samplers import can_be_continued, chains_of_lengths, fresh_chains
+from ebm.samplers import can_be_continued, chains_of_lengths, fresh_chains, langevin
+from ebm.samplers.factory import settings_of
 
 PLANE = (*VECTORS, "data.shape=[2]", "energy.std=0.5", "energy.mean=0.25", "sampler.bounds=null")
 PLANE = (*PLANE, "sampler.temperature=0.5", "sampler.step_size=0.01", "sampler.grad_clamp=null", "buffer.size=128")
@@ -53,6 +54,26 @@ def test_samples_are_a_function_of_the_seed(plane):
     assert torch.equal(a[:8], c) and not torch.equal(a, b)
     with pytest.raises(ConfigError, match="num_classes=null"):
         run.sample(4, steps=1, labels=1)
+
+
+def test_a_sampler_made_from_a_run_carries_its_bounds_and_clamp(tmp_path):
+    """Equal to the run's chains by the functions that training uses; and another kind of chain is refused."""
+    settings = ["sampler.step_size=20", "sampler.grad_clamp=0.02", "sampler.noise_scale=0.01", "data.shards=/nowhere"]
+    settings.append("loss.negatives=noise")
+    run = ebm.load(make_run(tmp_path / "run", *settings, "sampler.bounds=[-0.5,0.75]"))
+    sampler = run.dynamics()
+    assert (sampler.step_size, sampler.grad_clamp, sampler.bounds) == (20.0, 0.02, (-0.5, 0.75))
+    assert sampler.temperature == pytest.approx(run.temperature)
+    x0 = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)) - 0.4
+    x = sampler.sample_chain(initial_points=x0, n_steps=3, generator=torch.Generator().manual_seed(1))
+    wanted, _ = langevin(
+        run.network, x0, generator=torch.Generator().manual_seed(1), **settings_of(run.config.sampler, 3)
+    )
+    torch.testing.assert_close(x, wanted)
+    assert x.min() >= -0.5 and x.max() <= 0.75 and (x - x0).abs().max() <= 3 * (20 * 0.02 + 0.06)
+    mala = ["sampler.kind=mala", "sampler.temperature=1", "data.shards=/nowhere", "loss.negatives=noise"]
+    with pytest.raises(ConfigError, match=r"sampler\.kind=mala"):
+        ebm.load(make_run(tmp_path / "mala", *mala)).dynamics()
 
 
 def test_labels_of_a_conditional_run(tmp_path):
