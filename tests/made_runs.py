@@ -1,5 +1,6 @@
 """Run directories without a training: a config, one checkpoint with chosen weights and chains."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,11 +15,20 @@ from ebm.training.divergence import DivergenceMonitor
 VECTORS = ("data.source=null", "evaluate.source=null", "evaluate.shards=null", "energy.kind=gaussian")
 
 
-def make_run(directory: Path, *settings: str, chains: Tensor | None = None, labels: Tensor | None = None) -> Path:
-    """A run at step 1 with the config's initial weights. `chains` (buffer.size, *shape): its persistent chains, which
-    have `labels` (buffer.size,)."""
+def make_run(
+    directory: Path,
+    *settings: str,
+    chains: Tensor | None = None,
+    labels: Tensor | None = None,
+    change: Callable[[BaseEnergyFunction], None] | None = None,
+) -> Path:
+    """A run at step 1 with the config's initial weights, which `change` may change. `chains` (buffer.size, *shape): its
+    persistent chains, which have `labels` (buffer.size,)."""
     config = load_config(None, [f"run.dir={directory}", *settings])
-    weights = build_energy(config.energy, config.data.shape, config.run.seed).state_dict()
+    energy = build_energy(config.energy, config.data.shape, config.run.seed)
+    if change is not None:
+        change(energy)
+    weights = energy.state_dict()
     files = {"ema": weights, "model": weights}
     if chains is not None:
         for v, part in enumerate(chains.chunk(config.data.streams)):

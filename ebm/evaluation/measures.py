@@ -30,6 +30,7 @@ Energies = Callable[[Tensor], Tensor]  # uint8 images (N, C, H, W) -> (N,)
 MADE_UP = ("flipped", "noise", "constant", "permuted")  # the sets of `ood_sets`
 BIN = 2 / 256  # width of a level of an image in [-1, 1]
 COMPONENTS = 64  # principal components of the PCA-Gaussian
+MANY = 4096  # images that a log normaliser is taken of
 SAMPLES = 2048  # images that its components are taken of, where there are more values than that in an image
 
 
@@ -83,20 +84,22 @@ def ood_sets(images: Tensor, seed: int = 0) -> dict[str, Tensor]:
 
 
 def pixel_gaussian(train: Tensor) -> Energies:
-    """-log likelihood, up to a constant, of a Gaussian with the mean and variance of each value of uint8 `train`."""
+    """-log likelihood in nats of a Gaussian with the mean and variance of each value of `train`: uint8 images, whose
+    levels have the variance of their width as well, or states."""
     x = to_states(train).flatten(1).double()
-    mean, variance = x.mean(0), x.var(0) + BIN**2 / 12
+    mean, variance = x.mean(0), x.var(0) + _level_variance(train)
 
     def energies(images: Tensor) -> Tensor:
-        likelihood: Tensor = ((to_states(images).flatten(1).double() - mean).square() / (2 * variance)).sum(1)
+        scaled = (to_states(images).flatten(1).double() - mean).square() / variance
+        likelihood: Tensor = (scaled + (2 * math.pi * variance).log()).sum(1) / 2
         return likelihood
 
     return energies
 
 
-def pca_gaussian(train: Tensor) -> Energies:
-    """-log likelihood, up to a constant, of a probabilistic PCA of uint8 `train` (Tipping & Bishop 1999, eq. 8): full
-    variance along the first COMPONENTS, one variance for the rest."""
+def pca_gaussian(train: Tensor, components: int = COMPONENTS) -> Energies:
+    """-log likelihood in nats of a probabilistic PCA of `train` as in `pixel_gaussian` (Tipping & Bishop 1999, eq. 8):
+    full variance along the first `components`, one variance for the rest."""
     x = to_states(train).flatten(1).double()
     mean, dim = x.mean(0), x.shape[1]
     total = float(x.var(0).sum())
@@ -107,19 +110,41 @@ def pca_gaussian(train: Tensor) -> Energies:
         few = centred[:: -(-len(x) // SAMPLES)]
         values, inner = torch.linalg.eigh(few @ few.T / (len(few) - 1))
         vectors = torch.nn.functional.normalize(few.T @ inner, dim=0)
-    kept = min(COMPONENTS, dim - 1, len(x) - 1)
+    kept = min(components, dim - 1, len(x) - 1)
     values, vectors = values[-kept:].clamp(min=0), vectors[:, -kept:]
-    rest = max(total - float(values.sum()), 0.0) / (dim - kept) + BIN**2 / 12
-    values = values + BIN**2 / 12
+    rest = max(total - float(values.sum()), 0.0) / (dim - kept) + _level_variance(train)
+    values = values + _level_variance(train)
+    volume = (values.log().sum() + (dim - kept) * math.log(rest) + dim * math.log(2 * math.pi)) / 2
 
     def energies(images: Tensor) -> Tensor:
         centred = to_states(images).flatten(1).double() - mean
         along = centred @ vectors
         outside = (centred.square().sum(1) - along.square().sum(1)).clamp(min=0)
-        likelihood: Tensor = (along.square() / values).sum(1) / 2 + outside / (2 * rest)
+        likelihood: Tensor = (along.square() / values).sum(1) / 2 + outside / (2 * rest) + volume
         return likelihood
 
     return energies
+
+
+def pca_mixture(train: Tensor, seed: int = 0) -> Energies:
+    """-log likelihood in nats of a mixture of `pca_gaussian`, one for each cluster of `train` (Tipping & Bishop 1999b,
+    with clusters fixed by k-means). A cluster of n data has at most n / 4 components."""
+    numbers = trust.clusters(train, seed)(train)
+    parts = [train[numbers == k] for k in range(trust.CLUSTERS)]
+    parts = [part for part in parts if len(part) >= 8]  # fewer tell nothing of a covariance
+    count = sum(map(len, parts))
+    fitted = [(math.log(len(part) / count), pca_gaussian(part, min(COMPONENTS, len(part) // 4))) for part in parts]
+
+    def energies(images: Tensor) -> Tensor:
+        likelihood: Tensor = -torch.logsumexp(torch.stack([share - part(images) for share, part in fitted]), 0)
+        return likelihood
+
+    return energies
+
+
+def _level_variance(data: Tensor) -> float:
+    """The variance within a level of uint8 images; 0 for states."""
+    return BIN**2 / 12 if data.dtype == torch.uint8 else 0.0
 
 
 def ood_metrics(
@@ -174,9 +199,10 @@ def problem_with(metric: str, sets: Sets) -> UserError | None:
     config = sets.run.config
     if metric in OF_IMAGES and not sets.of_images:
         return ConfigError(f"data.shape={list(sets.run.shape)}: {metric} is of images; use --metrics energy,density")
-    if metric == "likelihood" and config.data.source not in DENSITIES:
+    if metric == "likelihood" and not _has_bits(sets) and config.data.source not in DENSITIES:
         return ConfigError(
-            f"data.source={config.data.source}: likelihood needs a density that is known, on the plane; use one of "
+            f"data.source={config.data.source} with loss.kind={config.loss.kind}: likelihood needs images whose energy "
+            "is normalised by noise levels (loss.kind=dual_score_matching), or a density that is known, on the plane: "
             f"{', '.join(DENSITIES)}"
         )
     if metric == "accuracy" and not sets.run.num_classes:
@@ -290,10 +316,36 @@ def measure_accuracy(sets: Sets) -> Measured:
 
 
 def measure_likelihood(sets: Sets) -> Measured:
-    """The learned density beside the true one, by quadrature."""
+    """Of images bits per dimension; on the plane the learned density beside the true one, by quadrature."""
+    if _has_bits(sets):
+        return measure_bits(sets)
     energy, modes = known_density(str(sets.run.config.data.source))
     learned = density(sets.energies, sets.run.temperature)
     return Measured({**likelihood_metrics(density(energy), learned, modes)})
+
+
+def _has_bits(sets: Sets) -> bool:
+    return sets.of_images and sets.run.config.loss.kind == "dual_score_matching"
+
+
+def measure_bits(sets: Sets) -> Measured:
+    """Bits per dimension of held-out images (of training images where there are none), in one forward each, beside
+    Gaussians that are fitted to the training images. All of them see the images dequantised and with the run's lowest
+    noise, and count bits at the width of a level."""
+    run, dim = sets.run, math.prod(sets.run.shape)
+    train = sets.with_run_noise(sets.train.data, "train")
+    x = train if sets.heldout is None else sets.with_run_noise(sets.heldout.data, "heldout")
+
+    def bits(nats: Tensor) -> float:
+        return float(nats.double().mean()) / (dim * math.log(2)) - math.log2(BIN)
+
+    values: Metrics = {"likelihood/bpd": bits(sets.energies(x) + run.log_normaliser(train[:MANY], sets.seed))}
+    baselines = {"diagonal_gaussian": pixel_gaussian(train), "pca_mixture": pca_mixture(train, sets.seed)}
+    if len(train) > 2 * dim and dim <= SAMPLES:
+        baselines["full_gaussian"] = pca_gaussian(train, dim - 1)
+    values |= {f"likelihood/bpd_{name}": bits(energies(x)) for name, energies in baselines.items()}
+    noise = run.data_noise
+    return Measured(values, [f"bits per dimension are of images with noise of {noise:g}, {noise / BIN:.1f} levels"])
 
 
 MEASURES: dict[str, Callable[[Sets], Measured]] = {

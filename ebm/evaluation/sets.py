@@ -17,7 +17,7 @@ from ebm.data.samples import SampleReader
 from ebm.errors import DataError
 from ebm.evaluation.classifier import Classifier, ruler_of
 from ebm.evaluation.metrics import WARM, Comparison, compare
-from ebm.inference.images import to_levels, to_states
+from ebm.inference.images import dequantize, to_levels, to_states
 from ebm.inference.inputs import read_states
 from ebm.inference.run import TrainedRun
 from ebm.streams import generator, normal_
@@ -95,6 +95,13 @@ class Sets:
         x = x + self.run.data_noise * normal_(torch.empty_like(x), generator(self.seed, "evaluate/data"))
         bounds = self.run.config.sampler.bounds
         return x if bounds is None else x.clamp(*bounds)
+
+    def with_run_noise(self, images: Tensor, purpose: str) -> Tensor:
+        """uint8 images as states, dequantised and with the noise of the run's data: what its density is of."""
+        x = dequantize(images, generator(self.seed, f"evaluate/dequantise/{purpose}"))
+        return x.add_(
+            normal_(torch.empty_like(x), generator(self.seed, f"evaluate/{purpose}")), alpha=self.run.data_noise
+        )
 
     @cached_property
     def persistent(self) -> Tensor | None:

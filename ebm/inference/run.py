@@ -19,6 +19,7 @@ from ebm.config.losses import DenoisingConfig, MultilevelDenoisingConfig
 from ebm.config.samplers import LangevinConfig, NoiseLevelsConfig, OwnSamplerConfig
 from ebm.energies import FoldedEnergy, build_energy, marginal_energy, split_noise_level
 from ebm.errors import ConfigError, DataError
+from ebm.losses import log_normaliser
 from ebm.runtime import checkpoint
 from ebm.runtime.distributed import set_numerics
 from ebm.samplers import Engine, LangevinDynamics, advance, chain_shape, chains_of_lengths, cold_states
@@ -126,6 +127,20 @@ class TrainedRun:
                 return torch.autograd.grad(function(x, *labels).sum(), x)[0]
 
         return self._in_blocks(gradient, x, labels)
+
+    def log_normaliser(self, data: Tensor, seed: int = 0) -> float:
+        """C with -log p(x) = E(x) + C in nats, for a run trained by dual score matching, whose energies at the highest
+        level of noise tell it: `ebm.losses.log_normaliser` of states `data`. Raises ConfigError for another run."""
+        sampler = self.config.sampler
+        if not isinstance(sampler, NoiseLevelsConfig):
+            raise ConfigError(f"loss.kind={self.config.loss.kind}: log_normaliser is of runs by dual_score_matching")
+        function = self._function(None)
+
+        def energies(z: Tensor) -> Tensor:
+            return torch.cat([function(block) for block in torch.split(z, BLOCK)])
+
+        x, noise = data.to(self.device, torch.float32), stream_sources(seed, "normaliser", device=self.device)
+        return float(log_normaliser(energies, x, sampler.sigma_max**2, generator=noise))
 
     def denoised(self, x: Tensor) -> Tensor:
         """x - sigma^2 dE/dx / T with sigma = `data_noise`: the mean of the clean data given their noisy state x
