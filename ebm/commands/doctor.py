@@ -19,13 +19,12 @@ from ebm.config import Config, TrackingConfig, load_config
 from ebm.errors import DataError, UserError
 from ebm.inference.run import MAX_INITIAL, initial_weights
 from ebm.runtime import checkpoint, history
-from ebm.runtime import history as environment
 from ebm.runtime.files import read_json
 from ebm.runtime.run_directory import Attempts, is_training
-from ebm.tracking import delivery as identity
+from ebm.tracking import delivery
 from ebm.tracking.wandb_run import mode_here
 
-PACKAGES = ("torch", *environment.PACKAGES)
+PACKAGES = ("torch", *history.PACKAGES)
 LITTLE = 5 << 30  # bytes of free disk below which it is said
 OLD = 600.0  # seconds without a line of metrics, of a run under way
 WARNING, SATURATED, WAITING = (
@@ -134,9 +133,9 @@ def _what(run_dir: Path, config: Config) -> list[str]:
         lines += [f"changed at step {change.step}: {change}" for change in history.read_changes(run_dir)]
     except (OSError, ValueError) as error:
         lines.append(f"{history.CHANGES} can't be read: {str(error).splitlines()[0]}")
-    place = identity.obtained(run_dir)
+    place = delivery.obtained(run_dir)
     if place is not None:
-        name = "/".join(part for part in (place.entity, place.project, identity.run_id(run_dir, {})) if part)
+        name = "/".join(part for part in (place.entity, place.project, delivery.run_id(run_dir, {})) if part)
         lines.append(f"W&B: {name}")
     return lines
 

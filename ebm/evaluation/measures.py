@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ebm.data.sources import DENSITIES, known_density
 from ebm.errors import ConfigError, DataError, UserError
-from ebm.evaluation import metrics as trust
+from ebm.evaluation import metrics
 from ebm.evaluation.metrics import (
     Comparison,
     as_metrics,
@@ -129,8 +129,8 @@ def pca_gaussian(train: Tensor, components: int = COMPONENTS) -> Energies:
 def pca_mixture(train: Tensor, seed: int = 0) -> Energies:
     """-log likelihood in nats of a mixture of `pca_gaussian`, one for each cluster of `train` (Tipping & Bishop 1999b,
     with clusters fixed by k-means). A cluster of n data has at most n / 4 components."""
-    numbers = trust.clusters(train, seed)(train)
-    parts = [train[numbers == k] for k in range(trust.CLUSTERS)]
+    numbers = metrics.clusters(train, seed)(train)
+    parts = [train[numbers == k] for k in range(metrics.CLUSTERS)]
     parts = [part for part in parts if len(part) >= 8]  # fewer tell nothing of a covariance
     count = sum(map(len, parts))
     fitted = [(math.log(len(part) / count), pca_gaussian(part, min(COMPONENTS, len(part) // 4))) for part in parts]
@@ -279,14 +279,14 @@ def measure_density(sets: Sets) -> Measured:
     long, sampler = sets.of_lengths[0][length], run.config.sampler
     function = run.marginal if run.num_classes else run.network
     accepted = {
-        f"density/acceptance_{name}": trust.acceptance(function, x[: 8 * 512].to(run.device), sampler, sets.seed)
+        f"density/acceptance_{name}": metrics.acceptance(function, x[: 8 * 512].to(run.device), sampler, sets.seed)
         for name, x in (("persistent", sets.persistent), ("long", long))
         if x is not None
     }
     acceptance = min(accepted.values(), key=lambda value: -math.inf if math.isnan(value) else value)
     centre, deviation = _data_energy(sets)
     drift = (float(sets.energies(long).mean()) - centre) / deviation
-    word = trust.verdict(acceptance, drift)
+    word = metrics.verdict(acceptance, drift)
     values: Metrics = {**accepted, "density/acceptance": acceptance, "density/long_steps": length}
     values |= {"density/long_energy": drift, "density/verdict": word}
     words = [f"{word}: a Metropolis test would accept {acceptance:.0%} of the sampler's own steps"]
@@ -305,8 +305,8 @@ def _worst_share(sets: Sets, long: Tensor) -> float:
     if sets.of_images and sets.train.labels is not None:
         predict, count = sets.ruler.predict, sets.train.num_classes
     else:
-        predict, count = trust.clusters(sets.noisy(sets.train.data), sets.seed), trust.CLUSTERS
-    return trust.worst_share(trust.shares(predict(x), count), trust.shares(predict(data), count))
+        predict, count = metrics.clusters(sets.noisy(sets.train.data), sets.seed), metrics.CLUSTERS
+    return metrics.worst_share(metrics.shares(predict(x), count), metrics.shares(predict(data), count))
 
 
 def measure_accuracy(sets: Sets) -> Measured:

@@ -22,7 +22,7 @@ import numpy as np
 from ebm.config import Config, TrackingConfig
 from ebm.errors import EXIT_STOPPED, ConfigError
 from ebm.runtime import checkpoint
-from ebm.tracking import delivery as identity
+from ebm.tracking import delivery
 from ebm.tracking.delivery import (
     CLOSED,
     WARNING,
@@ -129,17 +129,17 @@ class WandbRun:
 
     def _init(self) -> Any:
         wandb, tracking = self._wandb, self._config.tracking
-        identity.share_with_client(identity.asked_for(tracking, self._run_dir, os.environ))
+        delivery.share_with_client(delivery.asked_for(tracking, self._run_dir, os.environ))
         wandb.setup(wandb.Settings(silent=True))
         console = "wrap" if tracking.console else "off"
         settings = {"init_timeout": self._timeout, "console": console, "silent": True}
         settings["x_transaction_log_flush_interval"] = 1.0  # seconds; SIGKILL loses what came later
-        asked = identity.asked_for(tracking, self._run_dir, os.environ)
+        asked = delivery.asked_for(tracking, self._run_dir, os.environ)
         asked.folder.mkdir(parents=True, exist_ok=True)
         config = self._config.model_dump(mode="json")
         facts = self._facts
         if facts is None:  # those of the last training
-            before = identity.obtained(self._run_dir)
+            before = delivery.obtained(self._run_dir)
             facts = {} if before is None else before.facts
         config["environment"] = dict(facts)
         run = wandb.init(
@@ -148,7 +148,7 @@ class WandbRun:
             job_type=tracking.job_type, config=config, settings=wandb.Settings(**settings))  # fmt: skip
         if self._resume_step:
             run.config.update(config, allow_val_change=True)  # what train.extend changed
-        obtained, self._folder = identity.keep(run, self._run_dir, asked.folder, facts), asked.folder / "wandb"
+        obtained, self._folder = delivery.keep(run, self._run_dir, asked.folder, facts), asked.folder / "wandb"
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
         for key, summary in SUMMARIES.items():
@@ -381,7 +381,7 @@ def mode_here(tracking: TrackingConfig) -> str:
 
 def _mode(tracking: TrackingConfig, wandb: Any) -> str:
     """Returns the mode: what config or environment say, else online with a login, and offline without."""
-    if (mode := identity.mode_of(tracking, os.environ)) is not None:
+    if (mode := delivery.mode_of(tracking, os.environ)) is not None:
         return mode
     settings = wandb.setup(wandb.Settings(silent=True)).settings
     return "online" if settings.api_key or _in_netrc(settings) else "offline"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ebm.config import Config
 from ebm.data import Batch
-from ebm.inference import images as augment
+from ebm.inference import images
 from ebm.losses import LossOutput
 from ebm.runtime.distributed import World
 from ebm.runtime.process import one_thread, to_device
@@ -85,11 +85,11 @@ def positives(
     bounds, on the device; and the labels (B,) for a class-conditional energy."""
     data, x = config.data, to_device(batch.images, world.device)
     if x.dtype == torch.uint8:
-        x = augment.dequantize(x, random("dequantize", step) if data.dequantize else None)
+        x = images.dequantize(x, random("dequantize", step) if data.dequantize else None)
     if data.augment_flip or data.augment_crop:
-        x = augment.augment(x, random("augment", step), flip=data.augment_flip, crop=data.augment_crop)
+        x = images.augment(x, random("augment", step), flip=data.augment_flip, crop=data.augment_crop)
     if data.noise_std:
-        x = augment.add_noise(x, data.noise_std, random("data_noise", step))
+        x = images.add_noise(x, data.noise_std, random("data_noise", step))
     if config.sampler.bounds is not None:  # chains never leave the bounds: data outside would be told by that alone
         x = x.clamp(*config.sampler.bounds)
     return x, to_device(batch.labels, world.device) if config.energy.num_classes else None

@@ -228,14 +228,14 @@ def test_damaged_idx_files(tmp_path, data):
 
 
 def test_no_home(tmp_path, monkeypatch):
-    from ebm.data import sources as datasets
+    from ebm.data import sources
 
     monkeypatch.delenv("EBM_DATASETS", raising=False)
     monkeypatch.setenv("HOME", "")
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))
     with pytest.raises(DataError, match=r"no home directory for downloads \(HOME is not set\); give --root DIR"):
-        datasets.default_root()
+        sources.default_root()
     with pytest.raises(DataError, match="write the path in full"):
         open_source("folder:~/pictures")
 

@@ -10,8 +10,7 @@ from test_data_damage import bounded
 
 from ebm.__main__ import main
 from ebm.config import load_config
-from ebm.data import ShardReader, load_manifest
-from ebm.data import sources as toys
+from ebm.data import ShardReader, load_manifest, sources
 from ebm.data.decode import MAX_HEADER, decode_vector, encode_vector, read_vector_shape
 from ebm.data.indexing import index_shards
 from ebm.data.items import ArraySource
@@ -22,7 +21,7 @@ from ebm.errors import ConfigError, DataError
 from ebm.inference.images import load_array, to_array
 from ebm.streams import generator, owned_streams
 
-FOUR_PEAKS = toys.known_density("four_peaks")[0]
+FOUR_PEAKS = sources.known_density("four_peaks")[0]
 
 VECTORS = np.random.default_rng(0).normal(size=(300, 5)).astype(np.float32)
 
@@ -244,9 +243,9 @@ def test_files_that_do_not_fit(tmp_path, array, shape, reason):
 def test_four_peaks_through_its_shards(tmp_path):
     ensure_shards(str(tmp_path), "four_peaks", "train")
     x = torch.cat([x for x, _, _ in read_all(tmp_path, (2,))])
-    assert torch.equal(x, toys.sample_toy("four_peaks", "train")[0]) and x.shape == (20_000, 2)
+    assert torch.equal(x, sources.sample_toy("four_peaks", "train")[0]) and x.shape == (20_000, 2)
     assert load_manifest(tmp_path).num_classes is None
-    assert not torch.equal(x, toys.sample_toy("four_peaks", "test")[0])
+    assert not torch.equal(x, sources.sample_toy("four_peaks", "test")[0])
 
 
 def test_four_peaks_energy_is_the_formula():
@@ -267,7 +266,7 @@ def test_four_peaks_has_the_densitys_cell_probabilities():
     side = torch.arange(cells * fine, dtype=torch.float64)
     inner = -6 + 12 * (side + 0.5) / (cells * fine)
     wide = torch.linspace(-25, 25, 1001, dtype=torch.float64)
-    assert toys.known_density("four_peaks")[1].tolist() == [[2, 2], [-2, 2], [2, -2], [-2, -2]]
+    assert sources.known_density("four_peaks")[1].tolist() == [[2, 2], [-2, 2], [2, -2], [-2, -2]]
 
     def mass(axis):
         step = (axis[1] - axis[0]) ** 2
@@ -275,7 +274,7 @@ def test_four_peaks_has_the_densitys_cell_probabilities():
 
     p = mass(inner).view(cells, fine, cells, fine).sum((1, 3)).flatten()
     p = torch.cat([p, mass(wide).sum()[None] - p.sum()]) / mass(wide).sum()
-    x, _ = toys.four_peaks(n, generator(5, "test"))
+    x, _ = sources.four_peaks(n, generator(5, "test"))
     index = ((x + 6) / 12 * cells).floor().long()
     inside = ((index >= 0) & (index < cells)).all(1)
     flat = torch.where(inside, index[:, 0] * cells + index[:, 1], cells * cells)
@@ -285,11 +284,11 @@ def test_four_peaks_has_the_densitys_cell_probabilities():
     assert statistic < freedom + 5 * math.sqrt(2 * freedom), statistic
 
 
-@pytest.mark.parametrize("name", [name for name in toys.TOYS if name != "four_peaks"])
+@pytest.mark.parametrize("name", [name for name in sources.TOYS if name != "four_peaks"])
 def test_labelled_toys_have_their_moments(name):
     """Each component's mean and mean squared distance from the centre, in closed form, within 5 standard errors."""
-    x, labels = toys.sample_toy(name, "train")
-    assert torch.equal(x, toys.sample_toy(name, "train")[0]) and x.dtype == torch.float32
+    x, labels = sources.sample_toy(name, "train")
+    assert torch.equal(x, sources.sample_toy(name, "train")[0]) and x.dtype == torch.float32
     k = torch.arange(int(labels.max()) + 1, dtype=torch.float64)
     moments = {
         "eight_gaussians": (

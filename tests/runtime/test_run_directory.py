@@ -15,7 +15,7 @@ from runs import ROOT, Run, command, environment, last_step, records
 
 from ebm.config import load_config, to_yaml
 from ebm.errors import ConfigError
-from ebm.runtime import history as starts
+from ebm.runtime import history
 from ebm.runtime.distributed import World
 from ebm.runtime.files import try_lock
 from ebm.runtime.run_directory import RunDirectory
@@ -167,18 +167,18 @@ def test_rollbacks_of_wrong_types(opened):
 def test_every_start_is_recorded(tmp_path, shown):
     world = SimpleNamespace(size=2, device_name="CPU")
     for step in range(3):
-        starts.record_start(tmp_path, world, step)
+        history.record_start(tmp_path, world, step)
     assert shown() == ""
-    file = tmp_path / starts.STARTS
-    known = starts.read_starts(file)
+    file = tmp_path / history.STARTS
+    known = history.read_starts(file)
     assert [start.step for start in known] == [0, 1, 2] and known[0].ranks == 2 and known[0].command == sys.argv
     assert {"torch", "python", "ebm", "accelerate"} <= set(known[0].versions)
     older = known[-1].model_copy(update={"versions": known[-1].versions | {"torch": "2.0"}})
-    file.write_text(json.dumps([older.model_dump()] * starts.MAX_STARTS))
-    starts.record_start(tmp_path, world, 7)
+    file.write_text(json.dumps([older.model_dump()] * history.MAX_STARTS))
+    history.record_start(tmp_path, world, 7)
     torch_now = known[0].versions["torch"]
     assert f"resumed in another environment than the start before: torch 2.0 -> {torch_now}" in shown()
-    assert len(starts.read_starts(file)) == starts.MAX_STARTS and starts.read_starts(file)[-1].step == 7
+    assert len(history.read_starts(file)) == history.MAX_STARTS and history.read_starts(file)[-1].step == 7
 
 
 def test_a_reader_that_goes_away_ends_nothing(digits, tmp_path):

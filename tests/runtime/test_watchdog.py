@@ -11,9 +11,9 @@ from runs import environment
 
 START = """
 import ctypes, sys, threading, time
-from ebm.runtime import watchdog
-watchdog.GRACE = 2.0
-with watchdog.Watchdog(2.0, 0) as dog:
+from ebm.runtime import stopping
+stopping.GRACE = 2.0
+with stopping.Watchdog(2.0, 0) as dog:
     print("up", flush=True)
 """
 BEATS = START + "    for _ in range(120):\n        dog.beat()\n        time.sleep(0.1)\n"

@@ -7,8 +7,7 @@ import torch
 from densities import gaussian, mixture
 from test_metropolis import quartic, seeded
 
-from ebm.samplers import HamiltonianMonteCarlo, MetropolisAdjustedLangevin, ParallelTempering, hmc, mala
-from ebm.samplers import levels as tempering
+from ebm.samplers import HamiltonianMonteCarlo, MetropolisAdjustedLangevin, ParallelTempering, hmc, mala, tempering
 
 FRONTS = [MetropolisAdjustedLangevin, HamiltonianMonteCarlo, ParallelTempering]
 

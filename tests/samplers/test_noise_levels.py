@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from ebm.energies import split_noise_level, with_noise_level
-from ebm.samplers import annealed
-from ebm.samplers import levels as noise_levels
+from ebm.samplers import annealed, noise_levels
 
 LEVELS = tuple(torch.linspace(2 * math.log(0.2), 2 * math.log(4.0), 12).tolist())
 CENTRES, WEIGHTS, STD = torch.tensor([-2.0, 2.0]), torch.tensor([0.25, 0.75]), 0.3

@@ -17,9 +17,9 @@ from ebm.samplers import (
     mala,
     sampler_of,
     settings_of,
+    tempering,
     with_replicas,
 )
-from ebm.samplers import levels as tempering
 
 CONFIGS = [
     LangevinConfig(num_steps=3, step_size=0.1, noise_scale=0.1),

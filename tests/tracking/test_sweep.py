@@ -12,8 +12,7 @@ from runs import ROOT, environment
 from wandb_reader import history, records
 
 from ebm.config import load_config
-from ebm.tracking import Tracker
-from ebm.tracking import delivery as identity
+from ebm.tracking import Tracker, delivery
 
 NAMES = ("PROJECT", "NAME", "DIR", "RUN_ID", "ENTITY", "TAGS", "DISABLED", "MODE", "RUN_GROUP", "SWEEP_ID", "API_KEY")
 
@@ -87,13 +86,13 @@ def test_the_environment_wins_over_the_defaults_and_the_config_over_both(tmp_pat
 )
 def test_modes(setting, variables, mode):
     tracking = load_config(None, [f"tracking.wandb={setting}"]).tracking
-    assert identity.mode_of(tracking, variables) == mode
+    assert delivery.mode_of(tracking, variables) == mode
 
 
 def test_a_damaged_record_begins_anew(tmp_path, caplog):
     (tmp_path / "wandb_run.json").write_text('{"project": 3}')
-    assert identity.obtained(tmp_path) is None and "can't be read" in caplog.text
-    assert identity.run_id(tmp_path, {"WANDB_RUN_ID": "../x"}) != "../x" and "is no W&B id" in caplog.text
+    assert delivery.obtained(tmp_path) is None and "can't be read" in caplog.text
+    assert delivery.run_id(tmp_path, {"WANDB_RUN_ID": "../x"}) != "../x" and "is no W&B id" in caplog.text
 
 
 AGENT = """
