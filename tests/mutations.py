@@ -245,9 +245,13 @@ LOSSES = {
     ),
     "dual": Loss(
         "score_matching",
-        ("dual_score_matching", "dual_terms", "log_normaliser", "_with_noise"),
-        "dual_score_matching_written or normaliser_of or contrast_vanishes",
+        ("dual_score_matching", "dual_terms", "log_normaliser", "_with_noise", "contrast_of"),
+        "dual_score_matching_written or normaliser_of or contrast_vanishes or contrast_is_within",
         [
+            ("y_neg.view(parts, 1, -1)", "y_neg.view(1, 1, -1)"),
+            ("(matched * e_pos).mean()", "e_pos.mean()"),
+            ("(same / of_class.clamp(min=1)).sum(1)", "same.sum(1)"),
+            ("(weights * e_neg).sum() / len(e_pos)", "e_neg.mean()"),
             ("(level / 2, x).exp() * in_x - z", "(level / 2, x).exp() * in_x + z"),
             ("(level / 2, x).exp() * in_x - z", "in_x - z"),
             ("in_x - z).flatten(1).square().mean(1)", "in_x - z).flatten(1).square().sum(1)"),

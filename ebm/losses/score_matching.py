@@ -224,7 +224,8 @@ def dual_score_matching(
 
     With chains `x_neg`, states that carry their levels (`ebm.samplers.levels`), `contrastive_weight` times
     mean E(x + sqrt(t) z, t) - mean E(x_neg) is added, t drawn from `log_variances` with the chains' `lowest_share`:
-    the gradient of the likelihood of the joint density of states and levels (Zhang, Tan & Ou 2023, eq. 9).
+    the gradient of the likelihood of the joint density of states and levels (Zhang, Tan & Ou 2023, eq. 9), within each
+    class where there are labels (`contrast_of`).
     """
     e_pos, score, change = dual_terms(energy, x_pos, conditioned_on_noise(energy).log_variances, y_pos, generator)
     loss, terms = score + change, {"score": score, "level": change}
@@ -232,11 +233,26 @@ def dual_score_matching(
         return output(loss if not l2 else loss + l2 * energy_l2(e_pos), e_pos, **terms)
     noisy = at_noise_levels(x_pos, log_variances, lowest_share, generator)
     e_pos, e_neg = energies(energy, [noisy, x_neg.detach()], [y_pos, y_neg])
-    contrast = e_pos.mean() - e_neg.mean()
+    contrast = contrast_of(e_pos, e_neg, y_pos, y_neg, num_parts(generator))
     loss = loss + contrastive_weight * contrast
     if l2:
         loss = loss + l2 * energy_l2(e_pos, e_neg)
     return output(loss, e_pos, e_neg, **terms, contrast=contrast)
+
+
+def contrast_of(e_pos: Tensor, e_neg: Tensor, y_pos: Tensor | None, y_neg: Tensor | None, parts: int = 1) -> Tensor:
+    """mean E(data) - mean E(chains), a scalar. With labels each datum is compared with its class's chains of its part.
+
+    Chains that never restart keep their classes, whose shares then differ from the data's for the whole run. The plain
+    difference would push the energies of whole classes apart for ever.
+    """
+    if y_pos is None or y_neg is None:
+        return e_pos.mean() - e_neg.mean()
+    same = (y_pos.view(parts, -1, 1) == y_neg.view(parts, 1, -1)).to(e_pos.dtype)
+    of_class = same.sum(2, keepdim=True)
+    weights = (same / of_class.clamp(min=1)).sum(1).flatten()  # a chain's share of the data of its class
+    matched = (of_class > 0).to(e_pos.dtype).flatten()
+    return (matched * e_pos).mean() - (weights * e_neg).sum() / len(e_pos)
 
 
 def dual_terms(

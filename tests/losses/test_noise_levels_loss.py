@@ -10,6 +10,7 @@ from torch import nn
 from ebm.energies import NoiseConditionalEnergy, split_noise_level
 from ebm.energies.base import BaseEnergyFunction
 from ebm.losses import at_noise_levels, dual_score_matching
+from ebm.losses.score_matching import contrast_of
 
 N, D, VARIANCE = 40_000, 3, 0.6
 
@@ -101,3 +102,18 @@ def test_the_contrast_vanishes_for_chains_that_are_the_data():
 def test_other_energies_are_refused():
     with pytest.raises(ValueError, match="noise_conditional"):
         dual_score_matching(Tilt(), torch.zeros(2, D))
+
+
+def test_the_contrast_is_within_classes():
+    """By a sum over pairs; the energies of whole classes get no gradient, whatever the chains' shares of classes."""
+    y_pos, y_neg = torch.tensor([0, 0, 1, 2, 0, 1, 1, 1]), torch.tensor([0, 1, 1, 1, 0, 2, 0, 1])
+    e_pos, e_neg = (torch.randn(8, dtype=torch.float64, generator=seeded(s)) for s in (1, 2))
+    expected = 0.0
+    for i in range(8):  # two parts of four
+        own = [j for j in range(8) if j // 4 == i // 4 and y_neg[j] == y_pos[i]]
+        expected += (e_pos[i].item() - sum(e_neg[j].item() for j in own) / len(own)) / 8 if own else 0
+    assert contrast_of(e_pos, e_neg, y_pos, y_neg, parts=2).item() == pytest.approx(expected)
+    assert contrast_of(e_pos, e_neg, None, None).item() == pytest.approx((e_pos.mean() - e_neg.mean()).item())
+    of_class = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    contrast_of(of_class[y_pos], of_class[y_neg], y_pos, y_neg, parts=2).backward()
+    assert of_class.grad.abs().max() < 1e-12
