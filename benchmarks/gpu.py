@@ -1,49 +1,59 @@
 """All that a GPU is needed for, in at most 8 minutes: tests, speed, quality, two ranks; one JSON file.
 
-python benchmarks/gpu.py [--tiny] [--parts PART ...] [--data DIR] [--out gpu.json]
+python benchmarks/gpu.py [--tiny] [--parts PART ...] [--data DIR] [--out gpu.json] [--commit NAME]
 
 Parts: tests (the CUDA tests, in one process), chain (steps a second: this engine, eager and compiled, the bare network,
-TorchEBM where it can be imported), step (where a step's time goes, with exact and with fastest algorithms), compile
-(seconds to the end of a two-step run, without and with a warm cache), ranks (the same run with one rank and with two
-that share the GPU, over gloo), quality (speedrun.py). Each part runs in processes of its own with a limit of its own,
-and what it has found when it fails or is stopped is kept: --out is written after every part. --tiny runs every part on
-a CPU, or a GPU, in about two minutes, to see that it works.
+TorchEBM where it can be imported), step (where a step's time goes: as shipped, eager, and eager with the fastest
+algorithms), compile (seconds to the end of a two-step run, without and with a warm cache), ranks (the same run with one
+rank and with two that share the GPU, over gloo), quality (speedrun.py). Each part runs in processes of its own with a
+limit of its own, and what it has found when it fails or is stopped is kept: --out is written every few seconds. --tiny
+runs every part on a CPU, or a GPU, in about two minutes, to see that it works.
 
 --data DIR: Fashion-MNIST, as the four .gz files of its authors or as train.npz and test.npz (an array `images`).
-Without it, the parts that train take the digits. Nothing is installed and nothing is downloaded.
+Without it, the parts that train take the digits. --commit: what is measured, where this folder is no git repository.
+Nothing is installed and nothing is downloaded.
 """
 
 import argparse
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
-from timing import alternate, machine, seconds, spread
+import psutil
+from timing import alternate, machine, seconds, spread, write
 
 ROOT = Path(__file__).parent.parent
-LIMITS = {"tests": 110, "chain": 110, "step": 70, "compile": 70, "ranks": 50, "quality": 70}  # seconds; 480 in all
+WHOLE = 480  # seconds
+LIMITS = {"tests": 100, "chain": 90, "step": 70, "compile": 90, "ranks": 45, "quality": 80}
 TINY_LIMIT = 240
 CUDA_TESTS = (
     "tests/samplers/test_engine_cuda.py",
     "tests/training/test_cuda.py",
     "tests/training/test_step_host_reads.py::test_no_step_waits_on_a_gpu",
-    "tests/streams/test_philox.py",
+    "tests/samplers/test_host_reads.py::test_a_chain_never_waits_for_the_device",
+    "tests/samplers/test_sampler_factory.py::test_a_captured_chain_of_every_kind_is_the_plain_one",
+    "tests/losses/test_losses_device.py::test_a_loss_never_waits_for_the_device",
+    "tests/data/test_workers.py::test_pinned_batches_are_the_same",
+    "tests/streams/test_philox.py::test_the_kernel_on_the_device",
+    "tests/streams/test_philox.py::test_moments_and_distribution",
 )
 CHAINS = {  # case: (image, widths, blocks, batch)
     "28x28 64-128-128 x256": ((1, 28, 28), (64, 128, 128), 1, 256),
     "32x32 128-256-256-256 x64": ((3, 32, 32), (128, 256, 256, 256), 2, 64),
     "32x32 128-256-256-256 x512": ((3, 32, 32), (128, 256, 256, 256), 2, 512),
 }
-SMALL = ["sampler.num_steps=2", "train.batch_size=32", "buffer.size=256", "data.workers=0", "data.window=64",
-         "train.log_every=1", "tracking.wandb=disabled", "tracking.samples_every=1000000"]  # fmt: skip
+FEW_STEPS = ["data.workers=0", "data.window=64", "train.log_every=1", "tracking.wandb=disabled",
+             "tracking.samples_every=1000000"]  # fmt: skip
+SMALL = [*FEW_STEPS, "sampler.num_steps=2", "train.batch_size=32", "buffer.size=256"]
+TINY = [*SMALL, "energy.features=[8,8]"]
 
 
 def main() -> None:
@@ -52,18 +62,23 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--data", type=Path, help="folder with Fashion-MNIST")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--commit", help="name of what is measured; default: git's")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)  # of a part: its folder
     options = parser.parse_args()
     if options.work:
         PARTS[options.parts[0]](options, options.work)
         return
-    result = {"machine": machine(), "commit": commit(), "tiny": options.tiny, "parts": {}}
-    with tempfile.TemporaryDirectory() as folder:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # which ends the part under way too
+    end = time.monotonic() + (len(PARTS) * TINY_LIMIT if options.tiny else WHOLE)
+    result = {"machine": versions(), "commit": options.commit or commit(), "tiny": options.tiny, "parts": {}}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         if options.data:
             shards(options.data, Path(folder))
         for name in options.parts:
-            result["parts"][name] = found = part(name, options, Path(folder))
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+            limit = min(TINY_LIMIT if options.tiny else LIMITS[name], end - time.monotonic())
+            for found in part(name, options, Path(folder), limit):
+                result["parts"][name] = found
+                write(result, options.out)
             print(f"{name}: {found['status']} after {found['seconds']:.0f} s", file=sys.stderr, flush=True)
     print(json.dumps(result, indent=1))
     failed = [name for name, found in result["parts"].items() if found["status"] != "done"]
@@ -71,46 +86,79 @@ def main() -> None:
         raise SystemExit(f"not done: {', '.join(failed)}; {options.out} has what they found, and their last lines")
 
 
-def part(name: str, options: argparse.Namespace, folder: Path) -> dict:
-    """Run a part in a process group of its own, and end the whole group at its limit."""
+def part(name: str, options: argparse.Namespace, folder: Path, limit: float):
+    """Run a part in processes of its own, which end at its limit. Yields what it has found so far, again and again."""
     work, log = folder / name, folder / f"{name}.log"
     work.mkdir()
     command = [sys.executable, __file__, "--parts", name, "--work", str(work), *(["--tiny"] if options.tiny else [])]
     command += ["--data", str(options.data.resolve())] if options.data else []
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
-    start = time.monotonic()
+    start, status = time.monotonic(), "under way"
     with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment,
-                                   start_new_session=True)  # fmt: skip
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment(folder))
         try:
-            code = process.wait(TINY_LIMIT if options.tiny else LIMITS[name])
-            status = "done" if code == 0 else f"exit {code}"
-        except subprocess.TimeoutExpired:
-            status = "stopped at its limit"
+            while status == "under way":
+                try:
+                    code = process.wait(max(0.0, min(5.0, start + limit - time.monotonic())))
+                    status = "done" if code == 0 else f"exit {code}"
+                except subprocess.TimeoutExpired:
+                    status = "under way" if time.monotonic() < start + limit else "stopped at its limit"
+                if status == "under way":
+                    yield so_far(status, start, work)
         finally:
-            end_group(process)
-    found = {"status": status, "seconds": round(time.monotonic() - start, 1)}
-    file = work / "result.json"
-    found |= {"result": json.loads(file.read_text())} if file.exists() else {}
+            end_processes(process)
+    found = so_far(status, start, work)
     if status != "done":
         found["log"] = log.read_text(errors="replace")[-3000:]
-    return found
+    yield found
 
 
-def end_group(process: subprocess.Popen) -> None:
-    """End what is left of a part, its own processes included."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+def so_far(status: str, start: float, work: Path) -> dict:
+    """What a part has written into its folder, with how long it took."""
+    found, file = {"status": status, "seconds": round(time.monotonic() - start, 1)}, work / "result.json"
+    return found | ({"result": json.loads(file.read_text())} if file.exists() else {})
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Of every part: what a training process sets up for itself, this checkout first, and caches of its own."""
+    sys.path.insert(0, str(ROOT))
+    from ebm.runtime.process import prepare_process
+
+    prepare_process()
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "XDG_CACHE_HOME": str(folder / "cache")}
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | caches
+
+
+def end_processes(process: subprocess.Popen) -> None:
+    """End what is left of a part with all its descendants: torchrun's ranks are in sessions of their own."""
+    try:
+        left = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:  # it has ended, and so have those that it waited for
+        left = []
+    if process.poll() is None:
+        process.kill()
+    for one in left:
+        try:
+            one.kill()
+        except psutil.NoSuchProcess:
+            continue
     process.wait()
 
 
 def keep(work: Path, result: dict) -> None:
     """What a part has found so far."""
-    (work / "new.json").write_text(json.dumps(result))
-    (work / "new.json").replace(work / "result.json")
+    write(result, work / "result.json")
+
+
+def versions() -> dict:
+    import torch
+
+    return machine() | {"cuda": torch.version.cuda, "gpus": torch.cuda.device_count()}
 
 
 def commit() -> str | None:
+    if shutil.which("git") is None:
+        return None
     found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     return found.stdout.strip() or None
 
@@ -128,7 +176,6 @@ def tests(options: argparse.Namespace, work: Path) -> None:
         "-rfE",
         "--durations=5",
     ]
-    command += ["-k", "known or counter or moments"] if options.tiny else []
     start = time.monotonic()
     done = subprocess.run([*command, *CUDA_TESTS], cwd=ROOT, capture_output=True, text=True, check=False)
     lines = done.stdout.strip().splitlines()
@@ -147,9 +194,11 @@ def chain(options: argparse.Namespace, work: Path) -> None:
     from chain import bare, torchebm
 
     from ebm.energies import ResNetEnergyFunction
+    from ebm.runtime.distributed import set_numerics
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cases = {"8x8 8-16 x8": ((1, 8, 8), (8, 16), 1, 8)} if options.tiny else CHAINS
+    set_numerics(device, deterministic=True, tf32=False)  # as a run has it by default
+    cases = {"8x8 4 x8": ((1, 8, 8), (4,), 1, 8)} if options.tiny else CHAINS
     steps, rounds, result = (2, 2, {}) if options.tiny else (20, 5, {})
     for case, (image, widths, blocks, batch) in cases.items():
         torch.manual_seed(0)
@@ -157,8 +206,8 @@ def chain(options: argparse.Namespace, work: Path) -> None:
         x = (torch.rand(batch, *image) * 2 - 1).to(device)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         network, facts = bare(energy, x, dtype, steps)
-        sides = {"eager": our_chain(energy, x, dtype, steps, False),
-                 "compiled": our_chain(energy, x, dtype, steps, True), "bare": network}  # fmt: skip
+        engines = {name: our_engine(energy, x, dtype, name == "compiled") for name in ("eager", "compiled")}
+        sides = {name: our_chain(engine, x, steps) for name, engine in engines.items()} | {"bare": network}
         if has_torchebm():
             sides["torchebm"] = torchebm(energy, x, dtype, steps)[0]
         for side in sides.values():
@@ -170,22 +219,28 @@ def chain(options: argparse.Namespace, work: Path) -> None:
             "steps_per_s": {name: spread([steps / s for s in values], 2) for name, values in times.items()},
             "mfu": round(facts["flops"] * steps / best / facts["matmul_flops_per_s"], 3),
             "compiled_over_eager": round(median(times["eager"]) / median(times["compiled"]), 3),
+            "was_compiled": engines["compiled"].energy not in engines["compiled"]._functions.values(),
         }
         keep(work, result)
 
 
-def our_chain(energy, x, dtype, steps: int, compiled: bool):
+def our_engine(energy, x, dtype, compiled: bool):
     from ebm.energies import FoldedEnergy, chain_dtype
-    from ebm.samplers import Engine, langevin
+    from ebm.samplers import Engine
     from ebm.samplers.compiled import TOLERANCE, Compiler
-    from ebm.streams import stream_sources
 
     dtype = chain_dtype(dtype, x.device)
     compiler = Compiler(always=True, tolerance=TOLERANCE[dtype], limit=60) if compiled else None
-    run = Engine(FoldedEnergy(energy, dtype).refresh(), compiler=compiler)
+    return Engine(FoldedEnergy(energy, dtype).refresh(), compiler=compiler)
+
+
+def our_chain(engine, x, steps: int):
+    from ebm.samplers import langevin
+    from ebm.streams import stream_sources
+
     noise = stream_sources(0, "chain", range(4), device=x.device)
     settings = {"num_steps": steps, "step_size": 10.0, "noise_scale": 0.005, "grad_clamp": 0.03, "bounds": (-1.0, 1.0)}
-    return lambda: run(langevin, x, generator=noise, **settings)
+    return lambda: engine(langevin, x, generator=noise, **settings)
 
 
 def has_torchebm() -> bool:
@@ -210,19 +265,12 @@ def shards(data: Path, folder: Path) -> None:
 
 def config(options: argparse.Namespace, work: Path) -> list[str]:
     """Arguments of train.py for the parts that train: Fashion-MNIST from --data, or the digits."""
-    folder, name, more = work.parent, "fashion_mnist", ["data.source=null", "evaluate.source=null"]
+    folder, name, sources = work.parent, "fashion_mnist", ["data.source=null", "evaluate.source=null"]
     if options.data is None:
-        folder, name, more = work, "digits", []
-    elif options.tiny:
-        more += ["energy.features=[8,8]"]
+        folder, name, sources = work, "digits", []
     where = [f"data.shards={folder / 'train'}", f"evaluate.shards={folder / 'test'}"]
-    return [
-        "--config",
-        f"configs/{name}.yaml",
-        *where,
-        *more,
-        *(SMALL if options.tiny else ["tracking.wandb=disabled"]),
-    ]
+    return ["--config", f"configs/{name}.yaml", *where, *sources,
+            *(TINY if options.tiny else ["tracking.wandb=disabled"])]  # fmt: skip
 
 
 def script(name: str, out: Path, *arguments: str) -> dict:
@@ -235,11 +283,15 @@ def script(name: str, out: Path, *arguments: str) -> dict:
 def step(options: argparse.Namespace, work: Path) -> None:
     arguments, result = config(options, work), {}
     steps = ["--steps", "4" if options.tiny else "60"]
-    for name, settings in {"exact": [], "fastest": ["train.deterministic=false"]}.items():
-        own = [f"run.dir={work / name}", *settings]
-        found = script("step.py", work / f"{name}.json", *arguments[:2], *steps, *arguments[2:], *own)
+    eager = ["train.compile=false"]
+    variants = {"shipped": [], "eager": eager, "eager, fastest algorithms": [*eager, "train.deterministic=false"]}
+    for name, settings in variants.items():
+        own = [f"run.dir={work / name.replace(', ', '_').replace(' ', '_')}", *settings]
+        found = script("step.py", work / "step.json", *arguments[:2], *steps, *arguments[2:], *own)
         result[name] = {key: found[key] for key in ("step_s", "parts_s", "over_chain_and_loss")}
         keep(work, result)
+        if options.tiny:  # on a CPU the others are the same
+            return
 
 
 def train(work: Path, name: str, arguments: list[str], *settings: str, ranks: int = 1) -> float:
@@ -262,7 +314,7 @@ def free_port() -> int:
 
 def compile(options: argparse.Namespace, work: Path) -> None:
     arguments, result = config(options, work), {}
-    settings = [*SMALL[4:], "train.steps=2", "train.compile=true" if options.tiny else "train.compile=auto"]
+    settings = [*FEW_STEPS, "train.steps=2", f"train.compile={'true' if options.tiny else 'auto'}"]
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(work / "inductor")
     for name in ("cold", "warm"):
         result[f"{name}_s"] = round(train(work, name, arguments, *settings), 1)
@@ -290,11 +342,10 @@ def ranks(options: argparse.Namespace, work: Path) -> None:
 
 def quality(options: argparse.Namespace, work: Path) -> None:
     arguments = config(options, work)
-    own = ["--every", "4", "--num", "64"] if options.tiny else ["--every", "250", "--limit", "40"]
+    own = ["--every", "4", "--num", "64"] if options.tiny else ["--every", "500", "--limit", "35"]
     steps = ["train.steps=4"] if options.tiny else []
     where = [*arguments[:2], "--run", str(work / "run")]
-    found = script("speedrun.py", work / "speedrun.json", *where, *own, *arguments[2:], *steps)
-    keep(work, {key: found[key] for key in ("distance", "reached", "points")})
+    script("speedrun.py", work / "result.json", *where, *own, *arguments[2:], *steps)
 
 
 PARTS = {"tests": tests, "chain": chain, "step": step, "compile": compile, "ranks": ranks, "quality": quality}

@@ -6,8 +6,9 @@ python benchmarks/speedrun.py [--config configs/fashion_mnist.yaml] [--distance 
 Trains by the command that users type, with a checkpoint every --every steps, and measures each checkpoint by
 `ebm evaluate`: the Frechet distance of the persistent chains to held-out data, in the features of a classifier that is
 trained on the data set once. The result is the first checkpoint at or below --distance, its step, and the training
-seconds up to it: what its steps took by metrics.jsonl, without start, checkpoints and evaluation. --limit: seconds of
-training after which the run is stopped; what it has reached until then is measured.
+seconds up to it: what its steps took by metrics.jsonl, without start, checkpoints and evaluation; a compilation is
+part of the first step. No later checkpoint is measured. --limit: seconds of training after which the run is stopped;
+what it has reached until then is measured. --out is written after each checkpoint.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from timing import machine, publish, table
+from timing import machine, publish, table, write
 
 ROOT = Path(__file__).parent.parent
 CHAINS = "frechet/persistent"
@@ -37,11 +38,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = options.run or Path(folder) / "run"
         train(run, options)
-        points = [measured(path, run, options) for path in sorted((run / "checkpoints").glob("step_????????"))[1:]]
-    reached = next((point for point in points if point["distance"] <= options.distance), None)
+        points, reached = [], None
+        for path in sorted((run / "checkpoints").glob("step_????????"))[1:]:
+            points.append(measured(path, run, options))
+            reached = points[-1] if points[-1]["distance"] <= options.distance else None
+            result = {"machine": machine(), "config": " ".join([str(options.config), *options.overrides]),
+                      "distance": options.distance, "reached": reached, "points": points}  # fmt: skip
+            if options.out:
+                write(result, options.out)
+            if reached:
+                break
+    if not points:
+        raise SystemExit("training has written no checkpoint to measure; give it more seconds by --limit")
     print(table(["step", "seconds", "distance"], [[str(p["step"]), p["seconds"], p["distance"]] for p in points]))
-    result = {"machine": machine(), "config": " ".join([str(options.config), *options.overrides]),
-              "distance": options.distance, "reached": reached, "points": points}  # fmt: skip
     publish(result, options.out)
 
 

@@ -72,10 +72,16 @@ def ratios(ones: Iterable[float], others: Iterable[float]) -> list[float]:
 
 def publish(result: dict, file: Path | None) -> None:
     """Print a result as one JSON object, and write it to `file` where there is one."""
-    text = json.dumps(result, indent=1)
-    print(text)
+    print(json.dumps(result, indent=1))
     if file:
-        file.write_text(text + "\n")
+        write(result, file)
+
+
+def write(result: dict, file: Path) -> None:
+    """Write a result whole: another process may read the file meanwhile."""
+    new = file.with_name(f"{file.name}.new")
+    new.write_text(json.dumps(result, indent=1) + "\n")
+    new.replace(file)
 
 
 def table(header: list[str], rows: list[list]) -> str:

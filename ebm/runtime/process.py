@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -169,8 +170,25 @@ def one_thread() -> Iterator[None]:
 
 
 def to_device(x: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
-    """Returns `x` on `device`. It goes to CUDA through pinned memory, or the host would wait for the copy."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    """Returns `x` on `device`. To a GPU it is copied from pinned memory, without a wait of the host, on a stream of
+    its own: the host is ahead of the device, so a batch is copied while the step before it is still computed."""
+    if device.type != "cuda":
+        return x.to(device)
+    import torch
+
+    stream, current = _copy_stream(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(stream):
+        copy = x.pin_memory().to(device, non_blocking=True)
+    current.wait_stream(stream)
+    copy.record_stream(current)  # its memory is the copies' stream's, which must not use it again before `current` has
+    return copy
+
+
+@cache
+def _copy_stream(device: "torch.device") -> "torch.cuda.Stream":
+    import torch
+
+    return torch.cuda.Stream(device)
 
 
 def leave_code(code: int, run_dir: Path | None = None) -> bool:

@@ -403,5 +403,6 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """average <- decay * average + (1 - decay) * model, weight by weight; buffers are the model's own. No host read
     (torch's AveragedModel waits for the device at every update)."""
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-    for own, new in zip(average.buffers(), model.buffers(), strict=True):
-        own.copy_(new)
+    own, new = list(average.buffers()), list(model.buffers())
+    if own:
+        torch._foreach_copy_(own, new)

@@ -1,22 +1,44 @@
-"""What only a GPU can show: bf16 and fp16 train, a chain resumes exactly. (test_step_host_reads: no step waits.)"""
+"""What only a GPU can show: every precision trains and resumes exactly, compiled too; a captured chain is the plain
+one; batches are copied beside the computation. (test_step_host_reads: no step waits.)"""
 
 import pytest
 import torch
-from runs import command, final_hashes, finish
+from test_step import assert_trains_and_resumes_exactly, new_state  # noqa: F401 - a fixture
+
+from ebm.runtime.process import _copy_stream, to_device
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+RESNET = ["energy.kind=resnet", "energy.features=[8,8]", "energy.blocks=1", "energy.spectral_norm=true"]
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-def test_precisions_train_and_resume_exactly(digits, tmp_path, precision):
-    settings = {"train__mixed_precision": precision, "energy__spectral_norm": "true"}
-    finish(command(1, tmp_path / "whole", digits, train__steps=40, **settings), tmp_path / "log")
-    run = command(1, tmp_path / "run", digits, train__steps=40, train__time_limit=0.1, **settings)
-    for _ in range(3):
-        finish(run, tmp_path / "log", expect=1)
-    finish(command(1, tmp_path / "run", digits, train__steps=40, **settings), tmp_path / "log")
-    whole, resumed = final_hashes(tmp_path / "whole"), final_hashes(tmp_path / "run")
-    assert resumed == whole
+@pytest.mark.parametrize(
+    ("precision", "compiled"), [("no", "false"), ("bf16", "false"), ("fp16", "false"), ("bf16", "true")]
+)
+def test_precisions_train_and_resume_exactly(new_state, precision, compiled):  # noqa: F811
+    settings = [*RESNET, f"train.mixed_precision={precision}", f"train.compile={compiled}"]
+    whole = assert_trains_and_resumes_exactly(new_state, settings, steps=10)  # fp16 finds its scale in the first ones
+    assert int(whole.skipped_steps) <= (10 if precision == "fp16" else 0)
+
+
+def test_a_batch_is_copied_while_the_device_computes():
+    device, x = torch.device("cuda", torch.cuda.current_device()), torch.arange(1 << 20)
+    to_device(x, device)  # the first copy allocates
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1_000_000_000)  # cycles: about half a second
+    copy = to_device(x, device)
+    _copy_stream(device).synchronize()
+    assert not torch.cuda.current_stream().query(), "the copy waited for the computation"
+    assert torch.equal(copy.cpu(), x)
+
+
+def test_the_memory_of_a_copy_is_kept_until_it_was_used():
+    device, sums = torch.device("cuda", torch.cuda.current_device()), []
+    for number in range(50):
+        copy = to_device(torch.full((1 << 16,), number), device)
+        torch.cuda._sleep(5_000_000)  # the use comes long after the next copies have been asked for
+        sums.append(copy.sum())
+        del copy
+    assert torch.stack(sums).tolist() == [number << 16 for number in range(50)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
