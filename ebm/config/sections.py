@@ -18,7 +18,9 @@ class RunConfig(Section):
     )
     seed: int = Field(0, ge=0, lt=2**63, description="seed from which all randomness of the run follows")
     init: UserPath | None = Field(
-        None, description="another run's directory, or one checkpoint in it, whose weights this run begins with"
+        None,
+        description="another run's directory, or one checkpoint in it, whose weights this run begins with; or "
+        "FILE.safetensors, a field that points at data, for energy.kind=unet with head dot or quadratic",
     )
     init_weights: Literal["ema", "raw"] = Field(
         "ema", description="which of the other run's weights: the averaged ones, or those of its optimizer"
@@ -146,6 +148,11 @@ class BufferConfig(Section):
         ge=1,
         description="ratio of the largest to the smallest restart probability of the buffer's slots. These fall "
         "geometrically and average reinit_prob, so that chains of every age are trained on; 1: all are equal",
+    )
+    restart: Literal["noise", "augmented"] = Field(
+        "noise",
+        description="where a chain restarts: in noise, or in its own state, mirrored, shifted and with other contrast "
+        "and brightness, all at random (images)",
     )
     augment_flip: bool = Field(
         False, description="mirror each drawn chain left to right with probability 1/2 (Du et al. 2021)"
@@ -398,10 +405,11 @@ class Config(Section):
     def _kinds_go_together(self) -> Self:
         loss, sampler = self.loss, self.sampler
         buffer = self.buffer
-        if (buffer.augment_flip or buffer.augment_crop) and (len(self.data.shape) != 3 or sampler.levels > 1):
+        changed = buffer.augment_flip or buffer.augment_crop or buffer.restart == "augmented"
+        if changed and (len(self.data.shape) != 3 or sampler.levels > 1):
             raise ValueError(
-                "buffer.augment_flip and buffer.augment_crop are for images whose chains are no ladders of replicas "
-                "(sampler.kind=tempering); set augment_flip=false and augment_crop=0"
+                "buffer.augment_flip, augment_crop and restart=augmented are for images whose chains are no ladders of "
+                "replicas (sampler.kind=tempering); set augment_flip=false, augment_crop=0 and restart=noise"
             )
         if loss.kind == "jem" and not self.energy.num_classes:
             raise ValueError("loss.kind=jem trains a classifier: set energy.num_classes to the number of classes")

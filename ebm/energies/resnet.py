@@ -2,7 +2,7 @@
 whose output is an image. Their default sizes are those of the config (ebm.config.energies)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Unpack
 
@@ -283,6 +283,25 @@ class UNetEnergyFunction(NetworkEnergy):
     def field(self, x: Tensor) -> Tensor:
         """f(x), (B, planes, height, width). Raises ValueError for the heads "linear" and "vit", which have none."""
         return self._field(self._hidden(x))
+
+    def load_field(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes over the weights of a field v(x) that points at data, such as a flow's velocity or a score: the
+        `state_dict` of such a U-Net whose `field` was trained. With "dot" f is v, so that the energy falls along v from
+        the origin; with "quadratic" f is -v, and the energy's descent is v itself where v is a homogeneous gradient.
+
+        Weights of the head's classes stay as they are. Raises ValueError for other heads, and for weights that are not
+        this network's.
+        """
+        if self.kind not in ("dot", "quadratic"):
+            raise ValueError(f"head={self.kind!r} can't start from a field; use dot or quadratic")
+        own = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("head.")}
+        given = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+        differ = sorted(own.keys() ^ given.keys()) or sorted(n for n in own if own[n].shape != given[n].shape)
+        if differ:
+            raise ValueError(f"the field has other weights than this network, such as {differ[0]}")
+        sign = 1.0 if self.kind == "dot" else -1.0
+        signed = {name: sign * tensor if name.startswith("out.") else tensor for name, tensor in given.items()}
+        self.load_state_dict(self.state_dict() | signed)
 
     def features(self, x: Tensor) -> Tensor:
         h = self._hidden(x)

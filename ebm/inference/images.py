@@ -43,6 +43,15 @@ def augment(x: Tensor, generators: Generators, flip: bool, crop: int) -> Tensor:
     return x[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
+def strongly_augmented(x: Tensor, generators: Generators) -> Tensor:
+    """Images (B, C, H, W), mirrored with probability 1/2, shifted by up to a quarter of a side, and a x + b with a
+    contrast a ~ U[.5, 1.5) and a brightness b ~ U[-.25, .25) of each image."""
+    x = augment(x, generators, flip=True, crop=max(min(x.shape[2:]) // 4, 1))
+    contrast = uniform_(x.new_empty(len(x), 1, 1, 1), generators, 0.5, 1.5)
+    brightness = uniform_(x.new_empty(len(x), 1, 1, 1), generators, -0.25, 0.25)
+    return x * contrast + brightness
+
+
 def add_noise(x: Tensor, std: float, generators: Generators) -> Tensor:
     """x + std N(0, 1)."""
     return x + std * normal_(torch.empty_like(x), generators)

@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
 from ebm.config import Config
 from ebm.data import Batch
+from ebm.energies import UNetEnergyFunction
 from ebm.errors import EXIT_STOPPED, ConfigError, DataError, DivergenceError, LostPeerError, UserError
 from ebm.runtime import checkpoint
 from ebm.runtime.checkpoint import Saver
@@ -34,7 +38,8 @@ def begin(state: TrainState, run: RunDirectory) -> None:
         load(state, path, divergence)
         log.info(f"resuming {run.path} at step {state.step}")
     elif state.config.run.init is not None:
-        warm_start(state, state.config.run.init)
+        is_field = state.config.run.init.endswith(".safetensors")
+        (take_field if is_field else warm_start)(state, state.config.run.init)
 
 
 def resume(state: TrainState, run: RunDirectory) -> bool:
@@ -79,6 +84,24 @@ def warm_start(state: TrainState, init: str) -> None:
             "buffer.size and data.streams) of that run's config.yaml"
         ) from error
     log.info(f"starting from the {config.init_weights} weights of {path}")
+
+
+def take_field(state: TrainState, file: str) -> None:
+    """The weights of a field that points at data (`UNetEnergyFunction.load_field`). Raises ConfigError."""
+    config = state.config.run
+    if config.init_optimizer or config.init_chains:
+        raise ConfigError(f"run.init={file}: a field has neither Adam's averages nor chains; leave out run.init_*")
+    if not isinstance(state.energy, UNetEnergyFunction) or not isinstance(state.ema, UNetEnergyFunction):
+        raise ConfigError(f"run.init={file}: the weights of a field go with energy.kind=unet")
+    try:
+        tensors = load_file(file)
+        for module in (state.energy, state.ema):
+            module.load_field(tensors)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"run.init={file}: {error}; give the state_dict of a U-Net with this config's sizes"
+        ) from error
+    log.info(f"starting from the field of {file}")
 
 
 def take_chains(state: TrainState, path: Path) -> None:

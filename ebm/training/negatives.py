@@ -12,11 +12,11 @@ from torch import Tensor
 from ebm.config import Config, NoiseLevelsConfig
 from ebm.config.losses import RecoveryConfig
 from ebm.energies import FoldedEnergy
-from ebm.inference.images import augment
+from ebm.inference.images import augment, strongly_augmented
 from ebm.losses import at_noise_levels, marginal, noisy, tilted
 from ebm.runtime.process import to_device
 from ebm.samplers.factory import with_replicas
-from ebm.streams import StreamGenerators, generator, start_
+from ebm.streams import Generators, StreamGenerators, generator, start_
 
 NO_CLASS = -1  # of a chain that has not been drawn yet
 
@@ -167,6 +167,8 @@ def initial_states(
         assert buffer is not None
         per_stream = len(x_pos) // len(random.streams)
         draw = buffer.draw(per_stream, step, config.buffer.reinit_prob, config.buffer.reinit_spread, y_pos)
+        if config.buffer.restart == "augmented":
+            draw = draw._replace(x=restarted(draw, buffer, random("restart", step), config.sampler.bounds))
         flip, crop = config.buffer.augment_flip, config.buffer.augment_crop
         x = augment(draw.x, random("augment_chains", step), flip, crop) if flip or crop else draw.x
         if isinstance(config.sampler, NoiseLevelsConfig):
@@ -185,6 +187,16 @@ def initial_states(
         data, other = (y.reshape(parts, 2, -1, *y.shape[1:]) for y in (x, noise))
         noise = torch.stack([data[:, 0], other[:, 1]], 1).flatten(0, 2)
     return Start(noise, y_pos)
+
+
+def restarted(draw: Draw, buffer: ReplayBuffer, generators: Generators, bounds: tuple[float, float] | None) -> Tensor:
+    """The chains of a draw, of which those that restart begin in their own states, strongly augmented (Lee et al. 2023,
+    CLEL): more different than a step makes them, and nearer to data than noise. The first start is in noise."""
+    own = buffer.x[draw.rows].float()
+    changed = strongly_augmented(own, generators)
+    again = draw.fresh & (buffer.age[draw.rows] > 0)
+    changed = changed if bounds is None else changed.clamp(*bounds)
+    return torch.where(again.view(-1, *[1] * (own.ndim - 1)), changed, draw.x)
 
 
 def chain_energy(config: Config, folded: FoldedEnergy) -> Callable[..., Tensor]:

@@ -119,3 +119,23 @@ def test_settings_that_do_not_go_together(override, words):
     with pytest.raises(ConfigError) as error:
         load_config(None, ["energy.kind=unet", *override.split()])
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_field_becomes_an_energy():
+    """v(x) = -a x, which points at 0, gives with quadratic an energy whose descent is v, and with dot twice as much."""
+    for head, factor in (("quadratic", 1.0), ("dot", 2.0)):
+        field, energy = (small("unet", (1, 4, 4), head=kind, num_classes=n) for kind, n in (("dot", None), (head, 3)))
+        energy.load_field(field.state_dict())
+        x = images(2, (1, 4, 4))
+        sign = 1 if head == "dot" else -1
+        torch.testing.assert_close(energy.field(x), sign * field.field(x))
+        for network in (field, energy):
+            network._hidden = lambda x: x
+            network.out = torch.nn.Conv2d(1, 1, 1, bias=False)
+            torch.nn.init.constant_(network.out.weight, -1.5 if network is field else -1.5 * sign)
+        torch.testing.assert_close(-torch.autograd.functional.jacobian(
+            lambda z, e=energy: (e.output_scale * {"dot": -1.0, "quadratic": 0.5}[e.kind] * (z * e.field(z)).sum()), x
+        ), factor * field.field(x))  # fmt: skip
+    for head, words in (("vit", "can't start"), ("dot", "other weights")):
+        with pytest.raises(ValueError, match=words):
+            small("unet", (2, 4, 4), head=head).load_field(small("unet", (1, 4, 4)).state_dict())

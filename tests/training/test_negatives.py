@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from test_step import new_state  # noqa: F401
 
 from ebm.config import load_config, validate
+from ebm.energies import UNetEnergyFunction
 from ebm.errors import ConfigError
 from ebm.losses import contrastive_divergence
 from ebm.streams import StreamGenerators, generator
+from ebm.training.loop import take_field
 from ebm.training.negatives import ReplayBuffer, initial_states
 
 SHARES = torch.tensor([0.1, 0.9])
@@ -105,3 +109,41 @@ def test_the_second_phase_has_averages_of_its_own():
     assert [loss.ema_decay_at(step, 0.9999) for step in (1, 3, 4)] == [0.9999, 0.9999, 0.99]
     kept = loss.model_copy(update={"second_ema_decay": None})
     assert kept.ema_decay_at(4, 0.9999) == 0.9999
+
+
+def test_a_chain_restarts_in_its_own_state_augmented():
+    """One that has run: a constant picture of value c becomes one of a c + b; a new one starts in noise."""
+    config = load_config(None, ["buffer.restart=augmented", "buffer.reinit_prob=0.5", "sampler.bounds=[-2,2]"])
+    buffer = ReplayBuffer((1, 8, 8), 64, [0, 1], 0)
+    buffer.x[:] = torch.linspace(-1, 1, 128).view(-1, 1, 1, 1)
+    buffer.age[::2] = 20
+    x = torch.zeros(64, 1, 8, 8)
+    start = initial_states(config, StreamGenerators(0, [0, 1]), buffer, x, None, step=3)
+    draw, before = start.draw, buffer.x[start.draw.rows]
+    ran = buffer.age[draw.rows] > 0
+    assert torch.equal(start.x[~draw.fresh], before[~draw.fresh])
+    assert torch.equal(start.x[draw.fresh & ~ran], draw.noise[draw.fresh & ~ran])
+    again = start.x[draw.fresh & ran]
+    assert len(again) > 5 and (again.flatten(1).std(1) < 1e-6).all()
+    off = again[:, 0, 0, 0] - before[draw.fresh & ran][:, 0, 0, 0]
+    assert (off.abs() <= 0.5 * before[draw.fresh & ran][:, 0, 0, 0].abs() + 0.25).all() and len(set(off.tolist())) > 5
+    again_ = initial_states(config, StreamGenerators(0, [0, 1]), buffer, x, None, step=3)
+    assert torch.equal(again_.x, start.x)
+    with pytest.raises(ConfigError, match="restart=augmented"):
+        load_config(None, ["buffer.restart=augmented", "data.shape=[2]", "energy.kind=mlp"])
+
+
+def test_a_run_starts_from_a_field(new_state, tmp_path):  # noqa: F811
+    settings = ["energy.kind=unet", "energy.features=[4,8]", "energy.head=quadratic"]
+    field = UNetEnergyFunction(1, 8, 8, (4, 8))
+    save_file(field.state_dict(), tmp_path / "field.safetensors")
+    state = new_state(*settings)
+    take_field(state, str(tmp_path / "field.safetensors"))
+    x = torch.rand(2, 1, 8, 8)
+    for energy in (state.energy, state.ema):
+        torch.testing.assert_close(energy.field(x), -field.field(x))
+    for other, words in ((["energy.features=[4,4]"], "this config's sizes"), (["energy.norm=none"], "other weights")):
+        with pytest.raises(ConfigError, match=words):
+            take_field(new_state(*settings, *other), str(tmp_path / "field.safetensors"))
+    with pytest.raises(ConfigError, match=r"energy\.kind=unet"):
+        take_field(new_state(), str(tmp_path / "field.safetensors"))
