@@ -1,4 +1,4 @@
-"""Hostile configs, manifests, shards and checkpoints: python tests/fuzz.py TARGET|all [--inputs N] [--seed S]
+"""Hostile configs, inputs, manifests, shards and checkpoints: python tests/fuzz.py TARGET|all [--inputs N] [--seed S]
 
 Each input is a damaged copy of a good one and goes through what the commands call. It may be taken or refused with a
 UserError. A finding is all else: another exception, a crash, more than LIMIT seconds, gigabytes of memory, a file
@@ -7,12 +7,14 @@ outside the input's directory, a program, a socket, a pickle. An input depends o
 
 import argparse
 import contextlib
+import gzip
 import hashlib
 import io
 import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -24,6 +26,7 @@ import tempfile
 import time
 import traceback
 import warnings
+import zipfile
 import zlib
 from itertools import pairwise
 from pathlib import Path
@@ -40,10 +43,11 @@ from ebm.config import HealthConfig, load_config, to_yaml
 from ebm.data import ShardReader, load_manifest
 from ebm.data.decode import encode_vector
 from ebm.data.indexing import index_shards
-from ebm.data.items import ArraySource
+from ebm.data.items import ArraySource, read_labels
 from ebm.data.manifest import check_files, verify
 from ebm.data.samples import Order
 from ebm.data.shards import write_shards
+from ebm.data.sources import Options, open_source
 from ebm.errors import UserError
 from ebm.runtime import checkpoint, history
 from ebm.runtime.distributed import World
@@ -542,7 +546,145 @@ def records_target(root: Path):
     return run
 
 
+def labels_target(root: Path):
+    """Label files beside a folder of images and beside a shard."""
+    for name in ("in/a.png", "in/b.png", "in/c 1.png"):
+        (root / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (2, 2)).save(root / name)
+    small_shards(root / "shards", 3)
+    (root / "shards" / "manifest.json").unlink()
+    keys = ["a.png", "b.png", "c 1.png", "000000", "000001", "000002"]
+    rows = dict(zip(keys, ["dog", "cat", "7", 1, 0, "2"], strict=True))
+    table = "file,label\r\n" + "".join(f'"{key}", {value}\n' for key, value in rows.items())
+
+    def run(rng: random.Random) -> None:
+        suffix = rng.choice(["csv", "json", "npy"])
+        if suffix == "csv":
+            data = mutate_bytes(rng, rng.choice(["\ufeff", "", "\n"]).encode() + table.encode())
+        elif suffix == "json":
+            data = mutate_json(rng, rows)
+        else:
+            data = mutate_array(rng, npy(np.arange(3)))
+        path = root / f"labels.{suffix}"
+        path.write_bytes(data)
+        out = root / "out"
+        try:
+            if suffix == "npy":
+                np.save(root / "a.npy", np.zeros((3, 2, 2), np.uint8))
+                source = open_source(f"npy:{root}/a.npy", "train", Options(labels=str(path)))
+            elif rng.random() < 0.5:
+                labels = read_labels(str(path))
+                index_shards(root / "shards", labels=labels, on_error=rng.choice(["fail", "skip"]), out=root / "m.json")
+                return
+            else:
+                source = open_source(f"folder:{root}/in", "train", Options(labels=str(path)))
+            if rng.random() < 0.3:
+                write_shards(source, out, workers=1, progress=False)
+                load_manifest(out)
+        finally:
+            shutil.rmtree(out, ignore_errors=True)
+
+    return run
+
+
+def idx_target(root: Path):
+    """IDX files as those of MNIST, packed or not."""
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 3), dtype=np.uint8)
+    good = {"images-idx3": images, "labels-idx1": np.arange(5, dtype=np.uint8)}
+
+    def run(rng: random.Random) -> None:
+        end, hit, out = rng.choice(["", ".gz"]), rng.choice(list(good)), root / "out"
+        for kind, array in good.items():
+            data = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+            if kind == hit and rng.random() < 0.8:
+                data = mutate_idx(rng, data)
+            data = gzip.compress(data, 1) if end else data
+            if kind == hit and rng.random() < 0.3:
+                data = mutate_bytes(rng, data)
+            (root / f"train-{kind}-ubyte{end}").write_bytes(data)
+        try:
+            source = open_source("mnist", "train", Options(root=str(root)))
+            source.item(0)
+            if rng.random() < 0.2:
+                write_shards(source, out, workers=1, progress=False)
+                load_manifest(out)
+        finally:
+            for file in root.glob("*ubyte*"):
+                file.unlink()
+            shutil.rmtree(out, ignore_errors=True)
+
+    return run
+
+
+def mutate_idx(rng: random.Random, data: bytes) -> bytes:
+    """Change a number of the header, which says sizes, or any bytes."""
+    if rng.random() < 0.4:
+        return mutate_bytes(rng, data)
+    at = rng.choice(range(0, 4 + 4 * data[3], 4))
+    number = rng.choice([0, 1, 5, 60, 2**31 - 1, 2**31, 2**32 - 1, 0x801, 0x803, 0x804, 0x8FF, 0xD03])
+    return data[:at] + struct.pack(">I", number) + data[at + 4 :] + rng.choice([b"", b"", b"\0" * 3000])
+
+
+def npy(array: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, array)
+    return out.getvalue()
+
+
+def mutate_array(rng: random.Random, data: bytes) -> bytes:
+    """Change a .npy's header, its length kept, or any bytes."""
+    if rng.random() < 0.3:
+        return mutate_bytes(rng, data)
+    header = data[10:128]
+    old = rng.choice([rb"\(.*?\)", rb"'descr': '.*?'", rb"'.u?[a-z]\d'", rb"False", rb"'shape'", rb"\d+"])
+    new = rng.choice([
+        *("(5,)", "(5, 4, 3)", "(0, 4, 3)", "()", "(-5, 4)", f"({2**40}, 4, 3)", f"({2**62}, {2**40})", f"({2**70},)"),
+        *("'|O'", "'<U9'", "'|u1'", "'<f4'", "'<i8'", "'>u2'", "'|V2147483647'", "[('a', '<f4')]", "True", "None"),
+        *("1e999", "'descr': '|O'", "'descr': '<c8'", "'descr': ('|u1', (2, 2))", "'descr': '|b1'", "(" * 60, "9" * 60),
+    ])  # fmt: skip
+    header = re.sub(old, new.encode().replace(b"\\", b""), header, count=1)
+    tail = data[128:] if rng.random() < 0.8 else data[128:] + b"\0" * 5000
+    return data[:10] + header.ljust(118)[:118] + tail
+
+
+def arrays_target(root: Path):
+    """Arrays of images or vectors in .npy and .npz files, with labels inside the archive."""
+    random_numbers = np.random.default_rng(0)
+    images = random_numbers.integers(0, 256, (5, 4, 3), dtype=np.uint8)
+    seeds = [images, images[..., None].repeat(3, 3), images.astype(np.uint16) * 99]
+    seeds += [random_numbers.random((5, 4), np.float32), np.asfortranarray(images), np.arange(5)]
+
+    def archive(rng: random.Random) -> bytes:
+        out, names = io.BytesIO(), rng.choice([("x", "y"), ("x_train", "y_train"), ("images", "labels")])
+        with zipfile.ZipFile(out, "w", rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])) as file:
+            for name, array in zip(names, (rng.choice(seeds[:5]), seeds[5]), strict=True):
+                data = npy(array) if rng.random() < 0.5 else mutate_array(rng, npy(array))
+                if rng.random() < 0.1:
+                    name = rng.choice(STRINGS)[:100].encode("utf-8", "replace").decode().replace("\0", "")
+                file.writestr(f"{name}{rng.choice(['.npy', '.npy', '.npy', '', '.txt'])}" or "x", data)
+        return out.getvalue() if rng.random() < 0.7 else mutate_bytes(rng, out.getvalue())
+
+    def run(rng: random.Random) -> None:
+        suffix, out = rng.choice(["npy", "npz"]), root / "out"
+        data = archive(rng) if suffix == "npz" else mutate_array(rng, npy(rng.choice(seeds)))
+        (root / f"a.{suffix}").write_bytes(data)
+        names = rng.choice(["", "", "#x", "#x,y", "#", "#x,y,z"]) if suffix == "npz" else ""
+        try:
+            source = open_source(f"npy:{root}/a.{suffix}{names}", rng.choice(["train", "train", "test"]))
+            source.item(0)
+            if rng.random() < 0.3:
+                write_shards(source, out, workers=1, progress=False)
+                load_manifest(out)
+        finally:
+            shutil.rmtree(out, ignore_errors=True)
+
+    return run
+
+
 TARGETS = {
+    "labels": labels_target,
+    "idx": idx_target,
+    "arrays": arrays_target,
     "records": records_target,
     "config": config_target,
     "manifest": manifest_target,
@@ -579,6 +721,9 @@ class Guard:
         elif event == "open" and isinstance(args[0], str | bytes):
             writes = bool(args[2] & self.WRITING)
             if not self._inside(args[0]) and (writes or not os.fsdecode(args[0]).startswith(self.readable)):
+                self.outside.append((event, repr(args)[:200]))
+        elif event in ("os.remove", "os.rmdir") and args[1] != -1:  # below an open directory, as shutil.rmtree does
+            if not self._inside(os.path.join(os.readlink(f"/proc/self/fd/{args[1]}"), os.fsdecode(args[0]))):
                 self.outside.append((event, repr(args)[:200]))
         elif event in self.CHANGES:
             paths = [a for a in args[:2] if isinstance(a, str | bytes | os.PathLike)]

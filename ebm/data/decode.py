@@ -5,6 +5,7 @@ This is the only decoder: a file has the same pixels in a folder, in a tar and i
 
 import io
 import logging
+import re
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
@@ -24,6 +25,7 @@ DEEP = ("I;16", "I;16B", "I")
 PILLOW_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 ORIENTATION = 0x0112  # EXIF tag
+PLACE = re.compile(r"^\w+, \S+\.cpp:\d+, ")  # in torchvision's own source, with which its messages begin
 
 VECTOR_SUFFIX = "npy"
 MAX_HEADER = 1024  # characters; numpy writes 118 for a vector
@@ -99,6 +101,8 @@ def _pillow_header(data: bytes, formats: Sequence[str]) -> Header:
 
 
 def _open(data: bytes, formats: Sequence[str]) -> Image.Image:
+    if not data:
+        raise ValueError("is empty, 0 bytes")
     try:
         return Image.open(io.BytesIO(data), formats=list(formats))
     except Exception as error:  # Pillow's plugins raise almost anything on a broken header
@@ -137,7 +141,7 @@ def decode_deep(data: bytes, header: Header, formats: Sequence[str] = FORMATS) -
         else:
             array = _pixels(_open(data, formats), header.channels).transpose(2, 0, 1)
     except Exception as error:  # decoders raise almost anything on damaged data
-        raise ValueError(f"can't be decoded ({error})") from error
+        raise ValueError(f"can't be decoded ({PLACE.sub('', str(error))})") from error
     array = _turn(array, header.orientation)
     if array.shape != header.shape:
         raise ValueError(f"decodes to {show(array.shape)}, its header says {show(header.shape)}")

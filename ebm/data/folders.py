@@ -52,6 +52,13 @@ def open_folder(root: Path, split: str, labels: LabelTable | None = None) -> Fil
     inside the split. Raises DataError where the structure is ambiguous, or has no such split."""
     if not root.is_dir():
         raise DataError(f"folder:{root}: no such directory")
+    try:
+        return _open(root, split, labels)
+    except OSError as error:
+        raise DataError(f"folder:{root}: can't be read ({error})") from error
+
+
+def _open(root: Path, split: str, labels: LabelTable | None) -> FileSource:
     layout = _layout(root, split)
     base = _base(root, split, layout.splits)
     tree = _Tree()
@@ -87,17 +94,24 @@ class _Tree:
     def _below(self, base: Path, inside: str) -> Iterator[str]:
         found = os.stat(base / inside)
         self.seen.add((found.st_dev, found.st_ino))
-        for entry in sorted(os.scandir(base / inside), key=lambda entry: entry.name):
+        try:
+            entries = sorted(os.scandir(base / inside), key=lambda entry: entry.name)
+        except PermissionError:
+            if not inside:
+                raise
+            self._pass("folders without the right to read", inside)
+            return
+        for entry in entries:
             name = f"{inside}/{entry.name}" if inside else entry.name
             if is_hidden(entry.name):
                 self._pass("hidden files and folders", name)
-            elif entry.is_dir():
+            elif _is_dir(entry):
                 target = os.stat(entry.path)
                 if (target.st_dev, target.st_ino) in self.seen:
                     self._pass("links to folders that are read already", name)
                 else:
                     yield from self._below(base, name)
-            elif not entry.is_file():
+            elif not Path(entry.path).is_file():
                 self._pass("links that lead nowhere" if entry.is_symlink() else "special files", name)
             elif suffix_of(name) not in SUFFIXES:
                 self._pass(f"files .{suffix_of(name)}" if suffix_of(name) else "files without suffix", name)
@@ -123,8 +137,15 @@ def suffix_of(name: str) -> str:
     return Path(name).suffix[1:].lower()
 
 
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
 def _folders(root: Path) -> list[str]:
-    return [entry.name for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name)]
+    return [entry.name for entry in os.scandir(root) if _is_dir(entry) and not is_hidden(entry.name)]
 
 
 def _has_images(folder: Path) -> bool:

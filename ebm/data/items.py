@@ -287,6 +287,7 @@ def _centre_square(picture: Image.Image, size: int) -> Image.Image:
 Label = int | str
 HEADINGS = ("key", "keys", "id", "name", "file", "filename", "file_name", "image", "path")  # a CSV file's first cell
 NUMBER = re.compile(r"[0-9]{1,9}")
+MAX_CLASSES = 10**9  # as in manifests
 
 
 class LabelTable(NamedTuple):
@@ -316,10 +317,23 @@ def read_labels(path: str) -> LabelTable | np.ndarray:
             with open(path, encoding="utf-8") as file:
                 return LabelTable(path, _object(json.load(file)))
         if suffix == ".npy":
-            return checked(np.load(path, mmap_mode="r", allow_pickle=False), path)
+            return checked(map_npy(path), path)
     except (OSError, ValueError, OverflowError, RecursionError, csv.Error) as error:
         raise DataError(f"labels {path}: {error}") from error
     raise DataError(f"labels {path}: must be a .csv file (key, label), a .json object {{key: label}}, or a .npy array")
+
+
+def map_npy(path: str) -> np.ndarray:
+    """The array of a .npy file, mapped and read-only. Raises OSError, and ValueError where it is anything else."""
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # numpy evaluates the header, and raises almost anything
+        raise ValueError(f"not a readable .npy file without pickles ({type(error).__name__}: {error})") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError("is a .npz archive; name it so")
+    return array
 
 
 def _table(rows: Iterable[list[str]]) -> dict[str, Label]:
@@ -338,10 +352,20 @@ def _object(found: object) -> dict[str, Label]:
         raise ValueError(f"must be an object {{key: label}}, found {type(found).__name__}")
     values: dict[str, Label] = {}
     for key, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, int | str):
-            raise ValueError(f"{key}: {str(value)[:40]!r} must be a class's name or number")
-        _add(values, key, _typed(value) if isinstance(value, str) else value, key)
+        if isinstance(value, str):
+            _add(values, key, _typed(value), key)
+        elif isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MAX_CLASSES:
+            raise ValueError(f"{key}: {_shown(value)} must be a class's name, or a number from 0 to {MAX_CLASSES - 1}")
+        else:
+            _add(values, key, value, key)
     return values
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)[:40]
+    except ValueError:  # Python shows no number of thousands of digits
+        return "a number of thousands of digits"
 
 
 def _add(values: dict[str, Label], key: str, value: Label, where: str) -> None:
@@ -357,8 +381,12 @@ def checked(labels: np.ndarray, name: str) -> np.ndarray:
     """int64 (N,) of class numbers. Raises DataError."""
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    if labels.ndim != 1 or labels.dtype.kind not in "iu" or (len(labels) and labels.min() < 0):
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise DataError(f"labels {name}: {labels.dtype} {labels.shape}; must be class numbers, integers (N,) from 0 on")
+    if len(labels) and not (labels.min() >= 0 and labels.max() < MAX_CLASSES):
+        raise DataError(
+            f"labels {name}: from {labels.min()} to {labels.max()}; must be class numbers from 0 to {MAX_CLASSES - 1}"
+        )
     return labels.astype(np.int64)
 
 
@@ -368,7 +396,8 @@ def natural(names: Iterable[str]) -> list[str]:
 
 
 def _part(part: str) -> tuple[bool, int, str]:
-    return (False, int(part), "") if part.isascii() and part.isdigit() else (True, 0, part)
+    digits = part.lstrip("0") if part.isascii() and part.isdigit() else None
+    return (True, 0, part) if digits is None else (False, len(digits), digits)  # int() takes no thousands of digits
 
 
 def numbered(

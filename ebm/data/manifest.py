@@ -13,7 +13,16 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, BinaryIO, Literal, Self
 from urllib.parse import unquote, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from tqdm import tqdm
 
 from ebm.data.cache import Remote
@@ -62,16 +71,24 @@ class Shard(BaseModel):
         return self
 
 
+def storable(text: object) -> object:
+    """File names that are not UTF-8 with \\udcXX for each such byte, since JSON can't hold them as Python does."""
+    return text.encode(errors="backslashreplace").decode() if isinstance(text, str) else text
+
+
+Text = Annotated[str, BeforeValidator(storable)]
+
+
 class Origin(BaseModel):
     """What shards were made from. `source`: as in data.source, paths made absolute; `fingerprint`: a hash of the names
     and sizes of its files, None where the name says it all; `options`: the conversion's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    source: str
-    split: str
+    source: Text
+    split: Text
     samples: int | None = None
     fingerprint: str | None = None
-    options: dict[str, str | int | float] = {}
+    options: dict[str, Text | int | float] = {}
 
     def __str__(self) -> str:
         count = f", {self.samples} samples" if self.samples is not None else ""
@@ -98,9 +115,9 @@ class LeftOut(BaseModel):
     """Files or samples that are not in the shards, or that the reader passes over: why, how many, and the first."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    reason: str
+    reason: Text
     count: PositiveInt
-    first: str
+    first: Text
 
     def __str__(self) -> str:
         return f"{self.count} {self.reason} (first: {self.first})"
@@ -118,7 +135,7 @@ class Manifest(BaseModel):
     version: Literal[2] = 2
     shape: tuple[PositiveInt, ...]
     num_classes: PositiveInt | None = None
-    classes: tuple[str, ...] | None = None
+    classes: tuple[Text, ...] | None = None
     source: Origin | None = None
     left_out: tuple[LeftOut, ...] = ()
     root: str | None = None

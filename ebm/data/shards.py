@@ -8,6 +8,7 @@ import fcntl
 import json
 import logging
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -37,6 +38,8 @@ LOCK = ".lock"
 PLAN = "plan.json"
 MANY = 1000  # bad samples after which the rest is not looked at
 PLAIN = Conversion()
+FEW = 3  # of problems that one option mends, how many a message lists
+ONE_SHAPE = ": all images must have one shape; give --size N, and --rgb or --grayscale where channels differ"
 
 
 def write_shards(
@@ -82,10 +85,20 @@ def ensure_shards(shards: str, source: str | None, split: str) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with _alone(path.parent):
                 if not path.exists():
-                    _write(open_source(source, split), path.parent, 1000, None, PLAIN, "fail", False, True)
+                    _write_plain(source, split, path.parent)
         except (OSError, BrokenProcessPool) as error:
             raise DataError(f"{path.parent}: shards can't be written ({error})") from error
     check_origin(load_manifest(path), source, split)
+
+
+def _write_plain(source: str, split: str, out: Path) -> None:
+    """Without options. Raises DataError that names the command which has them."""
+    opened = open_source(source, split)
+    try:
+        _write(opened, out, 1000, None, PLAIN, "fail", False, True)
+    except (ConfigError, DataError) as error:
+        command = f"python -m ebm shard --source {shlex.quote(source)} --split {split} --out {shlex.quote(str(out))}"
+        raise DataError(f"{error}\nOptions such as --size are those of `{command}`: run it first") from error
 
 
 def check_origin(manifest: Manifest, source: str, split: str) -> None:
@@ -96,8 +109,8 @@ def check_origin(manifest: Manifest, source: str, split: str) -> None:
         return
     now = identify(source, split)
     remedy = (
-        f"set data.shards to another directory, which is then written from {source}; or data.source=null, to use the "
-        f"shards that are there; or run `python -m ebm shard --source {source} --split {split} --out "
+        f"give data.source=null to use the shards that are there; or set data.shards to another directory, which is "
+        f"then written from {source}; or run `python -m ebm shard --source {source} --split {split} --out "
         f"{manifest.directory} --overwrite`"
     )
     if now is None:  # the source's files are not here: only its name can be compared
@@ -188,8 +201,8 @@ class ShardWriter:
         array = converted(item, self.conversion)
         if array.shape != self.shape:
             raise DataError(
-                f"{item.name} is {show(array.shape)} (height, width, channels), {self.first} is {show(self.shape)}: "
-                "all images must have one shape; give --size N, and --rgb or --grayscale where channels differ"
+                f"{item.name} is {show(array.shape)} (height, width, channels), {self.first} is {show(self.shape)}"
+                f"{ONE_SHAPE}"
             )
         if array.ndim == 1:
             data, suffix = _encoded_vector(item), VECTOR_SUFFIX
@@ -274,11 +287,21 @@ def _write(
 
 
 def _listed(bad: list[str], total: int) -> str:
+    if not bad:
+        return "there are no samples"
     if len(bad) == 1:
         return bad[0]
-    more = f"\n... and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-    shown = "\n".join(bad[:SHOWN])
-    return f"{len(bad)} of {total} samples can't be used; mend or remove them, or give --on-error skip:\n{shown}{more}"
+    shapes = [problem.removesuffix(ONE_SHAPE) for problem in bad if problem.endswith(ONE_SHAPE)]
+    others = [problem for problem in bad if not problem.endswith(ONE_SHAPE)]
+    parts = []
+    for problems, shown, said in (
+        (shapes, FEW, f"differ in shape from the first{ONE_SHAPE}"),
+        (others, SHOWN, "can't be used; mend or remove them, or give --on-error skip"),
+    ):
+        if problems:
+            more = [f"... and {len(problems) - shown} more"] if len(problems) > shown else []
+            parts.append("\n".join([f"{len(problems)} of {total} samples {said}:", *problems[:shown], *more]))
+    return "\n".join(parts)
 
 
 def _first(source: Source, conversion: Conversion) -> tuple[np.ndarray, Item]:

@@ -6,6 +6,7 @@ import math
 import os
 import string
 import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -174,9 +175,9 @@ def _named(root: Path) -> str | None:
 def _from_idx(name: str, split: str, images: Path, labels: Path) -> ArraySource:
     try:
         x, y = read_idx(images), read_idx(labels)
-    except (OSError, ValueError, EOFError, struct.error) as error:
+    except (OSError, ValueError, EOFError, struct.error, zlib.error) as error:
         raise DataError(f"{name}: {images} or its labels can't be read ({error}); copy or download it again") from error
-    if x.ndim != 3 or y.shape != x.shape[:1]:
+    if x.ndim != 3 or y.shape != x.shape[:1] or 0 in x.shape:
         raise DataError(f"{name}: {images} holds {x.shape} and {labels} {y.shape}; must be (N, H, W) and (N,)")
     if name == "emnist":
         x = x.transpose(0, 2, 1)  # its images lie on their side
@@ -184,16 +185,20 @@ def _from_idx(name: str, split: str, images: Path, labels: Path) -> ArraySource:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """uint8 array of an IDX file (Yann LeCun's MNIST page), gzip'd or not. Raises OSError, ValueError."""
+    """uint8 array of an IDX file (Yann LeCun's MNIST page), gzip'd or not. Raises OSError, ValueError, EOFError,
+    struct.error, zlib.error."""
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
         zeros, kind, rank = struct.unpack(">HBB", file.read(4))
         if zeros != 0 or kind != 8 or not 1 <= rank <= 4:
             raise ValueError("not an IDX file of bytes")
         shape = struct.unpack(f">{rank}I", file.read(4 * rank))
-        data = file.read()
-    if len(data) != int(np.prod(shape, dtype=np.int64)):
-        raise ValueError(f"has {len(data)} bytes where its header says {shape}")
-    return np.frombuffer(data, np.uint8).reshape(shape)
+        size, data = math.prod(shape), bytearray()
+        while len(data) <= size and (part := file.read(1 << 20)):  # a header or an archive may promise terabytes
+            data += part
+    if len(data) != size:
+        more = "more" if len(data) > size else len(data)
+        raise ValueError(f"has {more} bytes where its header says {shape}")
+    return np.frombuffer(bytes(data), np.uint8).reshape(shape)
 
 
 def _mnist(kind: str) -> Callable[[Path, str], Source]:

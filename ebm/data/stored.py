@@ -4,7 +4,6 @@ import glob
 import json
 import os
 import re
-import zipfile
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +15,7 @@ import numpy as np
 
 from ebm.data.decode import show
 from ebm.data.folders import split_of
-from ebm.data.items import ArraySource, Item, Label, checked, image_item, numbered
+from ebm.data.items import ArraySource, Item, Label, checked, image_item, map_npy, numbered
 from ebm.data.manifest import LeftOut, Origin, fingerprint
 from ebm.errors import DataError
 
@@ -45,10 +44,7 @@ class NpySource:
         return Item(key, f"{self.path}, sample {i}", array[:, :, None] if array.ndim == 2 else array, label)
 
 
-@lru_cache(maxsize=1)
-def _open_npy(path: str) -> np.ndarray:
-    array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    return array
+_open_npy = lru_cache(maxsize=1)(map_npy)
 
 
 def open_npy(path: str, split: str, labels: np.ndarray | None = None) -> NpySource | ArraySource:
@@ -56,13 +52,14 @@ def open_npy(path: str, split: str, labels: np.ndarray | None = None) -> NpySour
     file, _, names = path.partition("#") if ".npz" in path else (path, "", "")
     if file.endswith(".npz"):
         return _open_npz(file, names, split, labels)
+    _open_npy.cache_clear()  # the file may have changed
     try:
         array = _open_npy(path)
         origin = Origin(
             source=f"npy:{Path(path).resolve()}", split=split, samples=len(array), fingerprint=fingerprint([path])
         )
-    except (OSError, ValueError, EOFError, OverflowError, TypeError) as error:
-        raise DataError(f"npy:{path}: not a readable .npy file without pickles ({error})") from error
+    except (OSError, ValueError, TypeError) as error:  # TypeError: an array without an axis has no length
+        raise DataError(f"npy:{path}: {error}") from error
     _check_array(f"npy:{path}", array)
     return NpySource(path, len(array), _fitting(labels, array, path), origin=origin)
 
@@ -72,19 +69,24 @@ def _open_npz(path: str, names: str, split: str, labels: np.ndarray | None) -> A
         with np.load(path, allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise ValueError("not a .npz archive")
-            wanted = names.split(",") if names else _by_content(path, file, split)
-            missing = [name for name in wanted if name not in file.files]
-            if missing or not 1 <= len(wanted) <= 2:
-                raise DataError(f"npy:{path}: {names} must be IMAGES or IMAGES,LABELS of {', '.join(file.files)}")
+            there = _arrays_in(file)
+            wanted = names.split(",") if names else _by_content(path, file, there, split)
+            if not 1 <= len(wanted) <= 2 or not set(wanted) <= set(there):
+                raise DataError(f"npy:{path}: {names} must be IMAGES or IMAGES,LABELS of {', '.join(there)}")
             arrays = [file[name] for name in wanted]
+            if not all(isinstance(array, np.ndarray) for array in arrays):  # without numpy's first bytes
+                raise ValueError(f"{', '.join(wanted)}: no arrays")
         origin = Origin(
             source=f"npy:{Path(path).resolve()}#{','.join(wanted)}",
             split=split,
             samples=len(arrays[0]),
             fingerprint=fingerprint([path]),
         )
-    except (OSError, ValueError, EOFError, OverflowError, MemoryError, TypeError, zipfile.BadZipFile) as error:
-        raise DataError(f"npy:{path}: not a readable .npz file without pickles ({error})") from error
+    except DataError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy raise almost anything on a damaged file
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"npy:{path}: not a readable .npz file without pickles ({reason})") from error
     _check_array(f"npy:{path}#{wanted[0]}", arrays[0])
     if labels is None and len(arrays) == 2:
         labels = checked(arrays[1], f"{path}#{wanted[1]}")
@@ -92,9 +94,14 @@ def _open_npz(path: str, names: str, split: str, labels: np.ndarray | None) -> A
     return ArraySource(path, images, _fitting(labels, images, path), origin=origin)
 
 
-def _by_content(path: str, file: Any, split: str) -> list[str]:
+def _arrays_in(file: Any) -> list[str]:
+    members = set(file.zip.namelist())
+    return [name for name in file.files if f"{name}.npy" in members]
+
+
+def _by_content(path: str, file: Any, names: list[str], split: str) -> list[str]:
     """The names of the images, and of the labels if any, where type, shape and split leave one of each."""
-    found = {name: _described(file, name) for name in file.files}
+    found = {name: _described(file, name) for name in names}
     inside = [name for name in found if split in name.lower()] or (list(found) if split == "train" else [])
     others = ("train", "val", "test")
     if not any(split in name.lower() for name in found):
@@ -206,6 +213,8 @@ def open_parquet(pattern: str, split: str, image: str | None = None, label: str 
     of `split` are taken (`train-00000-of-00002.parquet`, `default/train/0000.parquet`). Columns are found by type and
     name, unless `image` and `label` name them (`none`: no labels). Raises DataError."""
     parquet = _pyarrow()
+    _row_group.cache_clear()  # the files may have changed
+    _group_ends.cache_clear()
     paths, left_out = _files_of_split(pattern, split)
     labels: list[Label | None] = []
     counts, names = [], None

@@ -1,5 +1,6 @@
 """Folders of images: splits, classes and what is passed over; nothing is lost without a count."""
 
+import io
 import os
 import tempfile
 from pathlib import Path
@@ -92,6 +93,8 @@ def test_what_is_left_out_is_counted_and_named(tmp_path, capsys):
     )
     (tmp_path / "in/a/nowhere.png").symlink_to("gone.png")
     (tmp_path / "in/a/link.png").symlink_to("0.png")
+    (tmp_path / "in/a/itself.png").symlink_to("itself.png")
+    (tmp_path / "in/itself").symlink_to("itself")
     (tmp_path / "in/b/loop").symlink_to("..")
     source = open_folder(tmp_path / "in", "train")
     assert {name for name, _, _ in source.files} == {
@@ -102,7 +105,7 @@ def test_what_is_left_out_is_counted_and_named(tmp_path, capsys):
         "hidden files and folders": (3, ".ipynb_checkpoints"),
         "files .txt": (3, "a/more.txt"),
         "files without suffix": (1, "Thumbs"),
-        "links that lead nowhere": (1, "a/nowhere.png"),
+        "links that lead nowhere": (3, "a/itself.png"),
         "links to folders that are read already": (1, "b/loop"),
         "class folders without images": (2, "empty"),
     }
@@ -125,6 +128,35 @@ def test_bad_files_are_all_listed_or_left_out(tmp_path, capsys):
     assert main([*command, "--on-error", "skip"]) == 0
     manifest = load_manifest(tmp_path / "out")
     assert manifest.samples == 3 and manifest.left_out[-1].count == 3
+
+
+def test_shapes_that_differ_are_told_once(tmp_path, capsys):
+    tree(tmp_path / "in", *(f"{i}.png" for i in range(9)))
+    for i in range(1, 9):
+        Image.new("L", (4 + i, 4)).save(tmp_path / f"in/{i}.png")
+    (tmp_path / "in/empty.png").write_bytes(b"")
+    cut = io.BytesIO()
+    Image.new("RGB", (40, 40), "red").save(cut, "JPEG")
+    (tmp_path / "in/cut.jpg").write_bytes(cut.getvalue()[:-300])
+    assert main(["shard", "--source", f"folder:{tmp_path}/in", "--out", str(tmp_path / "out")]) == 4
+    said = capsys.readouterr().err
+    assert "8 of 11 samples differ in shape from the first: all images must have one shape; give --size N" in said
+    assert said.count("give --size N") == 1 and "... and 5 more" in said and "2 of 11 samples can't be used" in said
+    assert "empty.png: can't be read as an image (is empty, 0 bytes)" in said and ".cpp" not in said
+
+
+def test_names_that_are_not_utf_8(tmp_path, capsys):
+    for i, name in enumerate((b"caf\xe9", b"ni\xf1o")):
+        folder = os.path.join(os.fsencode(tmp_path), b"in", name)
+        os.makedirs(folder)
+        Image.new("L", (4, 4), i).save(os.path.join(folder, b"\xe9.png"))
+        Path(os.fsdecode(os.path.join(folder, b"\xe9.txt"))).write_text("x")
+    assert main(["shard", "--source", f"folder:{tmp_path}/in", "--out", str(tmp_path / "out")]) == 0
+    manifest = load_manifest(tmp_path / "out")
+    assert manifest.classes == ("caf\\udce9", "ni\\udcf1o")
+    assert manifest.left_out[0].first == "caf\\udce9/\\udce9.txt"
+    ((images, labels, _),) = read_all(manifest, (1, 4, 4))
+    assert images.amax((1, 2, 3)).tolist() == labels.tolist() == [0, 1]
 
 
 def test_labels_from_a_file(tmp_path):

@@ -7,7 +7,7 @@ from PIL import Image
 from ebm.data import load_manifest
 from ebm.data.items import ArraySource
 from ebm.data.shards import ensure_shards, write_shards
-from ebm.errors import ConfigError
+from ebm.errors import ConfigError, DataError
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def test_digits_there_and_a_folder_asked_for_and_the_other_way_round(tmp_path, f
         tmp_path / "digits",
         f"folder:{folder}",
         match=rf"made from digits \(split train, 1437 samples\), not from folder:{folder} \(split train, 5 samples\).*"
-        r"set data.shards to another directory.*data.source=null",
+        r"give data.source=null.*set data.shards to another directory",
     )
     ensure_shards(str(tmp_path / "out"), f"folder:{folder}", "train")
     ensure_shards(str(tmp_path / "out"), f"folder:{folder}", "train")
@@ -60,6 +60,14 @@ def test_a_folder_that_moved_or_went_is_still_the_same(tmp_path, folder, monkeyp
     ensure_shards("out", f"folder:{tmp_path}/elsewhere", "train")
     ensure_shards("out", "folder:mine", "train")
     refused(tmp_path / "out", "folder:yours", match="not from folder:yours")
+
+
+def test_a_folder_that_needs_options_names_the_command(tmp_path, folder):
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(folder / "odd.png")
+    with pytest.raises(
+        DataError, match=rf"odd.png is 9x9x1 .*give --size N(.|\n)*`python -m ebm shard --source folder:{folder} "
+    ):
+        ensure_shards(str(tmp_path / "out"), f"folder:{folder}", "train")
 
 
 def test_arrays(tmp_path):
