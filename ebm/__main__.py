@@ -4,6 +4,7 @@ import argparse
 import importlib
 import signal
 import sys
+from typing import Any
 
 from ebm import __version__
 
@@ -52,10 +53,46 @@ def run(arguments: list[str]) -> int:
         flush_output()
 
 
+class Completion(argparse.Action):
+    """`--print-completion SHELL`: prints a script that completes commands, options and keys there, and exits."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        from ebm.config import describe
+        from ebm.errors import ConfigError
+
+        try:
+            import shtab
+        except ImportError as error:
+            raise ConfigError("--print-completion needs the package shtab: pip install shtab") from error
+        parser, _ = parser_of([], tuple(COMMANDS))
+        commands = next(action for action in parser._actions if action.dest == "command")
+        assert isinstance(commands.choices, dict)
+        for sub in commands.choices.values():
+            for action in sub._actions:
+                if action.dest == "overrides":
+                    action.choices = sorted({f"{row.key}=" for row in describe()})
+                elif action.nargs != 0 and action.choices is None:  # a run, a file or a folder; a number is typed
+                    setattr(action, "complete", shtab.FILE)  # noqa: B010 - shtab's own attribute
+        print(shtab.complete(parser, shell=values))
+        parser.exit()
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command and its options. Only the module of the command itself is imported, since it loads torch."""
+    parser, arguments = parser_of(arguments, tuple(arguments[:1]))
+    return parser.parse_args(arguments)
+
+
+def parser_of(arguments: list[str], loaded: tuple[str, ...]) -> tuple[argparse.ArgumentParser, list[str]]:
+    """A parser that knows the options of the commands `loaded`, and the arguments in the form that it reads."""
     parser = argparse.ArgumentParser(prog="ebm", description=__doc__)
     parser.add_argument("--version", action="version", version=f"ebm {__version__}")
+    parser.add_argument(
+        "--print-completion", choices=("bash", "zsh", "tcsh"), action=Completion,
+        help="a script that completes what you type: eval \"$(ebm --print-completion bash)\"",
+    )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, meaning in COMMANDS.items():
         sub = commands.add_parser(
@@ -65,12 +102,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             add_help=name != "train",  # which has a help of its own
         )
-        if name in arguments[:1]:
+        if name in loaded:
             module = importlib.import_module(f"ebm.commands.{name}")
             module.add_arguments(sub)
-            if name == "train":
+            if name == "train" and arguments:
                 arguments = ["train", *module.arrange(sub, arguments[1:])]
-    return parser.parse_args(arguments)
+    return parser, arguments
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import argparse
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ import sweeps
 from ebm.config import Config, check_same_run, load_config
 from ebm.config.reading import overrides_last
 from ebm.errors import ConfigError, UserError
+from ebm.runtime.process import flush_output
 
 PROJECT = Path(__file__).absolute().parent.parent
 SCRIPT = PROJECT / "launch" / "train.sbatch"
@@ -48,6 +50,10 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE  # whoever read the output, such as `head`, has seen enough
+    finally:
+        flush_output()
 
 
 def with_defaults(given: list[str]) -> tuple[list[str], str]:

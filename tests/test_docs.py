@@ -127,6 +127,13 @@ def test_commands_and_flags_in_code_exist(page):
             assert set(re.findall(r"(?<!\S)\[?(--[a-z-]+)(?![a-z.-])", shown[2])) <= options[shown[1]], text
 
 
+def test_every_flag_stands_in_a_page():
+    pages = "\n".join(page.read_text() for page in PAGES if page.name not in PAST)
+    flags = {flag for parser in parsers().values() for flag in parser._option_string_actions}
+    flags |= set(re.findall(r"\"(--[a-z-]+)\"", (ROOT / "launch/submit.py").read_text()))
+    assert not [flag for flag in flags if flag.startswith("--") and flag not in pages]
+
+
 @pytest.fixture(scope="module")
 def guide():
     """The names that all of its Python blocks leave, run one after the other."""

@@ -286,7 +286,8 @@ class TensorBoard:
 
 
 class Progress:
-    """Shows step, rate, time left, loss and AUC, as a bar on a terminal and as lines of the log elsewhere."""
+    """Shows step, rate, time left, loss, gap, AUC and the worst sign of divergence, each with three significant digits,
+    as a bar on a terminal and as lines of the log elsewhere."""
 
     def __init__(self, total_steps: int, first_step: int):
         self.total, self._first, self._started = total_steps, first_step, time.monotonic()
@@ -294,17 +295,17 @@ class Progress:
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step") if on_terminal else None
 
     def update(self, step: int, metrics: dict[str, float]) -> None:
-        shown = {name: metrics[f"{group}/{name}"] for group, name in (("train", "loss"), ("energy", "gap"),
-                 ("energy", "auc")) if f"{group}/{name}" in metrics}  # fmt: skip
+        keys = ("train/loss", "energy/gap", "energy/auc", "health/warning")
+        shown = {key.partition("/")[2]: f"{metrics[key]:.3g}" for key in keys if key in metrics}
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
-            self._bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
+            self._bar.set_postfix(shown)
             return
         rate = (step - self._first) / (time.monotonic() - self._started)
         left = int((self.total - step) / rate) if rate else 0
         clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-        values = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
-        log.info(f"step {step}/{self.total}  {rate:.1f} it/s  left {clock}  {values}")
+        speed = f"{rate:.3g} it/s" if rate >= 1 or not rate else f"{1 / rate:.3g} s/step"
+        log.info(f"step {step}/{self.total}  {speed}  left {clock}  {'  '.join(map(' '.join, shown.items()))}")
 
     def close(self) -> None:
         if self._bar is not None:

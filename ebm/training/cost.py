@@ -7,7 +7,9 @@ import math
 import os
 import re
 import socket
+import time
 from collections.abc import Callable
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +21,10 @@ from ebm.config import Config, TrainConfig, differences, to_yaml
 from ebm.config.losses import LossConfig, ScoreMatchingConfig
 from ebm.data.reader import reader_bytes
 from ebm.energies import FoldedEnergy, build_energy
+from ebm.energies.factory import chain_dtype
 from ebm.errors import ConfigError
 from ebm.losses import loss_of
-from ebm.runtime.distributed import World
+from ebm.runtime.distributed import World, choose_device
 from ebm.samplers.base import evaluate
 from ebm.samplers.factory import chain_shape, negative_states, sampler_of, with_replicas
 from ebm.streams import generator, uniform_
@@ -120,6 +123,7 @@ def memory_of(device: torch.device) -> int:
     return total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+MEASURED = 64  # data, at most, on which a time is measured
 FEW = 4  # data that a loss is measured on; those that compare chains need more than one
 
 
@@ -134,13 +138,59 @@ class Cost(NamedTuple):
 
 
 def dry_run(config: Config) -> None:
-    """Prints what differs from the defaults, the whole config, and what a step costs."""
+    """Prints what differs from the defaults, what a step costs, how long it takes on this machine, and the whole
+    config."""
     print("# differs from the defaults that --help tells:")
     for key, (default, value) in differences(config).items():
         print(f"#   {key}={json.dumps(value)}" + ("" if default is None else f" (default {json.dumps(default)})"))
-    print(f"\n{to_yaml(config)}")
+    print(flush=True)
     for name, value in estimate(config).items():
         print(f"{name:<24}{value}")
+    device = choose_device(config.train.device)
+    seconds = step_seconds(config, device)
+    if seconds is not None:
+        threads = torch.get_num_threads()
+        cpu = f"{threads} CPU thread{'s' * (threads > 1)} of this machine"
+        where = "this GPU" if device.type == "cuda" else cpu
+        print(
+            f"{'time':<24}about {seconds:.2g} s a step on {where}, {_clock(seconds * config.train.steps)} for "
+            f"{config.train.steps:,} steps (one process; measured on the gradient of the energy)"
+        )
+    print(f"\n{to_yaml(config)}")
+
+
+def step_seconds(config: Config, device: torch.device) -> float | None:
+    """About how long a step of one process takes here: its FLOPs at the rate of the energy's gradient, of which it
+    mostly consists, measured for about a second. None where the energy has no FLOPs that count."""
+    cost, batch = measure_cost(config), config.train.batch_size // config.train.accumulate
+    precision = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.mixed_precision]
+    energy = build_energy(config.energy, config.data.shape, config.run.seed).to(device)
+    folded = FoldedEnergy(energy, chain_dtype(precision, device)).refresh()
+    x = uniform_(torch.empty(min(batch, MEASURED), *config.data.shape), generator(0, "cost"), -1, 1).to(device)
+    labels = torch.zeros(len(x), dtype=torch.int64, device=device) if config.energy.num_classes else None
+
+    def gradient() -> None:
+        evaluate(_chain_function(config, folded, x, labels), x)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    each = flops(gradient) / len(x)
+    times: list[float] = []
+    if not each:
+        return None
+    while len(times) < 2 or sum(times) < 0.5:
+        began = time.perf_counter()
+        gradient()
+        times.append(time.perf_counter() - began)
+    return (cost.chain + cost.loss) * config.train.batch_size / (each * len(x)) * median(times)
+
+
+def _clock(seconds: float) -> str:
+    """A duration in the unit that it is read in."""
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.2g} {unit}"
+    return f"{seconds:.2g} s"
 
 
 def estimate(config: Config) -> dict[str, str]:
@@ -203,10 +253,18 @@ def measure_cost(config: Config) -> Cost:
 
 def chain_flops(config: Config, folded: FoldedEnergy, x: Tensor, labels: Tensor | None) -> int:
     """FLOPs of one chain: its gradients of the energy, one after the other."""
+    function = _chain_function(config, folded, x, labels)
+    return flops(lambda: evaluate(function, x)) // FEW * config.sampler.evaluations
+
+
+def _chain_function(
+    config: Config, folded: FoldedEnergy, x: Tensor, labels: Tensor | None
+) -> Callable[[Tensor], Tensor]:
+    """The energy of a chain's states (B, *shape), whose other inputs are as `x` and `labels`."""
     energy = chain_energy(config, folded)
     extra = [x] if config.loss.negatives == "recovery" else []
     extra += [labels] if labels is not None and config.loss.conditional_chains else []
-    return flops(lambda: evaluate(lambda z: energy(z, *extra), x)) // FEW * config.sampler.evaluations
+    return lambda z: energy(z, *extra)
 
 
 def loss_cost(config: Config, energy: torch.nn.Module, x: Tensor, labels: Tensor | None, step: int) -> tuple[int, int]:

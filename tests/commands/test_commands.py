@@ -1,6 +1,7 @@
 """python -m ebm sample, score, evaluate, and train.py's --help and --dry-run, on a real run."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -120,7 +121,26 @@ def help_of(name: str, capsys) -> str:
 def test_dry_run_writes_nothing(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--dry-run", "sampler.num_steps=40"], cwd=tmp_path,
                           capture_output=True, text=True, env=environment(), check=True)  # fmt: skip
-    assert "#   sampler.num_steps=40 (default 20)" in done.stdout.partition("\nrun:\n")[0]
+    first = done.stdout.partition("\nrun:\n")[0]
+    assert "#   sampler.num_steps=40 (default 20)" in first.partition("\n\n")[0]
+    assert re.search(r"\ntime +about [\d.e-]+ s a step on \d+ CPU threads? of this machine, .* for 1,400 steps", first)
     assert "num_steps: 40" in done.stdout and "36,770" in done.stdout
     assert "93% in the chain" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_completion(capsys, tmp_path):
+    """By bash itself: commands, options and keys."""
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit):
+        ebm(["--print-completion", "bash"])
+    (tmp_path / "completion.sh").write_text(capsys.readouterr().out)
+    ask = f". {tmp_path}/completion.sh\nCOMP_WORDS=(ebm $1 $2)\nCOMP_CWORD=$#\n"
+    ask += "_shtab_ebm ebm $2\necho ${COMPREPLY[@]}\n"
+    for typed, wanted in (
+        (["eval"], "evaluate"),
+        (["sample", "--grid"], "--grid-by-class"),
+        (["train", "optim.l"], "optim.lr="),
+    ):
+        done = subprocess.run(["bash", "-c", ask, "bash", *typed], capture_output=True, text=True, check=True)
+        assert wanted in done.stdout.split(), (typed, done.stdout, done.stderr)

@@ -223,11 +223,14 @@ def _vectors(folder, x):
     return open_source(f"npy:{folder}/x.npy")
 
 
-@pytest.mark.parametrize("command", ["--help", "score"])
+@pytest.mark.parametrize("command", ["--help", "score", "train --help all", "submit"])
 def test_a_reader_that_leaves_ends_a_command_quietly(command, run, pictures, tmp_path):
-    arguments = [command] if command == "--help" else [
-        "score", str(run), "--data", str(pictures), "--out", str(tmp_path / "e.npy")]  # fmt: skip
-    call = subprocess.Popen([sys.executable, "-u", "-m", "ebm", *arguments], cwd=ROOT, env=environment(),
+    arguments = ["-m", "ebm", *command.split()]
+    if command == "score":
+        arguments += [str(run), "--data", str(pictures), "--out", str(tmp_path / "e.npy")]
+    elif command == "submit":
+        arguments = ["launch/submit.py", "--time=60", "--dry-run", f"run.dir={tmp_path}/run"]
+    call = subprocess.Popen([sys.executable, "-u", *arguments], cwd=ROOT, env=environment(),
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
     call.stdout.close()  # as `head` does
     said = call.stderr.read().decode()

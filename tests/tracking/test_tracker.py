@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import math
+import re
 import sys
 import threading
 import time
@@ -81,10 +82,21 @@ def test_what_a_crash_leaves_is_cut_off(tmp_path, torn):
 def test_progress_lines(shown):
     progress = Progress(1000, 100)
     time.sleep(0.05)
-    progress.update(200, {"train/loss": -0.0123, "energy/auc": 0.61, "energy/gap": 0.03, "optim/lr": 1.0})
+    metrics = {
+        "train/loss": -0.000012345,
+        "energy/auc": 0.61,
+        "energy/gap": 30.08,
+        "health/warning": 0.2,
+        "optim/lr": 1.0,
+    }
+    progress.update(200, metrics)
     line = shown()
     assert line.startswith("step 200/1000  ") and "it/s  left 0:00:0" in line
-    assert "loss -0.0123" in line and "auc 0.6100" in line and "lr" not in line
+    assert line.rstrip().endswith("  loss -1.23e-05  gap 30.1  auc 0.61  warning 0.2")
+    slow = Progress(1000, 100)
+    slow._started -= 90
+    slow.update(125, {})
+    assert re.search(r"  3\.[67]\d? s/step  left 0:5\d:", shown())
 
 
 def test_grids_show_every_image_and_any_channels():
