@@ -51,7 +51,7 @@ def open_folder(root: Path, split: str, labels: LabelTable | None = None) -> Fil
     """The images of a split below `root`, sorted by path. Labels are those of `labels`, or else the first-level folders
     inside the split. Raises DataError where the structure is ambiguous, or has no such split."""
     if not root.is_dir():
-        raise DataError(f"folder:{root}: no such directory")
+        raise DataError(f"folder:{root}: {'is a file; give its folder' if root.exists() else 'no such directory'}")
     try:
         return _open(root, split, labels)
     except OSError as error:
@@ -186,7 +186,8 @@ def _base(root: Path, split: str, splits: list[str]) -> Path:
             return root
         inside = ", ".join(natural(_folders(root))[:10]) or "no folders"
         raise DataError(
-            f"folder:{root}: there is no split {split!r} in it (it has {inside}); all of it is the split train"
+            f"folder:{root}: there is no split {split!r} in it (it has {inside}); all of it is the split train, of "
+            "which `python -m ebm shard --holdout SHARE` keeps a part as the split test"
         )
     exact = [name for name in splits if name == split]
     same = exact or [name for name in splits if split_of(name) == split_of(split)]

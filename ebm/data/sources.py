@@ -9,6 +9,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -361,7 +362,15 @@ def _open(spec: str, split: str, options: Options) -> Source:
         return open_toy(spec, split)
     if spec in NAMES:
         return open_dataset(spec, split, options.root)
-    raise DataError(f"source {spec!r} is not known; use one of {KINDS}")
+    raise DataError(f"source {spec!r} is not known{_meant(spec)}; use one of {KINDS}")
+
+
+def _meant(spec: str) -> str:
+    """For the message: a path without its kind, or a name with another spelling."""
+    kinds = {".npy": "npy", ".npz": "npy", ".parquet": "parquet"}
+    kind = "folder" if os.path.isdir(spec) else kinds.get(Path(spec).suffix)
+    near = [f"{kind}:{spec}"] if kind else get_close_matches(spec.lower(), ("digits", *NAMES, *TOYS), 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _check(spec: str, kind: str, options: Options) -> None:

@@ -113,11 +113,31 @@ def test_labels_as_people_have_them(tmp_path):
         index_shards(tmp_path, labels=LabelTable("l", {"z": 1}))
 
 
-@pytest.mark.parametrize("text", ["[1]", '{"a": [1]}', '{"a": true}', "{", '{"a": 1.5}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1]",
+        '{"a": [1]}',
+        '{"a": true}',
+        "{",
+        '{"a": 1.5}',
+        '{"a": -1}',
+        '{"a": 1000000000}',
+        '{"a": 1' + "0" * 5000 + "}",
+    ],
+)
 def test_label_files_that_are_none(tmp_path, text):
     (tmp_path / "l.json").write_text(text)
     with pytest.raises(DataError, match=r"labels .*l\.json"):
         read_labels(str(tmp_path / "l.json"))
+
+
+def test_class_names_of_thousands_of_digits(tmp_path):
+    """Python makes no number of them, by which names would be sorted."""
+    (tmp_path / "l.json").write_text(json.dumps({"0": "9" * 5000, "1": "10", "2": "x"}))
+    tar(tmp_path / "x.tar", {f"{i}.png": png(i) for i in range(3)})
+    manifest = index_shards(tmp_path, labels=read_labels(str(tmp_path / "l.json")))
+    assert manifest.classes == ("10", "9" * 5000, "x")
 
 
 def test_shapes_are_all_looked_at(tmp_path, capsys):

@@ -7,6 +7,7 @@ import json
 import pickle
 import shutil
 import struct
+import zipfile
 
 import numpy as np
 import pyarrow as pa
@@ -286,6 +287,92 @@ def test_headers_of_terabytes(tmp_path, shape):
         open_source(f"npy:{tmp_path}/a.npy")
     with pytest.raises(DataError, match=r"a\.npy"):
         open_source(f"npy:{tmp_path}/b.npy", "train", Options(labels=f"{tmp_path}/a.npy"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("TMP", "did you mean folder:TMP?"),
+        ("TMP/a.npz", "did you mean npy:TMP/a.npz?"),
+        ("a.parquet", "did you mean parquet:a.parquet?"),
+        ("CIFAR-10", "did you mean cifar10?"),
+        ("nothing", "'nothing' is not known; use one of digits, mnist"),
+        ("folder:TMP/a.npz", "is a file; give its folder"),
+        ("folder:TMP/b", "no such directory"),
+    ],
+)
+def test_sources_that_are_none(tmp_path, spec, words):
+    (tmp_path / "a.npz").touch()
+    with pytest.raises(DataError) as caught:
+        open_source(spec.replace("TMP", str(tmp_path)))
+    assert words.replace("TMP", str(tmp_path)) in str(caught.value)
+
+
+def damaged_archive() -> bytes:
+    """A .npz whose first array has another byte than its checksum says."""
+    out = io.BytesIO()
+    np.savez(out, x=IMAGES, y=LABELS)
+    data = bytearray(out.getvalue())
+    data[data.index(IMAGES.tobytes())] ^= 1
+    return bytes(data)
+
+
+def archive(**members: bytes) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as file:
+        for name, data in members.items():
+            file.writestr(f"{name}.npy", data)
+    return out.getvalue()
+
+
+def header(text: str) -> bytes:
+    """A .npy of format 1.0 with this header and no values."""
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text.encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.npy", b""),
+        ("a.npy", b"junk"),
+        ("a.npy", header("{")),  # numpy raises tokenize.TokenError
+        ("a.npy", header("{'descr': '|u1', ('fortran_order',): False, 'shape': (3,)}")),
+        ("a.npy", header("{'descr': ('|u1', ()), 'fortran_order': False, 'shape': (3,)}")),
+        ("a.npy", header("{'descr': '|u1', 'fortran_order': False, 'shape': ()}") + b"\1"),
+        ("a.npy", archive(x=b"")),  # numpy opens it as what it is
+        ("a.npz", archive(x=b"no array")),
+        ("a.npz", archive(x=header("}"))),
+        ("a.npz", damaged_archive()),
+        ("a.npz", archive()),
+    ],
+)
+def test_damaged_arrays(tmp_path, name, data):
+    """Found by tests/fuzz.py."""
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=name):
+        open_source(f"npy:{tmp_path}/{name}")
+    if name == "a.npy":
+        np.save(tmp_path / "b.npy", IMAGES)
+        with pytest.raises(DataError, match=name):
+            open_source(f"npy:{tmp_path}/b.npy", "train", Options(labels=f"{tmp_path}/{name}"))
+
+
+def test_a_file_that_changed_is_read_anew(tmp_path):
+    for rows in (7, 3):
+        np.save(tmp_path / "a.npy", IMAGES[:rows])
+        table(tmp_path / "a.parquet", range(rows)[::-1])
+        assert len(open_source(f"npy:{tmp_path}/a.npy")) == rows
+        source = open_source(f"parquet:{tmp_path}/a.parquet")
+        assert np.array_equal(source.item(0).array[:, :, 0], IMAGES[rows - 1])
+
+
+def test_an_archive_that_never_ends(tmp_path):
+    """Its header says 5 images; what is unpacked is no more than that, though it holds gigabytes."""
+    head = struct.pack(">HBB3I", 0, 8, 3, 5, 4, 3)
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(head + b"\0" * (1 << 26)))
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(LABELS)))
+    with pytest.raises(DataError, match="has more bytes where its header says"):
+        open_source("mnist", "train", Options(root=str(tmp_path)))
 
 
 def test_options_that_a_source_would_ignore_are_refused(tmp_path):
