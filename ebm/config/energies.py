@@ -24,8 +24,18 @@ class NoiseRangeConfig(Section):
         return self
 
 
+class LatentConfig(Section):
+    """An energy |f|^2 / 2 of a latent f, with a second network that is trained to tell data apart (CLEL)."""
+
+    dim: int = Field(128, ge=1, description="width of the latent, and of what it is compared with")
+
+
 class NetworkConfig(Section):
     """What all networks share."""
+
+    latent: LatentConfig | None = Field(
+        None, description="the energy is |f|^2 / 2 of a latent f of the network, for loss.kind=contrastive_latent"
+    )
 
     noise_conditional: NoiseRangeConfig | None = Field(
         None, description="take the noise level as a further input: E(x, t) of data with noise; null: E(x)"
@@ -40,6 +50,12 @@ class NetworkConfig(Section):
     confine: float = Field(
         0.0, ge=0, description="weight c of a term c/2 |x|^2 in the energy; it keeps unbounded chains near the origin"
     )
+
+    @model_validator(mode="after")
+    def _latent_alone(self) -> Self:
+        if self.latent is not None and (self.num_classes or self.noise_conditional):
+            raise ValueError("latent goes neither with num_classes nor with noise_conditional; set these to null")
+        return self
 
 
 class MLPConfig(NetworkConfig):
@@ -125,6 +141,8 @@ class UNetConfig(NetworkConfig):
     @model_validator(mode="after")
     def _heads(self) -> Self:
         self.check_attention(self.features, self.attention, self.num_heads)
+        if self.latent is not None and self.head not in ("linear", "vit"):
+            raise ValueError(f"latent with head={self.head}: its features are an energy already; use linear or vit")
         if self.head == "vit" and (self.head_dim % self.num_heads or self.head_dim % 4):
             raise ValueError(f"head_dim={self.head_dim} must be divisible by num_heads={self.num_heads}, and by 4")
         return self

@@ -70,6 +70,17 @@ class ContrastiveConfig(ContrastiveFamily):
     kind: Literal["contrastive"] = "contrastive"
 
 
+class ContrastiveLatentConfig(ContrastiveFamily):
+    """Contrastive divergence; a latent of the energy is drawn to the code of an encoder that learns to tell data apart
+    (CLEL, Lee et al. 2023). Needs energy.latent, and images."""
+
+    kind: Literal["contrastive_latent"] = "contrastive_latent"
+    of_energies: ClassVar[bool] = False
+    l2: float = Field(1.0, ge=0, description="weight of E(x_pos)^2 + E(x_neg)^2 (Du & Mordatch 2019)")
+    latent_weight: float = Field(0.01, ge=0, description="weight of the cosine of projected latent and code")
+    similarity_temperature: float = Field(0.2, gt=0, description="of the encoder's contrastive loss (Chen et al. 2020)")
+
+
 class ImprovedContrastiveConfig(ContrastiveFamily):
     """Contrastive divergence with the gradient through the chain's end (Du et al. 2021)."""
 
@@ -316,6 +327,7 @@ class EnergyDiscrepancyConfig(WithoutChains):
 LossConfig = Annotated[
     Annotated[
         ContrastiveConfig
+        | ContrastiveLatentConfig
         | ImprovedContrastiveConfig
         | ScoreMatchingConfig
         | DenoisingConfig

@@ -411,6 +411,12 @@ class Config(Section):
                 "buffer.augment_flip, augment_crop and restart=augmented are for images whose chains are no ladders of "
                 "replicas (sampler.kind=tempering); set augment_flip=false, augment_crop=0 and restart=noise"
             )
+        latent = isinstance(self.energy, NetworkConfig) and self.energy.latent is not None
+        if latent != (loss.kind == "contrastive_latent") or (latent and len(self.data.shape) != 3):
+            raise ValueError(
+                f"loss.kind={loss.kind} with energy.latent={'{...}' if latent else 'null'} and data.shape="
+                f"{list(self.data.shape)}: energy.latent={{}} and loss.kind=contrastive_latent go together, for images"
+            )
         if loss.kind == "jem" and not self.energy.num_classes:
             raise ValueError("loss.kind=jem trains a classifier: set energy.num_classes to the number of classes")
         if loss.kind in ("improved_contrastive", "energy_matching") and sampler.kind != "langevin":

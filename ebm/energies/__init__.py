@@ -22,6 +22,7 @@ from ebm.energies.graph import PixelGraphEnergyFunction, PointGraphEnergyFunctio
 from ebm.energies.networks import (
     ConvolutionalEnergyFunction,
     HybridEnergyFunction,
+    LatentEnergy,
     MLPEnergyFunction,
     NetworkEnergy,
     TransformerEnergyFunction,
@@ -38,6 +39,7 @@ __all__ = [
     "GaussianEnergy",
     "GaussianMixtureEnergy",
     "HybridEnergyFunction",
+    "LatentEnergy",
     "MLPEnergyFunction",
     "MixtureEnergy",
     "NetworkEnergy",

@@ -22,6 +22,7 @@ from ebm.energies.networks import (
     ConvolutionalEnergyFunction,
     EnergyHead,
     HybridEnergyFunction,
+    LatentEnergy,
     MLPEnergyFunction,
     NetworkEnergy,
     TransformerEnergyFunction,
@@ -181,7 +182,8 @@ def _plain_copy(energy: BaseEnergyFunction) -> BaseEnergyFunction:
 
 def _cast_body(module: nn.Module, dtype: torch.dtype) -> None:
     """Casts the linear and convolutional layers to `dtype`, except for those of heads."""
-    heads = [layer for layer in module.modules() if isinstance(layer, EnergyHead)]
+    heads: list[nn.Module] = [layer for layer in module.modules() if isinstance(layer, EnergyHead)]
+    heads += [energy.latent for energy in module.modules() if isinstance(energy, LatentEnergy)]
     kept = {layer for head in heads for layer in head.modules()}
     for layer in module.modules():
         if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear) and layer not in kept:
@@ -255,7 +257,12 @@ def _network(config: Network, shape: tuple[int, ...], key: str, levels: int = 0)
         plain = config.model_copy(update={"noise_conditional": None})
         network = _network(plain, (shape[0] + PLANES, *shape[1:]), key, PLANES)
         return NoiseConditionalEnergy(network, shape, **config.noise_conditional.model_dump())
-    settings = config.model_dump(exclude={"kind", "noise_conditional"})
+    if config.latent is not None:
+        plain = config.model_copy(update={"latent": None})
+        network, encoder = (_network(plain, shape, key) for _ in range(2))
+        assert isinstance(network, NetworkEnergy) and isinstance(encoder, NetworkEnergy), "networks of the project's"
+        return LatentEnergy(network, encoder, config.latent.dim)
+    settings = config.model_dump(exclude={"kind", "noise_conditional", "latent"})
     where = f"{key}.kind={config.kind} with data.shape={list(shape)}"
     if isinstance(config, sections.MLPConfig):
         return MLPEnergyFunction(math.prod(shape), **settings)

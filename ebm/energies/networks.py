@@ -162,6 +162,48 @@ def sum_over(h: Tensor, dims: int | tuple[int, ...]) -> Tensor:
     return h.sum(dims, dtype=torch.promote_types(h.dtype, torch.float32))
 
 
+class LatentEnergy(BaseEnergyFunction):
+    """E(x) = |f(x)|^2 / 2 with a latent f, linear in the network's features, and what trains f besides: a projection of
+    f, and the code of an encoder of the same kind (CLEL, Lee et al. 2023, with the joint energy's weight in the loss).
+
+    Args:
+        network, encoder: lose their heads.
+        dim: of latent, projection and code.
+    """
+
+    def __init__(self, network: NetworkEnergy, encoder: NetworkEnergy, dim: int):
+        super().__init__()
+        linear = network.head.linear
+        assert linear is not None, "the config refuses heads that are energies already"
+        width = linear.in_features
+        del network.head, encoder.head
+        self.network, self.encoder = network, encoder
+        self.latent = nn.Linear(width, dim)
+        self.projection, self.code = (
+            nn.Sequential(nn.Linear(first, dim), make_activation("silu"), nn.Linear(dim, dim)) for first in (dim, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.of_latents(self.latents(x), x)
+
+    def latents(self, x: Tensor) -> Tensor:
+        """f(x), (B, dim), in the type of its own weights, float32."""
+        h = self.network.features(x)
+        with torch.autocast(h.device.type, enabled=False):
+            f: Tensor = self.latent(h.to(self.latent.weight.dtype))
+        return f
+
+    def of_latents(self, f: Tensor, x: Tensor) -> Tensor:
+        """The energies (B,) of states whose latents are known."""
+        energy = f.square().sum(1) / 2
+        return energy + self.network._confining(x) if self.network.confine else energy
+
+    def codes(self, x: Tensor) -> Tensor:
+        """What the encoder says of states, of unit length, (B, dim)."""
+        code: Tensor = F.normalize(self.code(self.encoder.features(x)), dim=1)
+        return code
+
+
 # Multilayer perceptron
 
 

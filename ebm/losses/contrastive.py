@@ -7,9 +7,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, softplus
+from torch.nn.functional import cosine_similarity, cross_entropy, softplus
 
-from ebm.energies import marginal_energy
+from ebm.energies import LatentEnergy, marginal_energy
 from ebm.losses.output import (
     Energy,
     LossOutput,
@@ -53,6 +53,49 @@ def contrastive_divergence(
     if l2:
         loss = loss + l2 * energy_l2(e_pos, e_neg)
     return output(loss, e_pos, e_neg)
+
+
+def contrastive_latent(
+    energy: LatentEnergy,
+    x_pos: Tensor,
+    x_neg: Tensor,
+    *,
+    views: Callable[[Tensor, Generators], Tensor],
+    latent_weight: float = 0.01,
+    similarity_temperature: float = 0.2,
+    l2: float = 1.0,
+    y_pos: Tensor | None = None,
+    y_neg: Tensor | None = None,
+    generator: Generators = None,
+) -> LossOutput:
+    """`contrastive_divergence` - latent_weight * mean cos(projection of f(x_pos), code of x_pos) + the encoder's loss.
+
+    The latent f of the energy |f|^2 / 2 is drawn to the code of an encoder (Lee et al. 2023, CLEL). The encoder is
+    trained by `similarity_loss` of two random `views` of each datum; the cosine does not reach it. `y_pos` and `y_neg`
+    are not used.
+    """
+    x = torch.cat([x_pos, x_neg.detach()])
+    f = energy.latents(x)
+    e_pos, e_neg = torch.split(energy.of_latents(f, x), [len(x_pos), len(x_neg)])
+    seen = torch.cat([x_pos, *(views(x_pos, generator) for _ in range(2))])
+    code, first, second = energy.codes(seen).chunk(3)
+    cosine = cosine_similarity(energy.projection(f[: len(x_pos)]), code.detach()).mean()
+    similarity = similarity_loss(first, second, similarity_temperature, num_parts(generator))
+    loss = e_pos.mean() - e_neg.mean() - latent_weight * cosine + similarity
+    if l2:
+        loss = loss + l2 * energy_l2(e_pos, e_neg)
+    return output(loss, e_pos, e_neg, cosine=cosine, similarity=similarity)
+
+
+def similarity_loss(first: Tensor, second: Tensor, temperature: float, parts: int = 1) -> Tensor:
+    """The cross-entropy of finding the other view of a datum among the views of all data of its part (Chen et al. 2020,
+    SimCLR, eq. 1). `first`, `second`: codes of unit length (B, dim)."""
+    codes = torch.cat([code.reshape(parts, -1, code.shape[1]) for code in (first, second)], 1)
+    count = codes.shape[1]
+    logits = codes @ codes.transpose(1, 2) / temperature
+    logits = logits.masked_fill(torch.eye(count, dtype=torch.bool, device=codes.device), -torch.inf)
+    other = (torch.arange(count, device=codes.device) + count // 2) % count
+    return cross_entropy(logits.flatten(0, 1), other.repeat(parts))
 
 
 def improved_contrastive_divergence(

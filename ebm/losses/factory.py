@@ -11,6 +11,7 @@ from ebm.losses.contrastive import (
     GaussianNoise,
     UniformNoise,
     contrastive_divergence,
+    contrastive_latent,
     energy_discrepancy,
     improved_contrastive_divergence,
     joint_energy,
@@ -29,14 +30,17 @@ from ebm.losses.score_matching import (
 )
 from ebm.streams import Generators
 
+Views = Callable[[Tensor, Generators], Tensor]
 
-def loss_of(config: kinds.LossConfig) -> Callable[..., LossOutput]:
+
+def loss_of(config: kinds.LossConfig, views: Views | None = None) -> Callable[..., LossOutput]:
     """The function of a section `LossConfig`: loss(energy, x_pos, x_neg, *, step, y_pos, y_neg, generator, chain).
 
     `x_neg` are chains that started where `config.negatives_at(step)` says; None where it says None. `chain` has the
     settings they ran with (`ebm.samplers.settings_of`), with which improved contrastive divergence continues them.
+    `views` draws another view of each of (B, C, H, W) images, which contrastive_latent needs.
     """
-    objective = objective_of(config)
+    objective = objective_of(config, views)
     at_interpolates = isinstance(config, kinds.ContrastiveFamily) and config.gradient_penalty_at == "interpolates"
 
     def loss(
@@ -69,11 +73,15 @@ def loss_of(config: kinds.LossConfig) -> Callable[..., LossOutput]:
     return loss
 
 
-def objective_of(config: kinds.LossConfig) -> Callable[..., LossOutput]:
+def objective_of(config: kinds.LossConfig, views: Views | None = None) -> Callable[..., LossOutput]:
     """The loss function of `config`, with the settings that only this kind has."""
     match config:
         case kinds.ContrastiveConfig():
             return contrastive_divergence
+        case kinds.ContrastiveLatentConfig():
+            assert views is not None, "the trainer gives them"
+            function = partial(contrastive_latent, views=views)
+            return _with(function, config, "latent_weight", "similarity_temperature")
         case kinds.ImprovedContrastiveConfig():
             return _with(improved_contrastive_divergence, config, "kl_steps", "kl_weight", "entropy_weight")
         case kinds.JEMConfig():

@@ -28,7 +28,7 @@ from ebm.energies import (
     chain_dtype,
 )
 from ebm.errors import DataError
-from ebm.inference.images import dequantize
+from ebm.inference.images import dequantize, strongly_augmented
 from ebm.losses import LossOutput, loss_of
 from ebm.runtime import checkpoint
 from ebm.runtime.distributed import World
@@ -178,7 +178,8 @@ def build_state(config: Config, world: World) -> TrainState:
     # Copies before `prepare`: accelerate replaces the forward of the module it is given.
     ema = copy.deepcopy(energy).requires_grad_(False)
     folded = FoldedEnergy(energy, chain_dtype(world.autocast_dtype(), world.device))
-    objective = Objective(energy, loss_of(config.loss), config.loss.of_scores, energy_of_loss(config, world, energy))
+    loss = loss_of(config.loss, strongly_augmented)
+    objective = Objective(energy, loss, config.loss.of_scores, energy_of_loss(config, world, energy))
     model = world.prepare(objective)
     zero = torch.zeros((), dtype=torch.int64, device=world.device)
     adapts = config.loss.negatives is not None and config.sampler.adapt

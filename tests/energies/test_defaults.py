@@ -56,7 +56,7 @@ def defaults(function) -> dict:
 @every_network
 def test_every_setting_has_one_default(network, section, shape):
     stated = defaults(NetworkEnergy.finish) | defaults(network.__init__)
-    settings = section.model_dump(exclude={"kind", "noise_conditional"})  # the latter wraps any network
+    settings = section.model_dump(exclude={"kind", "noise_conditional", "latent"})  # these wrap any network
     if network is PixelGraphEnergyFunction:
         settings = {name: value for name, value in settings.items() if name not in IMAGES_HAVE_NONE}
     assert {name: stated[name] for name in settings} == settings
@@ -96,4 +96,5 @@ def test_the_contract_with_users():
         "activation": "silu",
         "confine": 0.0,
         "noise_conditional": None,
+        "latent": None,
     }

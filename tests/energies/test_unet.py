@@ -5,7 +5,7 @@ import torch
 from small_networks import images, small
 
 from ebm.config import load_config
-from ebm.config.energies import UNetConfig
+from ebm.config.energies import LatentConfig, UNetConfig
 from ebm.energies import FoldedEnergy, NoiseConditionalEnergy, UNetEnergyFunction, build_energy, with_noise_level
 from ebm.energies.resnet import double, halve
 from ebm.errors import ConfigError
@@ -139,3 +139,22 @@ def test_a_field_becomes_an_energy():
     for head, words in (("vit", "can't start"), ("dot", "other weights")):
         with pytest.raises(ValueError, match=words):
             small("unet", (2, 4, 4), head=head).load_field(small("unet", (1, 4, 4)).state_dict())
+
+
+def test_a_latent_makes_an_energy_of_any_network():
+    """|f|^2 / 2, on the network's features, also in the chains' copy; the encoder has weights of its own."""
+    for kind, settings in (("conv", {}), ("unet", {"head": "linear"}), ("mlp", {"confine": 0.5})):
+        energy, x = small(kind, (1, 8, 8), latent=LatentConfig(dim=6), **settings).eval(), images(3, (1, 8, 8))
+        f = energy.latents(x)
+        confined = settings.get("confine", 0.0) / 2 * x.square().sum((1, 2, 3))
+        torch.testing.assert_close(energy(x), f.square().sum(1) / 2 + confined)
+        torch.testing.assert_close(energy.codes(x).norm(dim=1), torch.ones(3))
+        narrow = FoldedEnergy(energy, torch.bfloat16).refresh()
+        torch.testing.assert_close(narrow(x), energy(x), rtol=0.05, atol=0.01)
+        assert narrow.module.latent.weight.dtype == torch.float32
+        own, theirs = (dict(part.named_parameters()) for part in (energy.network, energy.encoder))
+        assert own.keys() == theirs.keys() and not any(torch.equal(own[k], theirs[k]) for k in own if "weight" in k)
+    for wrong in ("energy.kind=unet energy.latent={} loss.kind=contrastive_latent", "energy.latent={}",
+                  "loss.kind=contrastive_latent", "energy.latent={} energy.num_classes=3"):  # fmt: skip
+        with pytest.raises(ConfigError, match="latent"):
+            load_config(None, wrong.split())

@@ -1,11 +1,18 @@
 """Contrastive divergence against its formula, and by what it does to a density."""
 
+import math
+
 import pytest
 import torch
+from gaussians import seeded
+from test_losses_kinds import gradients
 from torch import nn
 
-from ebm.energies import MLPEnergyFunction
+from ebm import losses
+from ebm.energies import LatentEnergy, MLPEnergyFunction
 from ebm.losses import contrastive_divergence
+from ebm.losses.contrastive import similarity_loss
+from ebm.streams import normal_
 
 
 def batches(n_pos=5, n_neg=7, dim=3):
@@ -106,3 +113,66 @@ def test_training_finds_the_mean_of_the_data():
         contrastive_divergence(energy, data, x_neg).loss.backward()
         optimizer.step()
     assert energy.mean.item() == pytest.approx(data.mean().item(), abs=0.05)
+
+
+# Contrastive latent
+
+
+def latent_energy():
+    networks = [MLPEnergyFunction(2, 8, activation=name) for name in ("silu", "softplus")]
+    return LatentEnergy(*networks, 4).double()
+
+
+def normal(num, dim, seed=0):
+    return torch.randn(num, dim, dtype=torch.float64, generator=seeded(seed))
+
+
+def jittered(x, generator):
+    return x + 0.1 * normal_(torch.empty_like(x), generator)
+
+
+def test_contrastive_latent_written_out():
+    energy, g = latent_energy(), seeded(3)
+    x_pos, x_neg = normal(6, 2), normal(6, 2, seed=1)
+    settings = {"views": jittered, "latent_weight": 0.3, "similarity_temperature": 0.5, "l2": 0.2}
+    found = losses.contrastive_latent(energy, x_pos, x_neg, generator=seeded(3), **settings)
+    f_pos, f_neg = energy.latents(x_pos), energy.latents(x_neg)
+    e_pos, e_neg = f_pos.square().sum(1) / 2, f_neg.square().sum(1) / 2
+    torch.testing.assert_close(energy(x_pos), e_pos)
+    views = [energy.codes(jittered(x_pos, g)) for _ in range(2)]
+    code, projected = energy.codes(x_pos).detach(), energy.projection(f_pos)
+    cosine = ((projected / projected.norm(dim=1, keepdim=True)) * code).sum(1).mean()
+    z, terms = torch.cat(views), []
+    for i in range(12):
+        others = [torch.exp(z[i] @ z[k] / 0.5) for k in range(12) if k != i]
+        terms.append(-torch.log(torch.exp(z[i] @ z[(i + 6) % 12] / 0.5) / sum(others)))
+    similarity = torch.stack(terms).mean()
+    squares = 0.2 * (e_pos.square().mean() + e_neg.square().mean())
+    loss = e_pos.mean() - e_neg.mean() + squares - 0.3 * cosine + similarity
+    torch.testing.assert_close(found.loss, loss)
+    assert found.terms["cosine"].item() == pytest.approx(cosine.item(), rel=1e-5)
+    for a, b in zip(gradients(found.loss, energy), gradients(loss, energy), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_encoder_learns_from_views_alone():
+    """The latent's own terms do not reach it, and its loss does not reach the latent."""
+    energy, x = latent_energy(), normal(4, 2)
+    settings = {"views": jittered, "l2": 0.0}
+    losses.contrastive_latent(energy, x, x + 1, generator=seeded(3), latent_weight=0.5, **settings).loss.backward()
+    with_cosine = {name: p.grad.clone() for name, p in energy.named_parameters()}
+    energy.zero_grad()
+    losses.contrastive_latent(energy, x, x + 1, generator=seeded(3), latent_weight=0.0, **settings).loss.backward()
+    changed = {name for name, p in energy.named_parameters() if not torch.equal(p.grad, with_cosine[name])}
+    assert changed and all(name.startswith(("network.", "latent.", "projection.")) for name in changed)
+    assert all(with_cosine[name].any() for name in with_cosine if name != "latent.bias")
+
+
+def test_similarity_is_within_a_part():
+    a, b = (torch.nn.functional.normalize(normal(8, 3, seed=s), dim=1) for s in (0, 1))
+    whole = similarity_loss(a, b, 0.2, parts=2)
+    halves = [similarity_loss(a[part], b[part], 0.2) for part in (slice(0, 4), slice(4, 8))]
+    torch.testing.assert_close(whole, (halves[0] + halves[1]) / 2)
+    equal = torch.eye(4, dtype=torch.float64)
+    logit = math.exp(1 / 0.2)
+    assert similarity_loss(equal, equal, 0.2).item() == pytest.approx(-math.log(logit / (logit + 6)))

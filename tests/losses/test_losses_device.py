@@ -9,9 +9,10 @@ from test_losses_kinds import CHAIN, Classifier, batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ebm.config.losses import LossConfig
-from ebm.energies import MLPEnergyFunction, NoiseConditionalEnergy, with_noise_level
+from ebm.energies import LatentEnergy, MLPEnergyFunction, NoiseConditionalEnergy, with_noise_level
 from ebm.energies.base import PLANES
 from ebm.losses import loss_of
+from ebm.streams import normal_
 
 KINDS = {kind.model_fields["kind"].default: kind for kind in get_args(get_args(LossConfig)[0])}
 OPTIONS = {  # further settings of a kind that take another way through its code
@@ -30,6 +31,8 @@ CASES = [(kind, options) for kind in KINDS for options in [{}, *OPTIONS.get(kind
 
 
 def energy_for(kind: str):
+    if kind == "contrastive_latent":
+        return LatentEnergy(MLPEnergyFunction(2, 8), MLPEnergyFunction(2, 8), 4).double()
     if kind != "dual_score_matching":
         return Classifier()
     return NoiseConditionalEnergy(MLPEnergyFunction(2 + PLANES, 8, num_classes=3), (2,)).double()
@@ -44,7 +47,7 @@ def computed(kind: str, options: dict, energy, device: str = "cpu", dtype: torch
         x_neg = with_noise_level(x_neg, torch.zeros(len(x_neg), device=device))
         chain |= {"log_variances": (-2.0, -1.0, 0.0), "lowest_share": 0.5}
     generators = [torch.Generator(device).manual_seed(seed) for seed in (1, 2)]
-    loss = loss_of(KINDS[kind](**options))
+    loss = loss_of(KINDS[kind](**options), lambda x, g: x + normal_(torch.empty_like(x), g))
     settings = {"y_pos": y_pos, "y_neg": y_neg, "generator": generators, "chain": chain}
     return lambda: loss(energy, x_pos, x_neg, step=5, **settings)
 

@@ -127,7 +127,8 @@ def compute(name, energy, x_pos, x_neg, y_pos=None, y_neg=None, generator=None, 
 
 def test_every_kind_is_here():
     union = {kind.model_fields["kind"].default for kind in get_args(get_args(LossConfig)[0])}
-    elsewhere = {"dual_score_matching"}  # of energies with a noise level: test_noise_levels_loss.py
+    # Of energies with a noise level, and with a latent: test_noise_levels_loss.py, test_contrastive.py.
+    elsewhere = {"dual_score_matching", "contrastive_latent"}
     assert {config_of(name).kind for name in KINDS | JEM} == union - elsewhere
 
 

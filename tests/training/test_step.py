@@ -43,6 +43,7 @@ VARIANTS = {
     "equilibrium": ["loss.kind=equilibrium"],
     "noise_contrastive": ["loss.kind=noise_contrastive", "loss.noise=uniform"],
     "energy_discrepancy": ["loss.kind=energy_discrepancy", "loss.num_samples=4"],
+    "contrastive_latent": ["loss.kind=contrastive_latent", "energy.latent.dim=8", "buffer.restart=augmented"],
     "recovery": ["loss.kind=recovery", "sampler.temperature=1", "sampler.step_size=0.002", "train.accumulate=2"],
     "recovery_conditional": ["loss.kind=recovery", "sampler.kind=mala", "energy.num_classes=10"],
     "energy_matching": ["loss.kind=energy_matching", "loss.warmup_steps=2", *FLOW],
