@@ -1,5 +1,6 @@
 """docs/data.md: each command in it runs, on inputs of the kind that it speaks of, to a trained energy."""
 
+import argparse
 import io
 import json
 import os
@@ -16,6 +17,9 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 from runs import ROOT
+
+from ebm.commands import index, shard
+from ebm.data.sources import NAMES
 
 PAGE = ROOT / "docs" / "data.md"
 IMAGES = np.random.default_rng(0).integers(0, 256, (64, 8, 8), dtype=np.uint8)
@@ -68,6 +72,16 @@ def write_inputs(root) -> None:
     rows = {"image": [{"bytes": picture(i, "L", 8)} for i in range(64)], "label": [int(label) for label in LABELS]}
     (root / "table").mkdir()
     parquet.write_table(pa.table(rows), root / "table/train.parquet")
+
+
+def test_the_page_has_every_flag_and_source():
+    text = PAGE.read_text()
+    for command in (shard, index):
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        flags = {flag for action in parser._actions for flag in action.option_strings} - {"-h", "--help"}
+        assert not [flag for flag in flags if not re.search(rf"{flag}\b", text)]
+    assert all(f"`{name}`" in text for name in NAMES)
 
 
 @pytest.mark.filterwarnings("ignore")

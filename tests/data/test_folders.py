@@ -211,6 +211,22 @@ def test_what_goes_in_is_in_the_source_or_counted(places, link):
         assert len({source.classes for split, source in found.items() if split != "." and source.classes}) <= 1
 
 
+CLASSES = st.sets(st.sampled_from(["ant", "bee", "10", "9", "c d", "Ant", "test2"]), min_size=1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.dictionaries(st.sampled_from(["train", "val", "testing"]), CLASSES, min_size=1))
+def test_a_class_has_one_number_in_every_split(there):
+    """Whichever classes each split has: the number is the place of the name among those of all, by value."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree(Path(folder), *(f"{split}/{name}/0.png" for split, names in there.items() for name in names))
+        every = natural(set().union(*there.values()))
+        for split, names in there.items():
+            source = open_folder(Path(folder), split)
+            assert source.classes == tuple(every)
+            assert {path.split("/")[0]: label for path, _, label in source.files} == {n: every.index(n) for n in names}
+
+
 def test_written_labels_are_those_of_the_folders(tmp_path):
     tree(tmp_path / "in", "train/b/0.png", "train/a/1.png", "test/c/2.png")
     write_shards(open_folder(tmp_path / "in", "train"), tmp_path / "out", progress=False)
