@@ -22,6 +22,8 @@ from ebm.config import to_yaml
 from ebm.report.records import METRICS, RECENT, Metric, Records, metric_of
 from ebm.training.divergence import judged_after
 
+log = logging.getLogger(__name__)
+
 COLOURS = ("#2f6db3", "#d9822b", "#4f9d69")
 INK, FAINT, BAND, MARK = "#333333", "#d9d9d9", "#e4f2e7", "#c0392b"
 FIGURE_STYLE: dict[str, Any] = {
@@ -105,6 +107,10 @@ def draw_lengths(ax: Axes, curve: np.ndarray, low: list[float], high: list[float
     ax.plot(steps, ratios, color=COLOURS[0], marker="o", ms=4, lw=1.3)
     ax.axhline(1.0, color=FAINT, lw=1)
     ax.set(xscale="log", yscale="log", xlabel="chain steps", ylabel="distance / floor")
+    ax.minorticks_off()
+    ax.set_xticks(steps, [f"{step:g}" for step in steps])
+    marks = [m * 10.0**d for d in range(-2, 6) for m in (1, 2, 5) if min(low) <= m * 10.0**d <= max(high)] or [1.0]
+    ax.set_yticks(marks, [f"{mark:g}" for mark in marks])
 
 
 def svg(draw: Callable[[Axes], None], size: tuple[float, float]) -> bytes:
@@ -126,8 +132,6 @@ def _saved(draw: Callable[[Axes], None], size: tuple[float, float], **options: A
         figure.savefig(file, **options)
         return file.getvalue()
 
-
-log = logging.getLogger(__name__)
 
 IN_RANGE, OUT_OF_RANGE, TOO_EARLY = "in range", "out of range", "too early to judge"
 

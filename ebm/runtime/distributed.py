@@ -22,6 +22,8 @@ from torch.distributed.rendezvous import rendezvous
 from ebm.config import TrainConfig
 from ebm.errors import ConfigError, UserError
 
+log = logging.getLogger(__name__)
+
 YES = ("1", "true", "yes", "y", "t", "on")  # accelerate's
 
 
@@ -62,8 +64,6 @@ def set_numerics(device: torch.device, deterministic: bool, tf32: bool) -> None:
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
 
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 

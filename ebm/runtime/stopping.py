@@ -17,6 +17,8 @@ from typing import IO, Any, Self
 
 from ebm.runtime.process import STOP_SIGNALS, signals_blocked
 
+log = logging.getLogger(__name__)
+
 
 class StopRequest:
     """Remembers that a stop was asked for; the training loop asks between steps. A second SIGINT ends at once.
@@ -58,8 +60,6 @@ class StopRequest:
                 self.reason = "the launcher died"
         return self.reason
 
-
-log = logging.getLogger(__name__)
 
 GRACE = 5.0  # seconds between the stacks and the end, for the other ranks to show theirs
 TICK = 1.0  # seconds; time is counted in these, so that one in which the process was suspended counts as one
