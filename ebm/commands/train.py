@@ -28,7 +28,7 @@ Trains an energy, or resumes the run in run.dir: the same command again goes on.
   --config FILE     a YAML file, or the name of a shipped config (default: {DEFAULT_CONFIG.stem}); it may stand several
                     times, and later files win. A file's key `base:` names files that are merged under it
   key=value         overrides, such as train.steps=500 data.shape=1,8,8; also --train.steps=500, --train.steps 500
-  --dry-run         show what differs from the defaults, the whole config, size and cost; write nothing
+  --dry-run         show what differs from the defaults, size, memory and time, the whole config; write nothing
   --help SECTION    the keys of a section, or one key: type, default, meaning. --help all: every key
 
 keys that most runs set:

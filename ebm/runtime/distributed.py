@@ -133,6 +133,12 @@ class World:
             assert isinstance(group, dist.ProcessGroup)
             self._host_group = group
         self._tell_foreign_settings()
+        wanted = os.environ.get("CUDA_VISIBLE_DEVICES", "")  # as `gpu_ids` of a launcher's config file sets it
+        if self.is_main and device.type == "cpu" and config.device == "auto" and wanted not in ("", "-1"):
+            log.warning(
+                f"CUDA_VISIBLE_DEVICES={wanted} names GPUs, but the run is on the CPU: torch sees none, or the "
+                "launcher says CPU. With train.device=cuda a run ends here instead; train.device=cpu is content"
+            )
 
     @property
     def device_name(self) -> str:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from runs import ROOT, TINY, Run, command, environment, final_hashes, free_port
+from runs import ROOT, TINY, Run, command, environment, final_hashes, finish, free_port
 
 from ebm.__main__ import main
 
@@ -39,6 +39,19 @@ def test_the_launchers_settings_change_nothing(digits, tmp_path):
     assert "train.accumulate decides" in done.stdout and "train.mixed_precision decides" in done.stdout
     threads = torch.get_num_threads()
     assert f"device: CPU, float32, 1 rank, {threads} thread a rank" in plain.stdout
+
+
+@NO_GPU
+def test_a_gpu_that_was_asked_for_and_is_not_there_is_missed(digits, tmp_path):
+    """launch/accelerate/gpu_1.yaml names GPU 0."""
+    file = tmp_path / "gpu_1.yaml"
+    file.write_text((ROOT / "launch/accelerate/gpu_1.yaml").read_text())
+    arguments = command(1, tmp_path / "run", digits, **(SHORT | {"train__steps": 1}))
+    at = arguments.index(str(ROOT / "train.py"))
+    said = finish([*arguments[:at], "--config_file", str(file), *arguments[at:]], tmp_path / "log")
+    assert "CUDA_VISIBLE_DEVICES=0 names GPUs, but the run is on the CPU" in said and "device: CPU" in said
+    quiet = alone(tmp_path / "cpu", digits, {"CUDA_VISIBLE_DEVICES": "0"}, train__device="cpu", train__steps=1)
+    assert quiet.returncode == 0 and "CUDA_VISIBLE_DEVICES" not in quiet.stdout
 
 
 @pytest.mark.parametrize(
