@@ -18,6 +18,7 @@ COMMANDS = {
     "score": "energies of images",
     "evaluate": "Fréchet distance, out-of-distribution AUROC and more",
     "report": "RUN/report.html: curves, samples, energies, health on one page",
+    "dashboard": "a W&B workspace and report for a project of runs",
     "sync": "upload to W&B what runs logged offline",
 }
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,7 +17,8 @@ class StandIn:
     """Listens on a free port at once. `behaviour`: "works", "silent" (accepts, never answers) or "fails" (500).
 
     `runs`: by W&B id, the lines of each uploaded file ("wandb-history.jsonl" and others). `alerts`: titles.
-    `artifacts`: the files' contents by "NAME OF THE ARTIFACT/NAME OF THE FILE"."""
+    `artifacts`: the files' contents by "NAME OF THE ARTIFACT/NAME OF THE FILE". `views`: what workspaces and reports
+    show, by their kind."""
 
     def __init__(self, behaviour: str = "works"):
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -24,6 +26,7 @@ class StandIn:
         self.runs = self._http.runs = {}
         self.alerts = self._http.alerts = []
         self.artifacts = self._http.artifacts = {}
+        self.views = self._http.views = {}
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
 
     @property
@@ -73,6 +76,8 @@ class Handler(BaseHTTPRequestHandler):
             return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
         if operation == "ServerFeaturesQuery":
             return {"serverInfo": {"features": []}}
+        if {"upsertView", "viewer", "GetProjects", "internalId"} & set(re.findall(r"\w+", asked.get("query", ""))):
+            return self.view(asked["query"], values, project)
         if operation == "NotifyScriptableRunAlert":
             self.server.alerts.append(values["title"])
             return {"notifyScriptableRunAlert": {"success": True}}
@@ -80,6 +85,19 @@ class Handler(BaseHTTPRequestHandler):
             return self.artifact(operation, values)
         known = operation == "RunResumeStatus" and values["name"] in runs
         return {"model": {**project, "bucket": self.resumed(values["name"]) if known else None}}
+
+    def view(self, query: str, values: dict, project: dict) -> dict:
+        """What is asked on the way to a saved workspace or report, and these."""
+        if "upsertView" in query:
+            self.server.views[values["type"]] = json.loads(values["spec"])
+            shown = {name: values.get(name) for name in ("name", "displayName", "type", "description", "spec")}
+            shown |= {"id": "Vmlldzox", "project": {**project, "entityName": "user"}, "user": None}
+            return {"upsertView": {"view": shown, "inserted": True}}
+        page = {"hasNextPage": False, "endCursor": None}
+        node = {**project, "internalId": "p", "entityName": "user", "createdAt": "", "isBenchmark": False, "user": None}
+        viewer = {"id": "u", "username": "user", "entity": "user", "flags": "{}", "admin": False}
+        models = {"edges": [{"node": node, "cursor": "c"}], "pageInfo": page}
+        return {"viewer": viewer | {"teams": {"edges": []}}, "models": models, "project": node}
 
     def resumed(self, name: str) -> dict:
         """What a client asks of a run that is there already."""
