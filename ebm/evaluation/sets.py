@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ebm.config import Config, DataConfig
 from ebm.data import Access, load_manifest
-from ebm.data.manifest import check_files, is_remote, manifest_path
+from ebm.data.decode import describe
+from ebm.data.manifest import Manifest, check_files, is_remote, manifest_path
 from ebm.data.reader import read_all
 from ebm.data.samples import SampleReader
 from ebm.errors import DataError
@@ -211,7 +212,7 @@ def few_heldout(config: Config, count: int) -> tuple[Tensor, Tensor]:
     assert shards is not None, "the caller checks evaluate.shards"
     if source is not None and _are_missing(shards):
         return read_states(source, config, "test", count)
-    manifest = load_manifest(shards, Access.of(config.data))
+    manifest = _load_fitting(shards, config.data)
     reader = SampleReader(manifest, tuple(config.data.shape), config.data.max_pixels)
     total, opened = len(manifest.shards), 1 if manifest.remote else min(len(manifest.shards), FEW_SHARDS)
     decoded = []
@@ -228,10 +229,22 @@ def _are_missing(shards: str) -> bool:
     return not is_remote(shards) and not manifest_path(shards).is_file()
 
 
+def _load_fitting(shards: str, data: DataConfig) -> Manifest:
+    """Raises DataError where the shards are of another shape than the run, which can't change any more."""
+    manifest = load_manifest(shards, Access.of(data))
+    if manifest.shape != tuple(data.shape):
+        raise DataError(
+            f"{shards}: holds {describe(manifest.shape)}, and the run is one of {describe(tuple(data.shape))}: these "
+            "are other data than it was trained on; set evaluate.shards in its config.yaml to held-out data of its "
+            "own, or to null"
+        )
+    return manifest
+
+
 def read_spread(shards: str, data: DataConfig, most: int) -> tuple[Tensor, Tensor]:
     """All samples and labels of a set of shards; of more than `most`, runs of neighbours evenly from each shard, since
     shards may be sorted by class."""
-    manifest = load_manifest(shards, Access.of(data))
+    manifest = _load_fitting(shards, data)
     if manifest.samples <= most:
         blocks = list(read_all(manifest, data.shape, max_pixels=data.max_pixels))
         images, labels = (torch.cat([block[part] for block in blocks]) for part in (0, 1))  # type: ignore[misc]

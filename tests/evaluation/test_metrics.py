@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from ebm.__main__ import main
+from ebm.data.shards import ensure_shards
 from ebm.errors import DataError
 from ebm.evaluation import (
     auroc,
@@ -254,6 +255,17 @@ def test_command_without_held_out_images(tmp_path, shards, capsys):
     assert main(["evaluate", run, "--num", "8", "--steps", "1"]) == 0
     shown = capsys.readouterr().out
     assert "ood: left out" in shown and "classes/fresh_present" in shown and "energy/heldout" not in shown
+
+
+def test_held_out_images_of_another_shape(tmp_path, shards, capsys):
+    """They are other data than the run's, whose shape is what it was trained with."""
+    run = make_run(tmp_path / "run", "data.shape=[3,8,8]", "energy.features=[4,8]", "loss.negatives=noise",
+                   f"data.shards={shards}/train", f"evaluate.shards={shards}/test")  # fmt: skip
+    ensure_shards(f"{shards}/test", "digits", "test")
+    assert main(["evaluate", str(run), "--metrics", "energy", "--num", "8", "--steps", "1"]) == 4
+    said = capsys.readouterr().err
+    assert "holds images of 1x8x8, and the run is one of images of 3x8x8" in said and "set evaluate.shards" in said
+    assert "set data.shape" not in said
 
 
 @pytest.mark.parametrize("flags", [["--metrics", "fid"], ["--num", "1"], ["--steps", "0"]])
