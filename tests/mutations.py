@@ -20,11 +20,11 @@ ROOT = Path(__file__).parent.parent
 TESTS = tuple(
     f"tests/losses/test_{name}.py"
     for name in ("contrastive", "losses_exact", "losses_kinds", "losses_device", "dual", "noise_levels_loss")
-)
+) + ("tests/samplers/test_own_samplers.py", "tests/energies/test_unet.py")
 
 
 class Loss(NamedTuple):
-    file: str  # of ebm/losses
+    file: str  # of ebm/losses, or from there on
     definitions: tuple[str, ...]  # the top-level functions and classes that hold the texts
     tests: str  # names of the tests that run on its mutants, as `pytest -k` takes them
     mutants: list[tuple[str, str]]  # (text, what replaces it); a text occurs once in the definitions
@@ -310,6 +310,44 @@ LOSSES = {
             ("-torch.inf", "0.0"),
             ("+ count // 2) % count", ") % count"),
             ("code.reshape(parts, -1,", "code.reshape(1, -1,"),
+        ],
+    ),
+    "flow and descent": Loss(
+        "../samplers/langevin",
+        ("flow", "nesterov", "_where_moving"),
+        "a_flow or nesterov or stops",
+        [
+            ("ahead = x - step * grad", "ahead = x + step * grad"),
+            ("x - step / 2 * (grad +", "x - step * (grad +"),
+            ("end / max(num_steps, 1)", "end / (num_steps + 1)"),
+            ("ahead - step_size * grad", "ahead + step_size * grad"),
+            ("x + momentum * velocity", "x - momentum * velocity"),
+            ("x, velocity = new, new - x", "x, velocity = new, x - new"),
+            ("> tolerance)", "< tolerance)"),
+        ],
+    ),
+    "annealing": Loss(
+        "../samplers/factory",
+        ("annealing",),
+        "annealing or annealed or last_step",
+        [
+            ("config.sigma**2 / config.temperature", "config.sigma**2 * config.temperature"),
+            ("config.hottest ** (1 - f)", "config.hottest**f"),
+            ("steps[-1], noises[-1] = whole, 0.0", "pass"),
+            ("config.relative_step * whole", "config.relative_step"),
+        ],
+    ),
+    "heads of U-Nets": Loss(
+        "../energies/resnet",
+        ("UNetEnergyFunction",),
+        "energy_of_each_head or linear_field or becomes_an_energy or no_head_pairs",
+        [
+            ('"dot": -1.0', '"dot": 1.0'),
+            ('"quadratic": 0.5', '"quadratic": 1.0'),
+            ('"norm": 0.5}', '"norm": -0.5}'),
+            ("sign = 1.0 if self.kind", "sign = -1.0 if self.kind"),
+            ("(self.output_scale * factor)", "factor"),
+            ("else x[:, : self.planes]", "else x[:, -self.planes :]"),
         ],
     ),
     "factory": Loss(

@@ -104,6 +104,11 @@ def test_the_noise_level_is_an_input_that_no_head_pairs(head):
     low, high = (energy(with_noise_level(x, torch.full((2,), t))) for t in (-3.0, 1.0))
     assert low.shape == (2,) and not torch.isclose(low, high).any()
     if head in ("dot", "quadratic", "norm"):
+        z = images(1, (10, 6, 6))
+        f = energy.network.field(z)
+        paired = f if head == "norm" else z[:, :2]
+        factor = {"dot": -1.0, "quadratic": 0.5, "norm": 0.5}[head]
+        torch.testing.assert_close(energy.network(z), factor * (paired * f).sum((1, 2, 3)))
         assert energy.network.field(images(1, (10, 6, 6))).shape == (1, 2, 6, 6)
 
 
@@ -153,7 +158,7 @@ def test_a_latent_makes_an_energy_of_any_network():
         torch.testing.assert_close(narrow(x), energy(x), rtol=0.05, atol=0.01)
         assert narrow.module.latent.weight.dtype == torch.float32
         own, theirs = (dict(part.named_parameters()) for part in (energy.network, energy.encoder))
-        assert own.keys() == theirs.keys() and not any(torch.equal(own[k], theirs[k]) for k in own if "weight" in k)
+        assert own.keys() == theirs.keys() and not any(torch.equal(own[k], theirs[k]) for k in own if own[k].ndim > 1)
     for wrong in ("energy.kind=unet energy.latent={} loss.kind=contrastive_latent", "energy.latent={}",
                   "loss.kind=contrastive_latent", "energy.latent={} energy.num_classes=3"):  # fmt: skip
         with pytest.raises(ConfigError, match="latent"):
