@@ -17,10 +17,14 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-TESTS = tuple(
-    f"tests/losses/test_{name}.py"
-    for name in ("contrastive", "losses_exact", "losses_kinds", "losses_device", "dual", "noise_levels_loss")
-) + ("tests/samplers/test_own_samplers.py", "tests/energies/test_unet.py")
+TESTS = (
+    *(
+        f"tests/losses/test_{name}.py"
+        for name in ("contrastive", "losses_exact", "losses_kinds", "losses_device", "dual", "noise_levels_loss")
+    ),
+    "tests/samplers/test_own_samplers.py",
+    "tests/energies/test_unet.py",
+)
 
 
 class Loss(NamedTuple):
