@@ -238,8 +238,8 @@ class TrainConfig(Section):
     )
     compile: Literal["auto", "true", "false"] = Field(
         "auto",
-        description="compile the network of chains by torch.compile: auto where that is faster, tried out once on a "
-        "GPU; compiled chains are used only where energies and gradients agree with the others",
+        description="compile the network of chains and of the loss by torch.compile: auto where that is faster, tried "
+        "out once on a GPU; a compiled network is used only where energies and gradients agree with the eager ones",
     )
     deterministic: bool = Field(
         True,
