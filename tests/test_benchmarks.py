@@ -86,3 +86,17 @@ def test_the_kit_for_a_gpu_runs_on_a_cpu(tmp_path):
     assert {part["status"] for part in result["parts"].values()} == {"done"}
     assert set(result["parts"]) == {"tests", "chain", "step", "compile", "ranks", "quality"}
     assert result["parts"]["ranks"]["result"]["same_trace"]
+
+
+@pytest.mark.slow
+def test_the_journey_follows_what_is_printed(tmp_path):
+    """From a folder of pictures to a report; its figures are not judged."""
+    command = [sys.executable, str(ROOT / "benchmarks/journey.py"), "--out", str(tmp_path / "journey"), "--tiny",
+               "--images", "300", "--side", "8", "--no-defaults"]  # fmt: skip
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout)
+    names = [each["command"].split()[3] for each in result["commands"]]
+    assert names == ["init", "train", "sample", "evaluate", "report"]
+    assert result["journey"]["steps"] == 4 and result["journey"]["spread"] > 0
+    assert (tmp_path / "journey/runs/pictures/report.html").is_file()
