@@ -297,10 +297,11 @@ def _manifest_of(shards: str) -> Path:
 def check_places(
     config: Config, path: str | Path | Sequence[str | Path] | None = None, overrides: Sequence[str] = ()
 ) -> None:
-    """Raises ConfigError where a mistyped directory of shards would get other data than the user means.
+    """Raises ConfigError where `data.shards` or `evaluate.shards` is likely mistyped and would get other data than the
+    user means; says what is to be written to a place that may be meant.
 
-    That is where `data.shards` or `evaluate.shards` is given without a source, so that the source of a file below it
-    holds, and no shards are there. A path with the name of that source in it is taken for its new place.
+    That is where the path is given without a source, so that the source of a file below it holds, and no shards are
+    there. With shards beside it at a path that differs in the spelling of one part, it is taken for a typing error.
     """
     layers = [layer for layer in _layers(path, overrides) if isinstance(layer, dict)]
     for name, section in (("data", config.data), ("evaluate", config.evaluate)):
@@ -313,11 +314,16 @@ def check_places(
         named = any(re.match(rf"{re.escape(_name_of(source).lower())}(?![a-z])", part) for part in parts)
         if not (known or named or _manifest_of(place).exists()):
             near = _near(Path(place))
+            if near is None:
+                log.info(
+                    f"{name}.shards={place}: there are no shards yet; they are written from {name}.source={source}, "
+                    f"which the config has (for other data give {name}.source beside it, or null for your own shards)"
+                )
+                continue
             raise ConfigError(
                 f"{name}.shards={place}: there are no shards, and {name}.source={source} comes from the config, not "
-                f"with this path{f'; did you mean {near}?' if near else ''}. Give {name}.source={source} beside it to "
-                f"have them written from that, or write shards of your own there with `python -m ebm shard` or `python "
-                f"-m ebm index`, and give {name}.source=null"
+                f"with this path; did you mean {near}? Give {name}.source={source} beside it to have shards written "
+                "from that"
             )
 
 

@@ -202,7 +202,7 @@ def places(tmp_path, *overrides, path=None) -> str:
     return ""
 
 
-def test_a_mistyped_directory_of_shards_gets_no_other_data(tmp_path):
+def test_a_mistyped_directory_of_shards_gets_no_other_data(tmp_path, caplog):
     """Nothing is there, and the source is the config's: digits would be written to it, and trained on."""
     (tmp_path / "shards" / "pictures").mkdir(parents=True)
     (tmp_path / "shards" / "pictures" / "manifest.json").write_text(json.dumps({"version": 2, "source": {}}))
@@ -210,8 +210,13 @@ def test_a_mistyped_directory_of_shards_gets_no_other_data(tmp_path):
         said = places(tmp_path, f"data.shards=TMP/{typo}")
         assert f"data.shards={tmp_path}/{typo}" in said and "data.source=digits comes from the config" in said
         assert f"did you mean {tmp_path}/shards/pictures?" in said and "Give data.source=digits beside it" in said
-    assert "did you mean" not in places(tmp_path, "data.shards=TMP/other") != ""
-    assert "evaluate.source=digits comes from" in places(tmp_path, "evaluate.shards=TMP/shards/pic")
+    assert "evaluate.source=digits comes from" in places(tmp_path, "evaluate.shards=TMP/shards/picture")
+    with caplog.at_level("INFO"):
+        assert not places(tmp_path, "data.shards=TMP/other")
+    assert (
+        f"data.shards={tmp_path}/other: there are no shards yet; they are written from data.source=digits"
+        in caplog.text
+    )
     file = tmp_path / "mine.yaml"
     file.write_text(f"base: digits\ndata: {{shards: {tmp_path}/shards/pictuers}}\n")
     assert "did you mean" in places(tmp_path, path=file)
