@@ -143,10 +143,10 @@ def test_a_sweep_and_a_run_that_can_not_start(cluster, digits, whole, tmp_path):
     sweep.write_text(f"# two runs\nrun.dir={bad} data.shards=/nowhere\n\nrun.dir='{good}' tracking.name='a name'\n")
     arguments = [a for a in overrides("unused", digits, data__source="null") if not a.startswith("run.dir=")]
     job = submit(cluster, arguments, "--sweep", str(sweep), nodes=1)
-    assert cluster.until_ended(f"{job}_0") == "FAILED"
-    assert cluster.job(f"{job}_0")["ExitCode"] == "4:0" and cluster.job(f"{job}_0")["Restarts"] == "0"
     until_step(cluster, good, 25)
     cluster.run("scancel", "--signal=USR1", "--batch", f"{job}_1")
+    assert cluster.until_ended(f"{job}_0") == "FAILED"
+    assert cluster.job(f"{job}_0")["ExitCode"] == "4:0" and cluster.job(f"{job}_0")["Restarts"] == "0"
     assert "saved: back to the queue" in done(cluster, f"{job}_1", good, whole)
     assert cluster.job(f"{job}_1")["Restarts"] == "1" and "name: a name" in (good / "config.yaml").read_text()
 
