@@ -221,6 +221,8 @@ def few_heldout(config: Config, count: int) -> tuple[Tensor, Tensor]:
         each = min(-(-count // opened), samples)
         for start in (k * samples // each for k in range(each)):
             decoded += [reader.decode(shard, sample) for sample in reader.samples(shard, start, start + 1)]
+    if not decoded:
+        raise DataError(f"{shards}: holds no samples; give data that does")
     kept = decoded[:count]
     return torch.stack([torch.from_numpy(sample[0]) for sample in kept]), torch.tensor([sample[1] for sample in kept])
 

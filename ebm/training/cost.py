@@ -85,9 +85,9 @@ def peak_flops(device: str, config: TrainConfig) -> float | None:
     return 1e12 * (half if config.mixed_precision != "no" else half / 2 if config.tf32 else single)
 
 
-def run_facts(state: TrainState) -> dict[str, Any]:
+def run_facts(state: TrainState, beat: Callable[[], None]) -> dict[str, Any]:
     """What the run computes on, how large it is, and its data: what its W&B config has beside the config. All ranks
-    together; the FLOPs of a step are counted on rank 0, where anybody asks for them."""
+    together. The FLOPs of a step are counted where anybody asks for them, by rank 0, while all call `beat`."""
     config, world = state.config, state.world
     hosts = world.gather(socket.gethostname())
     facts: dict[str, Any] = {
@@ -100,8 +100,8 @@ def run_facts(state: TrainState) -> dict[str, Any]:
         "data_identity": state.data.identity,
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
-    if world.is_main and (config.tracking.wandb != "disabled" or peak_flops(world.device_name, config.train)):
-        facts["flops_per_step"] = step_flops(config)
+    if config.tracking.wandb != "disabled" or peak_flops(world.device_name, config.train):
+        facts["flops_per_step"] = world.on_main(lambda: step_flops(config), beat)
     return facts
 
 

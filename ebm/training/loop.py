@@ -159,7 +159,7 @@ def run_from(run: RunDirectory, config: Config, world: World, watchdog: Watchdog
     watchdog.beat()
     heldout: list[Heldout | None] = []  # on rank 0 alone
     world.on_main(lambda: heldout.append(read_heldout(state)), watchdog.beat)
-    facts = run_facts(state)
+    facts = run_facts(state, watchdog.beat)
     tracker, code = open_tracker(state, run, facts), 1
     if tracker is not None:
         watchdog.on_stall(config.tracking.stall_after, tracker.stalled)
@@ -216,7 +216,7 @@ class Training:
     saver: Saver
     tracker: Tracker | None
     heldout: Heldout | None  # on rank 0, where the run has held-out data
-    flops: int | None  # of a step over all ranks, on rank 0, where they are known
+    flops: int | None  # of a step over all ranks, where they are known
 
     def loop(self, stop: StopRequest, watchdog: Watchdog) -> int:
         """Train to the last step (0), or until a stop is asked for (75)."""

@@ -213,3 +213,14 @@ def test_chains_of_several_lengths_are_those_of_each(config):
     for length, x in states.items():
         assert torch.equal(x, fresh_chains(energy, config, (3,), 50, length, seed=1)[0])
     assert sum(moved) == 64 * (130 if can_be_continued(config) else 142)
+
+
+def test_the_share_of_initial_weights_in_the_average_is_said(tmp_path, caplog, capsys):
+    settings = ("loss.negatives=noise", "optim.ema_decay=0.9", "optim.ema_warmup=false")
+    run = make_run(tmp_path / "run", *settings)
+    open_run(run, "cpu")
+    assert "the averaged weights of step 1 are still 90% the initial ones" in caplog.text
+    caplog.clear()
+    open_run(run, "cpu", "raw")
+    assert "initial" not in caplog.text
+    assert main(["doctor", str(run)]) == 0 and "still 90% the initial ones" in capsys.readouterr().out
