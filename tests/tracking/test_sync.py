@@ -3,6 +3,7 @@
 Whole runs under `accelerate launch` with the real client; its files are read back, and uploaded by `python -m ebm sync`
 to a server on this machine that keeps what it gets."""
 
+import json
 import os
 import signal
 import struct
@@ -156,6 +157,10 @@ def test_divergence_is_an_alert_and_the_last_checkpoint_an_artifact(digits, serv
     made = {"checkpoint": run_dir / "checkpoints/step_00000060", "samples": run_dir / "samples"}
     files = [(kind, file) for kind, path in made.items() for file in path.iterdir()]
     true = {f"{kind}-{identity}/{file.name}": file.read_bytes() for kind, file in files}
+    for file in (made["checkpoint"] / "ema.safetensors", run_dir / "config.yaml"):
+        true[f"model-{identity}/{file.name}"] = file.read_bytes()
+    last = json.loads(server.artifacts.pop(f"model-{identity}/metrics.json"))
+    assert last == records(run_dir / "metrics.jsonl")[-1]
     assert server.artifacts == true
     assert not (run_dir / "wandb/artifacts").exists()
 
