@@ -146,15 +146,15 @@ def test_shapes_that_differ_are_told_once(tmp_path, capsys):
 
 
 def test_names_that_are_not_utf_8(tmp_path, capsys):
-    for i, name in enumerate((b"ol\xe9", b"ni\xf1o")):
+    for i, name in enumerate((b"ab\xe9", b"ni\xf1o")):
         folder = os.path.join(os.fsencode(tmp_path), b"in", name)
         os.makedirs(folder)
         Image.new("L", (4, 4), i).save(os.path.join(folder, b"\xe9.png"))
         Path(os.fsdecode(os.path.join(folder, b"\xe9.txt"))).write_text("x")
     assert main(["shard", "--source", f"folder:{tmp_path}/in", "--out", str(tmp_path / "out")]) == 0
     manifest = load_manifest(tmp_path / "out")
-    assert manifest.classes == ("ol\\udce9", "ni\\udcf1o")
-    assert manifest.left_out[0].first == "ol\\udce9/\\udce9.txt"
+    assert manifest.classes == ("ab\\udce9", "ni\\udcf1o")
+    assert manifest.left_out[0].first == "ab\\udce9/\\udce9.txt"
     ((images, labels, _),) = read_all(manifest, (1, 4, 4))
     assert images.amax((1, 2, 3)).tolist() == labels.tolist() == [0, 1]
 
