@@ -209,6 +209,7 @@ def test_another_kind_drops_the_other_keys_of_its_section(config_file):
     path = config_file("energy: {kind: conv, features: [4, 4], hidden_dim: 7}\n")
     assert load_config(path, ["energy.kind=mlp"]).energy.model_dump() == {
         "kind": "mlp",
+        "latent": None,
         "hidden_dim": 64,
         "num_layers": 2,
         "noise_conditional": None,

@@ -109,7 +109,7 @@ def test_the_sampler_of_a_config():
     more = bounds | {"temperature": 1.0, "boundary": "reject", "num_leapfrog": 2}
     assert sampler_of(CONFIGS[2], step_size=0.2) == (hmc, {"num_steps": 3, "step_size": 0.2} | more)
     more = bounds | {"temperatures": (0.5, 1.0, 3.0), "boundary": "reflect", "swap_every": 2}
-    assert sampler_of(CONFIGS[3], 9) == (tempering.tempering, {"num_steps": 9, "step_size": 0.1} | more)
+    assert sampler_of(CONFIGS[3], 9) == (tempering, {"num_steps": 9, "step_size": 0.1} | more)
     annealed = LangevinConfig(step_size=1.0, schedule="linear", step_size_end=0.5)
     assert sampler_of(annealed, 3, step_size=2.0)[1]["step_size"] == [2.0, 1.5, 1.0]
 

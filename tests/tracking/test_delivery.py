@@ -138,7 +138,7 @@ def test_what_waits_is_bounded_in_bytes_and_pictures_go_first(tmp_path, monkeypa
     run.log(1, {})
     picture = np.zeros((500, 1000), np.uint8)
     for step in range(2, 50):
-        run.log_images(step, {"samples/fresh": picture})
+        run.log_images(step, {"samples/fresh": picture}, {})
         run.log(step, {"train/loss": 0.0})
     assert run._bytes <= 4_000_000
     assert run._left_out >= 40 and run._rows_left_out.empty()

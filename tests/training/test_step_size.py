@@ -57,7 +57,7 @@ def test_drift_and_a_run_opened_for_use_have_the_step_in_use(new_state, kind):  
 class Panels:
     """Keeps what `readings.panels` gives to a tracker."""
 
-    def panels(self, step, samples):
+    def panels(self, step, samples, captions, further):
         self.samples = samples
 
     def histograms(self, step, values):
@@ -77,6 +77,6 @@ def test_pictures_show_what_ebm_sample_draws(new_state, variant):  # noqa: F811
     saver.start(state.step, *snapshot(state))
     assert saver.finish(keep=1)
     shown = Panels()
-    readings.panels(state, batch, result, shown)
+    readings.panels(state, batch, result, shown, heldout=None)
     drawn = open_run(run.path).sample(8, steps=20, seed=state.config.run.seed + state.step)
     assert torch.equal(shown.samples["samples/fresh"], drawn)
