@@ -25,7 +25,8 @@ from runs import ROOT, Run, command, last_step, records
 
 SETTINGS = {
     "train__steps": 10_000_000, "optim__decay_start": 1.0, "checkpoint__every": 50, "train__log_every": 10,
-    "data__workers": 1, "sampler__num_steps": 5, "health__max_restarts": 100_000, "train__collective_timeout": 60,
+    "data__workers": 1, "sampler__num_steps": 5, "health__every": 1_000_000, "health__max_restarts": 100_000,
+    "train__collective_timeout": 60,
     "data__trace": "true", "energy__kind": "import", "energy__path": "slow_energy:SlowEnergy",
 }  # fmt: skip
 SLOW = {"EBM_TEST_SECONDS": "0.02", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
