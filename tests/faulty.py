@@ -5,6 +5,7 @@ kinds, each on one rank (or on all: "rank": null):
     raise, hang: an error, or a sleep without end, before step `step`
     lost_data: a DataError before step `step`, while leaving the group of ranks would take for ever
     slow_source: shards take `seconds` to be written
+    slow_close (a file, beside any kind): rank 0 takes 3 s to close its records, and writes the file then
     nan_weight, nan_chain: a NaN in the first weight, or in a chain, before step `step`, until a rollback
 """
 
@@ -13,6 +14,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -63,6 +65,11 @@ def slow_source() -> None:
     shards.ensure_shards = lambda *arguments: (time.sleep(FAULT["seconds"]), real(*arguments))
 
 
+def slow_close() -> None:
+    real = trainer.Tracker.close
+    trainer.Tracker.close = lambda *arguments: (time.sleep(3), real(*arguments), Path(FAULT["slow_close"]).touch())
+
+
 def hang(state) -> None:
     time.sleep(3600)
 
@@ -77,6 +84,8 @@ def nan_chain(state) -> None:
 
 
 if __name__ == "__main__":
+    if "slow_close" in FAULT:
+        slow_close()
     if HERE and FAULT["kind"] == "kill_in_save":
         kill_in_save()
     elif FAULT["kind"] == "slow_source":

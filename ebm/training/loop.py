@@ -175,6 +175,7 @@ def run_from(run: RunDirectory, config: Config, world: World, watchdog: Watchdog
     except Exception as error:
         if isinstance(error, UserError):  # at once: the tracker's end takes time
             leave_code(error.exit_code, run.path)
+            code = error.exit_code
         if tracker is not None:
             tracker.alert("the run ended", f"step {state.step}: {error}", "ERROR")
         if not world.lost_peer(error):
@@ -188,8 +189,12 @@ def run_from(run: RunDirectory, config: Config, world: World, watchdog: Watchdog
         state.reader.close()
         if tracker is not None:
             tracker.close(code)
+        if (
+            code == DivergenceError.exit_code
+        ):  # the launcher ends all ranks when the first one ends: rank 0 closes first
+            world.meet_within(config.train.collective_timeout)
     run.finish(code, state.step, time.monotonic() - started)
-    if code == EXIT_STOPPED:  # the launcher ends all ranks when the first one ends: wait for rank 0 and its W&B
+    if code == EXIT_STOPPED:  # the same
         leave_code(code, run.path)
         world.meet_within(config.train.collective_timeout)
     return code

@@ -204,10 +204,13 @@ def test_a_nan_on_one_rank(digits, tmp_path, kind):
 
 
 def test_without_the_ladder_a_nan_is_the_end(digits, tmp_path):
+    """With exit code 3. The other rank waits until rank 0 has closed its records: the launcher would end it."""
+    fault = {"kind": "nan_weight", "rank": 1, "step": 43, "slow_close": str(tmp_path / "closed")}
     arguments = command(2, tmp_path / "run", digits, script="tests/faulty.py", health__ladder="false", **NAN)
-    said = finish(arguments, tmp_path / "log", 1, EBM_FAULT='{"kind": "nan_weight", "rank": 1, "step": 43}')
+    said = finish(arguments, tmp_path / "log", 1, EBM_FAULT=json.dumps(fault))
     assert "error: training diverged at step 45: the ranks' weights differ or are not finite" in said
     assert "exitcode  : 3" in said
+    assert (tmp_path / "closed").exists()
 
 
 def test_every_file_of_the_newest_checkpoint_damaged(digits, tmp_path, shown):
