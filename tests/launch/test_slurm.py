@@ -87,7 +87,7 @@ def test_the_time_limit_and_preemption_save_and_requeue(cluster, digits, whole, 
     """The signal comes 80 s before the end of the three minutes, or up to a minute earlier; on preemption the ranks get
     a SIGTERM, and the batch script nothing."""
     run_dir = tmp_path / "run"
-    job = submit(cluster, overrides(run_dir, digits), "--time", "3", "--save-seconds", "20", seconds=0.25)
+    job = submit(cluster, overrides(run_dir, digits), "--time", "3", "--save-seconds", "20", seconds=0.4)
     cluster.until_restarts(job, 1)
     limited = last_step(run_dir)
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
