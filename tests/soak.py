@@ -75,7 +75,9 @@ def hashes(checkpoint: Path) -> dict[str, str]:
 
 
 def newest(run_dir: Path) -> Path:
-    return max((run_dir / "checkpoints").glob("step_????????"))
+    """The newest checkpoint of a step at which the undisturbed run saves too."""
+    every = SETTINGS["checkpoint__every"]
+    return max(p for p in (run_dir / "checkpoints").glob("step_????????") if int(p.name[5:]) % every == 0)
 
 
 def disturb(arguments: list[str], run_dir: Path, where: Path, minutes: float, every: list[float], seed: int) -> Counter:
