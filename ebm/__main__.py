@@ -26,10 +26,12 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code. What it needs is imported inside: Ctrl-C ends that quietly, too."""
     try:
-        return run(sys.argv[1:] if arguments is None else arguments)
+        code = run(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # one more ends the process at once, without an exit's tracebacks
-        return 130
+        code = 130
+    if code in (75, 130):  # it was asked to end: one more Ctrl-C ends it at once, without an exit's tracebacks
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return code
 
 
 def run(arguments: list[str]) -> int:
