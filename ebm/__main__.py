@@ -29,7 +29,12 @@ def main(arguments: list[str] | None = None) -> int:
         code = run(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt:
         code = 130
-    if code in (75, 130):  # it was asked to end: one more Ctrl-C ends it at once, without an exit's tracebacks
+    from ebm.errors import EXIT_STOPPED
+
+    if code in (
+        EXIT_STOPPED,
+        130,
+    ):  # it was asked to end: one more Ctrl-C ends it at once, without an exit's tracebacks
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     return code
 

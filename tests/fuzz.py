@@ -578,13 +578,17 @@ def labels_target(root: Path):
                 return
             else:
                 source = open_source(f"folder:{root}/in", "train", Options(labels=str(path)))
-            if rng.random() < 0.3:
-                write_shards(source, out, workers=1, progress=False)
-                load_manifest(out)
+            write_now_and_then(rng, source, out)
         finally:
             shutil.rmtree(out, ignore_errors=True)
 
     return run
+
+
+def write_now_and_then(rng: random.Random, source, out: Path) -> None:
+    if rng.random() < 0.3:
+        write_shards(source, out, workers=1, progress=False)
+        load_manifest(out)
 
 
 def idx_target(root: Path):
@@ -672,9 +676,7 @@ def arrays_target(root: Path):
         try:
             source = open_source(f"npy:{root}/a.{suffix}{names}", rng.choice(["train", "train", "test"]))
             source.item(0)
-            if rng.random() < 0.3:
-                write_shards(source, out, workers=1, progress=False)
-                load_manifest(out)
+            write_now_and_then(rng, source, out)
         finally:
             shutil.rmtree(out, ignore_errors=True)
 

@@ -45,6 +45,10 @@ def _reinit(config: Config, _: object) -> Range:
     return config.buffer.reinit_prob - 0.05, config.buffer.reinit_prob + 0.05
 
 
+def _saturated(_: Config, data: dict[str, float]) -> Range:
+    return 0.0, data["data/saturated"] + 0.25
+
+
 METRICS = (
     Metric("step", "optimizer steps so far, the axis of all others", "steps", "grows"),
     Metric("train/loss", "mean loss, with its regularisers", "energy",
@@ -61,7 +65,7 @@ METRICS = (
     Metric("sampler/displacement", "norm of x_K - x_0: how far a chain moves in one step of training", "x",
            "level; 0: the chains are stuck"),
     Metric("sampler/saturated", "share of the chains' pixels at a bound", "share",
-           "near data/saturated, at most .25 above it", lambda _, data: (0.0, data["data/saturated"] + 0.25)),
+           "near data/saturated, at most .25 above it", _saturated),
     Metric("sampler/temperature", "noise_scale^2 / (2 step_size)", "energy", "as configured"),
     Metric("sampler/acceptance*", "share of proposals that the Metropolis test accepts", "share",
            "near the sampler's target"),
@@ -73,7 +77,7 @@ METRICS = (
            "near .5 at the end; near 1 they don't reach the data, near 0 they run past it, as early in a run",
            lambda *_: (0.05, 0.95)),
     Metric("fresh/saturated", "share of the fresh chains' pixels at a bound", "share",
-           "near data/saturated, at most .25 above it", lambda _, data: (0.0, data["data/saturated"] + 0.25)),
+           "near data/saturated, at most .25 above it", _saturated),
     Metric("fresh/spread", "how much fresh chains differ from each other, as a share of how much data do; images by "
            "the means of 4 x 4 fields", "share", "near 1; below .5 they are alike, below .1 all the same picture",
            lambda *_: (MIN_FRESH_SPREAD, 2.0)),

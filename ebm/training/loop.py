@@ -189,12 +189,12 @@ def run_from(run: RunDirectory, config: Config, world: World, watchdog: Watchdog
         state.reader.close()
         if tracker is not None:
             tracker.close(code)
-        if (
-            code == DivergenceError.exit_code
-        ):  # the launcher ends all ranks when the first one ends: rank 0 closes first
-            world.meet_within(config.train.collective_timeout)
+        if code == DivergenceError.exit_code:
+            world.meet_within(
+                config.train.collective_timeout
+            )  # the launcher ends all when one ends: rank 0 closes first
     run.finish(code, state.step, time.monotonic() - started)
-    if code == EXIT_STOPPED:  # the same
+    if code == EXIT_STOPPED:  # as above
         leave_code(code, run.path)
         world.meet_within(config.train.collective_timeout)
     return code

@@ -71,17 +71,24 @@ def test_a_compiled_chain_is_the_eager_one(tmp_path, caplog, monkeypatch, thread
     assert list(json.loads((tmp_path / "compiled.json").read_text()).values()) == [True]
 
 
-def test_a_wrong_compiled_gradient_is_found(tmp_path, caplog, monkeypatch):
-    class Wrong(torch.autograd.Function):
+def with_gradient_times(factor: float):
+    """The identity, whose gradient is wrong by `factor`."""
+
+    class Scaled(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
             return x.clone()
 
         @staticmethod
         def backward(ctx, grad):
-            return 1.1 * grad
+            return factor * grad
 
-    monkeypatch.setattr(compiled, "compiled", lambda energy: lambda x: energy(Wrong.apply(x)))
+    return Scaled.apply
+
+
+def test_a_wrong_compiled_gradient_is_found(tmp_path, caplog, monkeypatch):
+    wrong_gradient = with_gradient_times(1.1)
+    monkeypatch.setattr(compiled, "compiled", lambda energy: lambda x: energy(wrong_gradient(x)))
     engine = Engine(energy, compiler=compiler(tmp_path, tolerance=0.05))
     out, _ = engine(langevin, start(), generator=generators(), **SETTINGS)
     expected, _ = Engine(energy)(langevin, start(), generator=generators(), **SETTINGS)
@@ -231,19 +238,11 @@ def test_a_compiled_loss_is_the_eager_one_and_is_compiled_once(tmp_path, caplog,
 
 
 def test_a_wrong_gradient_of_a_single_weight_leaves_the_loss_eager(tmp_path, caplog, monkeypatch):
-    class Wrong(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return 1.5 * grad
-
+    wrong_gradient = with_gradient_times(1.5)
     module = network()
 
     def wrong(energy):
-        return lambda tensors, x: energy([Wrong.apply(t) if t.shape == (4, 1, 3, 3) else t for t in tensors], x)
+        return lambda tensors, x: energy([wrong_gradient(t) if t.shape == (4, 1, 3, 3) else t for t in tensors], x)
 
     monkeypatch.setattr(compiled, "compiled", wrong)
     evaluated = EnergyOfLoss(module, torch.float32, compiler(tmp_path, tolerance=0.05))
