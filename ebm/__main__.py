@@ -31,10 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
         code = 130
     from ebm.errors import EXIT_STOPPED
 
-    if code in (
-        EXIT_STOPPED,
-        130,
-    ):  # it was asked to end: one more Ctrl-C ends it at once, without an exit's tracebacks
+    # It was asked to end: one more Ctrl-C ends it at once, without an exit's tracebacks.
+    if code in (EXIT_STOPPED, 130):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     return code
 

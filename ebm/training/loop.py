@@ -189,10 +189,9 @@ def run_from(run: RunDirectory, config: Config, world: World, watchdog: Watchdog
         state.reader.close()
         if tracker is not None:
             tracker.close(code)
+        # The launcher ends all ranks when the first one ends: rank 0 closes first.
         if code == DivergenceError.exit_code:
-            world.meet_within(
-                config.train.collective_timeout
-            )  # the launcher ends all when one ends: rank 0 closes first
+            world.meet_within(config.train.collective_timeout)
     run.finish(code, state.step, time.monotonic() - started)
     if code == EXIT_STOPPED:  # as above
         leave_code(code, run.path)
