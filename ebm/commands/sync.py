@@ -74,11 +74,12 @@ def sync_folder(folder: Path, run_dir: Path) -> list[str]:
         parts = [part for part in parts_of(folder, own) if not all(marker(file).exists() for file in files_of(part))]
         now, training = clock(folder), is_training(run_dir)
         newest = newest_of_each_id(parts_of(folder, own))
-        ready = [part for part in parts if is_closed(part, now, part in newest, training)]
+        closed = [part for part in parts if is_closed(part, now, part in newest, training)]
+        ready = [part for part in closed if holds_records(part)]
         if ready:
             time.sleep(max(0.0, SETTLED - min(now - written(part) for part in ready)))
             upload(ready)
-    left = [part.name for part in parts if part not in ready]
+    left = [part.name for part in parts if part not in closed]
     print(f"{run_dir}: {len(ready)} files uploaded" + "".join(f"; {name} is still written to" for name in left))
     return left
 
@@ -92,6 +93,12 @@ def parts_of(folder: Path, of: str = "*") -> list[Path]:
 def files_of(part: Path) -> list[Path]:
     """Returns the .wandb files of a part. A link is none of ours."""
     return [file for file in part.glob("run-*.wandb") if file.is_file() and not file.is_symlink()]
+
+
+def holds_records(part: Path) -> bool:
+    """Returns whether there is anything to upload. W&B's command fails at the file of a start that was killed before
+    its first record."""
+    return any(whole_records(file.read_bytes()) > HEADER for file in files_of(part))
 
 
 def marker(file: Path) -> Path:

@@ -146,6 +146,10 @@ class WandbRun:
             dir=asked.folder, mode=self.mode, id=asked.id, resume="allow", project=asked.project, entity=asked.entity,
             name=asked.name, group=tracking.group, tags=list(tracking.tags) or None, notes=tracking.notes,
             job_type=tracking.job_type, config=config, settings=wandb.Settings(**settings))  # fmt: skip
+        if self.mode == "offline":
+            number_part(Path(run.dir).parent)
+        else:
+            log.info(f"W&B: {run.url}")
         if self._resume_step:
             run.config.update(config, allow_val_change=True)  # what train.extend changed
         obtained, self._folder = delivery.keep(run, self._run_dir, asked.folder, facts), asked.folder / "wandb"
@@ -157,10 +161,6 @@ class WandbRun:
             self._handed = Handed(self._run_dir, obtained, UNSAFE[self.mode])
         self._part_ends = time.monotonic() + tracking.offline_part
         self._summarise_before(run)
-        if self.mode == "offline":
-            number_part(Path(run.dir).parent)
-        else:
-            log.info(f"W&B: {run.url}")
         return run
 
     def _summarise_before(self, run: Any) -> None:

@@ -19,7 +19,7 @@ from wandb_reader import history
 from wandb_reader import records as wandb_records
 from wandb_server import StandIn
 
-from ebm.commands.sync import QUIET, files_of, is_closed, parts_of, whole_records
+from ebm.commands.sync import HEADER, QUIET, files_of, is_closed, parts_of, whole_records
 from ebm.tracking.delivery import number_part
 
 # A busy machine is slow now and then: not to be alerted of here.
@@ -28,6 +28,8 @@ SETTINGS = {
 }  # fmt: skip
 
 FAULTY = {"train__steps": 60, "checkpoint__every": 20, "health__every": 5, "health__patience": 2}
+ONE_RECORD = b":W&B\xe7\xcf\x00" + struct.pack("<IHB", 0, 3, 1) + bytes(3)
+HALF_A_RECORD = b":W&B\xe7\xcf\x00" + struct.pack("<IHB", 0, 20, 1) + bytes(3)
 NAN = '{"kind": "nan_weight", "rank": 0, "step": 43}'
 
 
@@ -93,15 +95,22 @@ def test_a_requeued_run_is_one_run(digits, server, homes, tmp_path):
     assert sum(r.HasField("preempting") for r in every) == 2  # the two starts that were asked to stop
     assert any(item.key == "proc.memory.rssMB" for r in every if r.HasField("stats") for item in r.stats.item)
 
-    cut_anywhere(parts(run_dir)[0], tmp_path)
-    (whole, *_), end = parts(run_dir), len(parts(run_dir)[0].read_bytes())
+    whole = next(file for file in parts(run_dir) if (file.parent / "closed").exists())
+    end = whole.stat().st_size
+    cut_anywhere(whole, tmp_path)
     (whole.parent / "closed").unlink()  # as if its client had been killed, with half a record at the end
     with whole.open("ab") as file:
         file.write(struct.pack("<IHB", 0, 20, 1) + bytes(3))
+    for name, content in ("20010101_000000", b""), ("20010101_000001", whole.read_bytes()[:HEADER]):  # killed at once
+        empty = whole.parent.with_name(f"offline-run-{name}-{identity}") / whole.name
+        empty.parent.mkdir()
+        empty.write_bytes(content)
+        os.utime(empty, (0, 0))
+    full = [file for file in parts(run_dir) if any(wandb_records(file))]
     said = sync(server, homes, str(run_dir))
     assert whole.stat().st_size == end
     uploaded = server.history(identity)
-    assert list(server.runs) == [identity] and f"{len(parts(run_dir))} files uploaded" in said
+    assert list(server.runs) == [identity] and f"{run_dir}: {len(full)} files uploaded\n" in said
     assert [plain(row) for row in uploaded if "train/loss" in row] == rows
     assert all(a["_step"] < b["_step"] for a, b in pairwise(uploaded))
     sync(server, homes, str(run_dir))
@@ -183,7 +192,7 @@ def test_what_can_not_be_uploaded_stays(homes, tmp_path):
     part = run_dir / "wandb/offline-run-20260101_000000-abc"
     part.mkdir(parents=True)
     (run_dir / "config.yaml").touch()
-    (part / "run-abc.wandb").write_bytes(b":W&B\xe7\xcf\x00")
+    (part / "run-abc.wandb").write_bytes(ONE_RECORD)
     (part / "closed").touch()
     failing = StandIn("fails")
     said = sync(failing, homes | {"WANDB_X_GRAPHQL_RETRY_MAX": "0"}, str(run_dir), expect=1)
@@ -191,7 +200,7 @@ def test_what_can_not_be_uploaded_stays(homes, tmp_path):
     assert "not uploaded (1 of 1 files)" in said and "wandb login" in said
 
 
-def part_of(run_dir: Path, begun: str, content: bytes = b":W&B\xe7\xcf\x00") -> Path:
+def part_of(run_dir: Path, begun: str, content: bytes = ONE_RECORD) -> Path:
     """An offline part, as a training begins it at a local time."""
     part = run_dir / "wandb" / f"offline-run-{begun}-abc"
     part.mkdir(parents=True)
@@ -212,9 +221,6 @@ def test_the_file_under_way_waits(tmp_path):
     (part / "closed").unlink()
     (part / "part").unlink()  # of a version that did not number them: the name alone says nothing
     assert not is_closed(part, now, False, False)
-
-
-HALF_A_RECORD = b":W&B\xe7\xcf\x00" + struct.pack("<IHB", 0, 20, 1) + bytes(3)
 
 
 def test_the_file_under_way_is_not_cut_when_local_time_went_back(homes, tmp_path):
