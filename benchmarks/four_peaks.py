@@ -1,10 +1,12 @@
 """Every objective and sampler on the four peaks: the divergence of what is learned from the truth, by quadrature.
 
-python benchmarks/four_peaks.py [--out DIR] [--json FILE] [METHOD ...]
+python benchmarks/four_peaks.py [--out DIR] [--json FILE] [--chain-steps 100000] [METHOD ...]
 
 Each method is a run of configs/four_peaks.yaml with the overrides of `METHODS`, on one thread, scored by `python -m ebm
-evaluate --metrics likelihood`: KL(true || learned) in nats, and the largest error of the weight of a mode. A run that
-is done already is only scored. Prints a table and one JSON object.
+evaluate --metrics likelihood`: KL(true || learned) in nats, and the largest error of the weight of a mode. With
+`--chain-steps` 400 chains of MALA go on from exact samples for as many steps in the learned energy: `drift` is the
+largest difference, in points, between the share of chains nearest to a mode and its true weight, over the second half
+of the way (a state every 500 steps). A run that is done already is only scored. Prints a table and one JSON object.
 """
 
 import argparse
@@ -17,12 +19,19 @@ from pathlib import Path
 
 import torch
 
+import ebm
 from ebm.config import load_config
+from ebm.data.sources import known_density
+from ebm.evaluation.metrics import density, mode_weights
+from ebm.samplers import mala
+from ebm.streams import generator
 
 ROOT = Path(__file__).parent.parent
 WITHOUT_CHAINS = ["train.steps=5000"]
 MALA = ["sampler.kind=mala", "sampler.bounds=null", "sampler.start=[-4,4]"]
 HMC = ["sampler.kind=hmc", "sampler.bounds=null", "sampler.start=[-4,4]", "sampler.num_steps=4"]
+LEVELS = ["energy.noise_conditional={sigma_min: 0.1, sigma_max: 10, data_std: 2}", "sampler.kind=noise_levels",
+          "sampler.sigma_min=0.1", "sampler.sigma_max=10", "sampler.bounds=null", "buffer.reinit_prob=0"]  # fmt: skip
 TEMPERING = ["sampler.kind=tempering", "sampler.bounds=null", "sampler.start=[-4,4]", "sampler.num_steps=5"]
 FLOW = ["sampler.start=normal", "sampler.schedule=flow", "sampler.num_steps=80", "sampler.step_size=0.1"]
 METHODS = {
@@ -39,6 +48,7 @@ METHODS = {
     "denoising": ["loss.kind=denoising", "loss.sigma=0.1", *WITHOUT_CHAINS],
     "multilevel_denoising": ["loss.kind=multilevel_denoising", "loss.sigma_min=0.08", "loss.sigma_max=0.125",
                              *WITHOUT_CHAINS],
+    "dual_score_matching": ["loss.kind=dual_score_matching", *LEVELS],
     "noise_contrastive": ["loss.kind=noise_contrastive", "loss.noise_std=2.5", "loss.ratio=2", *WITHOUT_CHAINS],
     "energy_discrepancy": ["loss.kind=energy_discrepancy", "loss.time=1", *WITHOUT_CHAINS],
     "recovery, MALA": ["loss.kind=recovery", "loss.sigma=1.5", *MALA, "sampler.step_size=0.5", "sampler.num_steps=15",
@@ -47,20 +57,23 @@ METHODS = {
                         "loss.flow_weight=0.001", "loss.trim=0", "loss.floor=null", "loss.from_data=false",
                         "loss.separate_batch=false", "loss.second_ema_decay=null", *FLOW],
 }  # fmt: skip
+CHAINS, BETWEEN = 400, 500
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/four_peaks_methods"))
     parser.add_argument("--json", type=Path, help="write the result to this file too")
+    parser.add_argument("--chain-steps", type=int, default=0, help="of long chains (default: none)")
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(METHODS)} (default: all)")
     options = parser.parse_args()
     rows = {}
-    print(f"{'method':<28}{'KL':>9}{'worst mode':>12}{'forwards a step':>17}{'seconds':>9}", flush=True)
+    print(f"{'method':<28}{'KL':>9}{'worst mode':>12}{'forwards a step':>17}{'seconds':>9}{'drift':>8}", flush=True)
     for name in options.methods or METHODS:
-        rows[name] = row = measure(name, options.out)
+        rows[name] = row = measure(name, options.out, options.chain_steps)
+        drift = f"{row['drift_points']:>8.2f}" if "drift_points" in row else ""
         print(f"{name:<28}{row['kl']:>9.4f}{row['worst_mode']:>11.1%}{row['forwards_a_step']:>17.0f}"
-              f"{row['seconds']:>9.0f}", flush=True)  # fmt: skip
+              f"{row['seconds']:>9.0f}{drift}", flush=True)  # fmt: skip
     result = {"methods": rows, "torch": torch.__version__, "threads": 1}
     print(json.dumps(result, indent=1))
     if options.json:
@@ -68,7 +81,7 @@ def main() -> int:
     return 0
 
 
-def measure(name: str, out: Path) -> dict:
+def measure(name: str, out: Path, chain_steps: int) -> dict:
     run = out / name.replace(", ", "_").replace(" ", "_")
     settings = [f"run.dir={run}", "tracking.wandb=disabled", "tracking.samples_every=1000000", *METHODS[name]]
     config_file = ROOT / "configs/four_peaks.yaml"
@@ -79,13 +92,32 @@ def measure(name: str, out: Path) -> dict:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps_before = [0] + [line["step"] for line in lines]
     spans = [line["step"] - before for line, before in zip(lines, steps_before, strict=False)]
+    long = drift(run, chain_steps) if chain_steps else {}
     return {
         "kl": found["likelihood/kl"],
         "worst_mode": max(abs(value - 1) for key, value in found.items() if key.endswith("_ratio")),
         "forwards_a_step": forwards(load_config(config_file, settings)),
         "seconds": sum(line["perf/step_s"] * n for line, n in zip(lines, spans, strict=True)),
         "overrides": METHODS[name],
-    }
+    } | long
+
+
+def drift(run: Path, steps: int) -> dict:
+    """How far the shares of long chains, and Metropolis tests of step .2, are from what they should be."""
+    torch.set_num_threads(1)
+    energy, modes = known_density("four_peaks")
+    true = mode_weights(density(energy), modes)
+    x, noise = energy.sample(CHAINS, generator(0, "exact")), generator(0, "chains")
+    counts, accepted = torch.zeros(len(modes)), []
+    trained = ebm.load(run)
+    for done in range(0, steps, BETWEEN):
+        x, info = mala(trained.network, x, num_steps=BETWEEN, step_size=0.2, generator=noise)
+        accepted.append(float(info.acceptance))
+        if done >= steps // 2:
+            counts += torch.bincount(torch.cdist(x, modes).argmin(1), minlength=len(modes))
+    differences = counts / counts.sum() - true
+    return {"drift_points": 100 * float(differences.abs().max()), "chain_steps": steps,
+            "acceptance": sum(accepted) / len(accepted)}  # fmt: skip
 
 
 def command(arguments: list[str]) -> None:

@@ -57,7 +57,7 @@ from ebm.tracking.tracker import Records
 from ebm.training.divergence import DivergenceMonitor
 from ebm.training.negatives import ReplayBuffer
 
-LIMIT = 5.0  # seconds an input
+LIMIT = 5.0  # seconds of processor time an input
 WARM_UP = 200  # inputs before the count begins
 MEMORY = 6 << 30  # bytes that all inputs together may add
 
@@ -747,15 +747,15 @@ def guarded(root: Path | None):
         raise Hang(f"more than {LIMIT} s")
 
     GUARD.root, GUARD.outside = root and os.path.abspath(root), []
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, LIMIT)
+    before = signal.signal(signal.SIGPROF, ring)
+    signal.setitimer(signal.ITIMER_PROF, LIMIT)
     try:
         yield
     except UserError:
         pass
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
         GUARD.root = None
     assert not GUARD.outside, f"outside of its directory: {GUARD.outside}"
 
