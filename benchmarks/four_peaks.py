@@ -31,7 +31,7 @@ WITHOUT_CHAINS = ["train.steps=5000"]
 MALA = ["sampler.kind=mala", "sampler.bounds=null", "sampler.start=[-4,4]"]
 HMC = ["sampler.kind=hmc", "sampler.bounds=null", "sampler.start=[-4,4]", "sampler.num_steps=4"]
 LEVELS = ["energy.noise_conditional={sigma_min: 0.1, sigma_max: 10, data_std: 2}", "sampler.kind=noise_levels",
-          "sampler.sigma_min=0.1", "sampler.sigma_max=10", "sampler.bounds=null", "buffer.reinit_prob=0"]  # fmt: skip
+          "sampler.bounds=null", "buffer.reinit_prob=0"]  # fmt: skip
 TEMPERING = ["sampler.kind=tempering", "sampler.bounds=null", "sampler.start=[-4,4]", "sampler.num_steps=5"]
 FLOW = ["sampler.start=normal", "sampler.schedule=flow", "sampler.num_steps=80", "sampler.step_size=0.1"]
 METHODS = {

@@ -252,8 +252,8 @@ class NoiseLevelsConfig(ChainConfig):
     step_size: float = Field(
         0.002, gt=0, description="of MALA at the lowest level, at most a fifth of its variance; elsewhere in proportion"
     )
-    sigma_min: float = Field(0.1, gt=0, description="lowest level; as energy.noise_conditional has it")
-    sigma_max: float = Field(3.0, gt=0, description="highest level; as energy.noise_conditional has it")
+    sigma_min: float = Field(0.1, gt=0, description="lowest level; by default the energy's")
+    sigma_max: float = Field(3.0, gt=0, description="highest level; by default the energy's")
     num_levels: int = Field(32, ge=2, description="levels that chains move over, evenly spaced in log")
     lowest_share: float = Field(
         0.5, gt=0, lt=1, description="share of chains and of noisy data at the lowest level; the others have equal ones"

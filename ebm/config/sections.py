@@ -2,7 +2,7 @@
 optim, train, health. Each key is stated once, with its type, range, default and meaning."""
 
 import math
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -344,6 +344,19 @@ class Config(Section):
         """The sampler of fresh chains: the objective's own where the run's is Langevin, the run's otherwise."""
         own = self.loss.own_sampler
         return self.sampler if own is None or self.sampler.kind != "langevin" else own.within(self.sampler.bounds)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _levels_of_the_energy(cls, values: Any) -> Any:
+        """A sampler that does not name its noise levels has those of the energy."""
+        if not isinstance(values, dict):
+            return values
+        energy, sampler = values.get("energy"), values.get("sampler")
+        levels = energy.get("noise_conditional") if isinstance(energy, dict) else None
+        if isinstance(levels, dict) and isinstance(sampler, dict) and sampler.get("kind") == "noise_levels":
+            named = {key: levels[key] for key in ("sigma_min", "sigma_max") if key in levels}
+            values = {**values, "sampler": named | sampler}
+        return values
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:

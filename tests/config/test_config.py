@@ -222,6 +222,17 @@ def test_another_kind_drops_the_other_keys_of_its_section(config_file):
     assert load_config(path, ["energy.kind=resnet", "energy.features=[8]"]).energy.features == (8,)
 
 
+def test_a_sampler_has_the_noise_levels_of_the_energy(config_file):
+    path = config_file(
+        "energy: {kind: conv, noise_conditional: {sigma_min: 0.2, sigma_max: 5}}\n"
+        "sampler: {kind: noise_levels}\nloss: {kind: dual_score_matching}\n"
+    )
+    sampler = load_config(path, ["data.noise_std=0"]).sampler
+    assert (sampler.sigma_min, sampler.sigma_max) == (0.2, 5.0)
+    with pytest.raises(ConfigError, match="has noise of"):
+        load_config(path, ["data.noise_std=0", "sampler.sigma_max=4"])
+
+
 def test_sections_in_a_section(config_file):
     """The parts of a hybrid energy: default kind, another kind, and messages that name the key as it is written."""
     path = config_file("energy: {kind: hybrid, network: {kind: mlp, num_layers: 3}, prior: {std: 2}}\n")
