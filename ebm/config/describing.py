@@ -75,7 +75,13 @@ EPOCHS = ("epochs", "num_epochs", "max_epochs", "num_train_epochs", "n_epochs")
 
 def meant(key: str) -> str:
     """What follows an unknown key in a message: the key that it probably means, or nothing."""
-    known = [row.key for row in describe()]
+    rows = describe()
+    known = [row.key for row in rows]
+    if key in known:  # of another kind of the section than the chosen one
+        kinds = dict.fromkeys(kind for row in rows if row.key == key for kind in row.kinds)
+        return (
+            f" of this {key.rpartition('.')[0]}.kind ({' and '.join(kinds)} {'has' if len(kinds) == 1 else 'have'} it)"
+        )
     section, _, last = key.rpartition(".")
     section = SECTIONS.get(section, section)
     if last in EPOCHS:

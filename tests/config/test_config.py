@@ -222,6 +222,11 @@ def test_another_kind_drops_the_other_keys_of_its_section(config_file):
     assert load_config(path, ["energy.kind=resnet", "energy.features=[8]"]).energy.features == (8,)
 
 
+def test_a_key_of_another_kind(config_file):
+    message = refusal(config_file("energy: {kind: resnet}\n"), "energy.num_layers=3")
+    assert "energy.num_layers: unknown key of this energy.kind (mlp and graph have it)" in message
+
+
 def test_a_sampler_has_the_noise_levels_of_the_energy(config_file):
     path = config_file(
         "energy: {kind: conv, noise_conditional: {sigma_min: 0.2, sigma_max: 5}}\n"
