@@ -382,6 +382,13 @@ class Config(Section):
                 f"data.streams={streams}, fewer than energy.num_classes={classes}: raise buffer.size to "
                 f"{streams * classes} or more"
             )
+        matched = self.loss.kind == "dual_score_matching"  # which compares data with chains of their class
+        if self.loss.negatives == "persistent" and classes and not self.buffer.reinit_prob and not matched:
+            raise ValueError(
+                f"buffer.reinit_prob=0 with energy.num_classes={classes}: chains would keep their first classes, whose "
+                "shares are not quite the data's, and the energies of whole classes would drift apart; set "
+                "buffer.reinit_prob above 0"
+            )
         if self.loss.negatives == "persistent" and self.buffer.size < batch:
             raise ValueError(
                 f"buffer.size={self.buffer.size} is below train.batch_size={batch}: a step draws a whole "

@@ -222,6 +222,15 @@ def test_another_kind_drops_the_other_keys_of_its_section(config_file):
     assert load_config(path, ["energy.kind=resnet", "energy.features=[8]"]).energy.features == (8,)
 
 
+def test_chains_of_classes_that_never_restart(config_file):
+    """Their classes would never follow the data's."""
+    path = config_file("energy: {kind: conv, num_classes: 10}\nbuffer: {size: 8192, reinit_prob: 0}\n")
+    assert "set buffer.reinit_prob above 0" in refusal(path)
+    load_config(path, ["buffer.reinit_prob=1e-6"])
+    load_config(path, ["energy.num_classes=null"])
+    load_config(path, ["loss.kind=jem"])  # whose chains have no classes
+
+
 def test_a_key_of_another_kind(config_file):
     message = refusal(config_file("energy: {kind: resnet}\n"), "energy.num_layers=3")
     assert "energy.num_layers: unknown key of this energy.kind (mlp and graph have it)" in message
