@@ -10,6 +10,7 @@ of the way (a state every 500 steps). A run that is done already is only scored.
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -49,6 +50,8 @@ METHODS = {
     "multilevel_denoising": ["loss.kind=multilevel_denoising", "loss.sigma_min=0.08", "loss.sigma_max=0.125",
                              *WITHOUT_CHAINS],
     "dual_score_matching": ["loss.kind=dual_score_matching", *LEVELS],
+    "dual_score_matching, chains": ["loss.kind=dual_score_matching", "loss.contrastive_weight=0.05",
+                                    "loss.warmup_steps=2000", *LEVELS],
     "noise_contrastive": ["loss.kind=noise_contrastive", "loss.noise_std=2.5", "loss.ratio=2", *WITHOUT_CHAINS],
     "energy_discrepancy": ["loss.kind=energy_discrepancy", "loss.time=1", *WITHOUT_CHAINS],
     "recovery, MALA": ["loss.kind=recovery", "loss.sigma=1.5", *MALA, "sampler.step_size=0.5", "sampler.num_steps=15",
@@ -68,12 +71,16 @@ def main() -> int:
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(METHODS)} (default: all)")
     options = parser.parse_args()
     rows = {}
-    print(f"{'method':<28}{'KL':>9}{'worst mode':>12}{'forwards a step':>17}{'seconds':>9}{'drift':>8}", flush=True)
+    print(f"{'method':<28}{'KL':>9}{'worst mode':>12}{'forwards a step':>17}{'seconds':>9}", flush=True)
     for name in options.methods or METHODS:
-        rows[name] = row = measure(name, options.out, options.chain_steps)
-        drift = f"{row['drift_points']:>8.2f}" if "drift_points" in row else ""
+        rows[name] = row = measure(name, options.out)
         print(f"{name:<28}{row['kl']:>9.4f}{row['worst_mode']:>11.1%}{row['forwards_a_step']:>17.0f}"
-              f"{row['seconds']:>9.0f}{drift}", flush=True)  # fmt: skip
+              f"{row['seconds']:>9.0f}", flush=True)  # fmt: skip
+    for alike in groups(list(rows)) if options.chain_steps else ():
+        runs = [directory(name, options.out) for name in alike]
+        for name, drift in zip(alike, drifts(runs, options.chain_steps), strict=True):
+            rows[name] |= {"drift_points": drift, "chain_steps": options.chain_steps}
+            print(f"{name:<28}{drift:>9.2f} points from the true shares after {options.chain_steps} steps", flush=True)
     result = {"methods": rows, "torch": torch.__version__, "threads": 1}
     print(json.dumps(result, indent=1))
     if options.json:
@@ -81,8 +88,12 @@ def main() -> int:
     return 0
 
 
-def measure(name: str, out: Path, chain_steps: int) -> dict:
-    run = out / name.replace(", ", "_").replace(" ", "_")
+def directory(name: str, out: Path) -> Path:
+    return out / name.replace(", ", "_").replace(" ", "_")
+
+
+def measure(name: str, out: Path) -> dict:
+    run = directory(name, out)
     settings = [f"run.dir={run}", "tracking.wandb=disabled", "tracking.samples_every=1000000", *METHODS[name]]
     config_file = ROOT / "configs/four_peaks.yaml"
     command(["train.py", "--config", str(config_file), *settings])
@@ -92,32 +103,45 @@ def measure(name: str, out: Path, chain_steps: int) -> dict:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps_before = [0] + [line["step"] for line in lines]
     spans = [line["step"] - before for line, before in zip(lines, steps_before, strict=False)]
-    long = drift(run, chain_steps) if chain_steps else {}
     return {
         "kl": found["likelihood/kl"],
         "worst_mode": max(abs(value - 1) for key, value in found.items() if key.endswith("_ratio")),
         "forwards_a_step": forwards(load_config(config_file, settings)),
         "seconds": sum(line["perf/step_s"] * n for line, n in zip(lines, spans, strict=True)),
         "overrides": METHODS[name],
-    } | long
+    }
 
 
-def drift(run: Path, steps: int) -> dict:
-    """How far the shares of long chains, and Metropolis tests of step .2, are from what they should be."""
+def groups(names: list[str]) -> list[list[str]]:
+    """The methods whose energies have one architecture."""
+    levels = [name for name in names if any("noise_conditional" in setting for setting in METHODS[name])]
+    return [group for group in ([name for name in names if name not in levels], levels) if group]
+
+
+def drifts(runs: list[Path], steps: int) -> list[float]:
+    """How far the shares of long chains in each run's energy are from the true ones, in points. Runs of one
+    architecture go together, as one energy of all their chains."""
     torch.set_num_threads(1)
-    energy, modes = known_density("four_peaks")
-    true = mode_weights(density(energy), modes)
-    x, noise = energy.sample(CHAINS, generator(0, "exact")), generator(0, "chains")
-    counts, accepted = torch.zeros(len(modes)), []
-    trained = ebm.load(run)
+    true_energy, modes = known_density("four_peaks")
+    true = mode_weights(density(true_energy), modes)
+    networks = [ebm.load(run).network.module for run in runs]
+    stacked = torch.func.stack_module_state(networks)
+    one = copy.deepcopy(networks[0])
+
+    def of_one(parameters: dict, buffers: dict, x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(one, (parameters, buffers), (x,))
+
+    def energy(x: torch.Tensor) -> torch.Tensor:
+        return torch.func.vmap(of_one)(*stacked, x.view(len(runs), CHAINS, 2)).flatten()
+
+    x, noise = true_energy.sample(len(runs) * CHAINS, generator(0, "exact")), generator(0, "chains")
+    counts = torch.zeros(len(runs), len(modes))
     for done in range(0, steps, BETWEEN):
-        x, info = mala(trained.network, x, num_steps=BETWEEN, step_size=0.2, generator=noise)
-        accepted.append(float(info.acceptance))
+        x, _ = mala(energy, x, num_steps=BETWEEN, step_size=0.2, generator=noise)
         if done >= steps // 2:
-            counts += torch.bincount(torch.cdist(x, modes).argmin(1), minlength=len(modes))
-    differences = counts / counts.sum() - true
-    return {"drift_points": 100 * float(differences.abs().max()), "chain_steps": steps,
-            "acceptance": sum(accepted) / len(accepted)}  # fmt: skip
+            nearest = torch.cdist(x, modes).argmin(1).view(len(runs), CHAINS)
+            counts += torch.stack([torch.bincount(own, minlength=len(modes)) for own in nearest])
+    return (100 * (counts / (counts.sum(1, keepdim=True)) - true).abs().amax(1)).tolist()
 
 
 def command(arguments: list[str]) -> None:
@@ -141,6 +165,8 @@ def forwards(config) -> float:
             of_states, of_gradients = 0, 1 + products
         case "denoising" | "multilevel_denoising" | "equilibrium":
             of_states, of_gradients = 0, 1
+        case "dual_score_matching":
+            of_states, of_gradients = 2 * bool(loss.contrastive_weight), 1
         case "noise_contrastive":
             of_states = 1 + loss.ratio
         case "energy_discrepancy":
