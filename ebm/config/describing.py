@@ -215,6 +215,7 @@ STORED = (
     "sampler.adapt",
     "sampler.temperatures",
     "sampler.num_levels",
+    "sampler.start",
     "buffer.size",
     "buffer.dtype",
     "loss.kind",

@@ -29,8 +29,10 @@ class ChainConfig(Section):
     """What all samplers share."""
 
     bounds: tuple[float, float] | None = Field((-1.0, 1.0), description="states stay in this interval; null: free")
-    start: tuple[float, float] | Literal["normal"] | None = Field(
-        None, description="interval that chains begin in, uniformly; normal: N(0, 1); null: the bounds, or [-1, 1]"
+    start: tuple[float, float] | Literal["normal", "mixture"] | None = Field(
+        None,
+        description="interval that chains begin in, uniformly; normal: N(0, 1); mixture: Gaussians fitted to the data, "
+        "one a class or ten without classes; null: the bounds, or [-1, 1]",
     )
 
     @model_validator(mode="after")
@@ -42,8 +44,8 @@ class ChainConfig(Section):
 
     @property
     def start_range(self) -> tuple[float, float] | None:
-        """The interval that chains begin in; None: N(0, 1)."""
-        if self.start == "normal":
+        """The interval that chains begin in; None: N(0, 1). A mixture is kept by the run."""
+        if isinstance(self.start, str):
             return None
         return self.start or self.bounds or (-1.0, 1.0)
 

@@ -340,6 +340,11 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @property
+    def classes_of_chains(self) -> int | None:
+        """The number of classes that chains have; None where they have none."""
+        return self.energy.num_classes if self.loss.conditional_chains else None
+
+    @property
     def fresh_sampler(self) -> FreshConfig:
         """The sampler of fresh chains: the objective's own where the run's is Langevin, the run's otherwise."""
         own = self.loss.own_sampler
@@ -375,7 +380,7 @@ class Config(Section):
             )
         if problems:
             raise ValueError("; ".join(problems))
-        classes = self.energy.num_classes if self.loss.conditional_chains else None
+        classes = self.classes_of_chains
         if self.loss.negatives == "persistent" and classes and self.buffer.size // streams < classes:
             raise ValueError(
                 f"buffer.size={self.buffer.size} is {self.buffer.size // streams} chains for each of "

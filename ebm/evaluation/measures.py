@@ -97,10 +97,17 @@ def pixel_gaussian(train: Tensor) -> Energies:
     return energies
 
 
-def pca_gaussian(train: Tensor, components: int = COMPONENTS) -> Energies:
-    """-log likelihood in nats of a probabilistic PCA of `train` as in `pixel_gaussian` (Tipping & Bishop 1999, eq. 8):
-    full variance along the first `components`, one variance for the rest."""
-    x = to_states(train).flatten(1).double()
+class PrincipalComponents(NamedTuple):
+    """A probabilistic PCA (Tipping & Bishop 1999, eq. 8): variance along R directions, one variance for the rest."""
+
+    mean: Tensor  # (D,)
+    values: Tensor  # (R,) ascending
+    vectors: Tensor  # (D, R)
+    rest: float
+
+
+def principal_components(x: Tensor, components: int) -> PrincipalComponents:
+    """Of states `x` (N, D) float64; at most `components`, and fewer than N or D of them."""
     mean, dim = x.mean(0), x.shape[1]
     total = float(x.var(0).sum())
     centred = x - mean
@@ -111,9 +118,16 @@ def pca_gaussian(train: Tensor, components: int = COMPONENTS) -> Energies:
         values, inner = torch.linalg.eigh(few @ few.T / (len(few) - 1))
         vectors = torch.nn.functional.normalize(few.T @ inner, dim=0)
     kept = min(components, dim - 1, len(x) - 1)
-    values, vectors = values[-kept:].clamp(min=0), vectors[:, -kept:]
-    rest = max(total - float(values.sum()), 0.0) / (dim - kept) + _level_variance(train)
-    values = values + _level_variance(train)
+    values, vectors = values[len(values) - kept :].clamp(min=0), vectors[:, vectors.shape[1] - kept :]
+    return PrincipalComponents(mean, values, vectors, max(total - float(values.sum()), 0.0) / (dim - kept))
+
+
+def pca_gaussian(train: Tensor, components: int = COMPONENTS) -> Energies:
+    """-log likelihood in nats of `principal_components` of `train` as in `pixel_gaussian`."""
+    x = to_states(train).flatten(1).double()
+    mean, values, vectors, rest = principal_components(x, components)
+    values, rest = values + _level_variance(train), rest + _level_variance(train)
+    dim, kept = vectors.shape
     volume = (values.log().sum() + (dim - kept) * math.log(rest) + dim * math.log(2 * math.pi)) / 2
 
     def energies(images: Tensor) -> Tensor:

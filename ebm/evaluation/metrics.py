@@ -310,7 +310,7 @@ def worst_share(of_chains: Tensor, of_data: Tensor) -> float:
     return float((of_chains[present] / of_data[present]).min())
 
 
-def clusters(train: Tensor, seed: int = 0, most: int = 5000) -> Callable[[Tensor], Tensor]:
+def clusters(train: Tensor, seed: int = 0, number: int = CLUSTERS, most: int = 5000) -> Callable[[Tensor], Tensor]:
     """k-means of uint8 images, or vectors, (N, ...) as a function to cluster numbers (M,): classes of a set that has no
     labels (Lloyd 1982; starts by Arthur & Vassilvitskii 2007). Images are told apart by their principal components."""
     from sklearn.cluster import KMeans  # slow to load, and for data without labels alone
@@ -319,7 +319,7 @@ def clusters(train: Tensor, seed: int = 0, most: int = 5000) -> Callable[[Tensor
     mean = x.mean(0)
     _, _, directions = torch.linalg.svd((x - mean)[:2000], full_matrices=False)
     directions = directions[:32].T
-    fitted = KMeans(CLUSTERS, n_init=4, random_state=seed % 2**32).fit(((x - mean) @ directions).numpy())
+    fitted = KMeans(number, n_init=4, random_state=seed % 2**32).fit(((x - mean) @ directions).numpy())
     centres = torch.from_numpy(fitted.cluster_centers_)
 
     def nearest(data: Tensor) -> Tensor:

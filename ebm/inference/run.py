@@ -23,6 +23,7 @@ from ebm.losses import log_normaliser
 from ebm.runtime import checkpoint
 from ebm.runtime.distributed import set_numerics
 from ebm.samplers import Engine, LangevinDynamics, advance, chain_shape, chains_of_lengths, cold_states
+from ebm.samplers.base import MixtureStart
 from ebm.samplers.factory import sampler_in_use
 from ebm.streams import stream_sources
 
@@ -46,6 +47,7 @@ class TrainedRun:
     checkpoint: Path
     device: torch.device
     persistent: PersistentChains | None  # None where training keeps none
+    mixture: MixtureStart | None = None  # where the chains of sampler.start=mixture begin
 
     @property
     def directory(self) -> Path:
@@ -183,6 +185,7 @@ class TrainedRun:
             device=self.device,
             num_classes=self.num_classes,
             labels=self._labels(labels, n),
+            mixture=self.mixture,
             moved=moved,
         )
         return {length: x.cpu() for length, x in states.items()}, None if given is None else given.cpu()
@@ -342,7 +345,8 @@ def _open(config: Config, chosen: Path, device: torch.device, weights: Literal["
     energy.load_state_dict(checkpoint.read_tensors(chosen, name, energy.state_dict()))
     if weights == "ema" and (share := config.optim.initial_share(state.step)) > MAX_INITIAL:
         log.warning(initial_weights(share, state.step))
-    return TrainedRun(config, FoldedEnergy(energy.to(device)).refresh(), chosen, device, _persistent(config, chosen))
+    network, persistent = FoldedEnergy(energy.to(device)).refresh(), _persistent(config, chosen)
+    return TrainedRun(config, network, chosen, device, persistent, _mixture(config, chosen, device))
 
 
 def initial_weights(share: float, step: int) -> str:
@@ -351,6 +355,14 @@ def initial_weights(share: float, step: int) -> str:
         f"the averaged weights of step {step} are still {share:.0%} the initial ones: train longer, lower "
         "optim.ema_decay, or take the last weights (--weights raw)"
     )
+
+
+def _mixture(config: Config, path: Path, device: torch.device) -> MixtureStart | None:
+    if config.sampler.start != "mixture":
+        return None
+    mixture = MixtureStart.empty(math.prod(config.data.shape), config.classes_of_chains, config.sampler.bounds)
+    tensors = checkpoint.read_tensors(path, "start", mixture.tensors())
+    return MixtureStart(**tensors, bounds=mixture.bounds).to(device)
 
 
 def _persistent(config: Config, path: Path) -> PersistentChains | None:

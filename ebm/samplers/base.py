@@ -1,15 +1,21 @@
-"""What all samplers share: evaluating an energy, keeping states inside bounds, and the account of a chain."""
+"""What all samplers share: where chains start, evaluating an energy, keeping states inside bounds, and the account of a
+chain."""
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ebm.config.samplers import check_interval
+from ebm.streams import Generators, normal_, start_, uniform_
 
 Energy = Callable[[Tensor], Tensor]  # states (B, *shape) -> energies (B,)
 Bounds = tuple[float, float] | None
+COMPONENTS = 10  # of a mixture for chains without classes
+FACTORS = 32  # of each of its Gaussians, at most
 Info = TypeVar("Info", bound=tuple[Tensor, ...])  # a named tuple of scalars: what happened in a chain
 
 
@@ -19,6 +25,65 @@ class ChainInfo(NamedTuple):
     grad_norm: Tensor  # norm of dE/dx at the last step, before the clamp
     displacement: Tensor  # norm of x_K - x_0
     saturated: Tensor  # share of components that end at a bound
+
+
+@dataclass(frozen=True)
+class MixtureStart:
+    """Initial states from a mixture of K Gaussians that was fitted to data, each a probabilistic PCA: a mean, R factors
+    and a variance for what they leave (Tipping & Bishop 1999, eq. 6). Chains with a class start in its components."""
+
+    shares: Tensor  # (K,) float32, of sum 1
+    classes: Tensor  # (K,) int64: whose data a component was fitted to; without classes all are 0
+    means: Tensor  # (K, D) float32
+    factors: Tensor  # (K, D, R) float32
+    rest: Tensor  # (K,) float32: standard deviation of what the factors leave
+    bounds: Bounds = None  # draws beyond are clamped
+
+    @classmethod
+    def empty(cls, dim: int, classes: int | None, bounds: Bounds) -> "MixtureStart":
+        """A mixture of the right size, of zeros: a component a class, or COMPONENTS without classes."""
+        count = classes or COMPONENTS
+        sizes = ("shares", (count,)), ("means", (count, dim)), ("factors", (count, dim, min(FACTORS, dim - 1)))
+        numbers = torch.arange(count) if classes else torch.zeros(count, dtype=torch.int64)
+        tensors = {name: torch.zeros(size) for name, size in (*sizes, ("rest", (count,)))}
+        return cls(classes=numbers, bounds=bounds, **tensors)
+
+    def to(self, device: torch.device | str) -> "MixtureStart":
+        return MixtureStart(**{name: tensor.to(device) for name, tensor in self.tensors().items()}, bounds=self.bounds)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if name != "bounds"}
+
+    def fill_(self, x: Tensor, generators: Generators, labels: Tensor | None = None) -> Tensor:
+        """Fills a dense `x` (B, ...) in place; a row holds D values, or those of several replicas of a chain. `labels`
+        (B,): the classes of the chains."""
+        dim, rank = self.factors.shape[1:]
+        flat = x.view(len(x), -1, dim)
+        pick = uniform_(flat.new_empty(flat.shape[:2]), generators)
+        z = normal_(flat.new_empty(*flat.shape[:2], rank), generators)
+        normal_(flat, generators)
+        shares = self.shares.expand(len(x), -1)
+        if labels is not None:
+            own = shares * (self.classes == labels.unsqueeze(1))
+            shares = torch.where(own.sum(1, keepdim=True) > 0, own, shares)
+            shares = shares / shares.sum(1, keepdim=True)
+        ends = shares.cumsum(1).unsqueeze(1)
+        component = (pick.unsqueeze(2) >= ends).sum(2).clamp(max=len(self.shares) - 1).unsqueeze(2)
+        drawn = torch.zeros_like(flat)
+        for k in range(len(self.shares)):  # without a gather of (B, D, R), nor a host read
+            drawn = torch.where(component == k, self.means[k] + z @ self.factors[k].T + self.rest[k] * flat, drawn)
+        low, high = self.bounds or (-math.inf, math.inf)
+        return x.copy_(drawn.clamp_(low, high).view(x.shape))
+
+
+Start = tuple[float, float] | MixtureStart | None  # an interval, a mixture, or N(0, 1)
+
+
+def initial_(x: Tensor, generators: Generators, start: Start, labels: Tensor | None = None) -> Tensor:
+    """Fills a dense `x` (B, ...) in place with initial states of chains, whose classes are `labels` (B,)."""
+    if isinstance(start, MixtureStart):
+        return start.fill_(x, generators, labels)
+    return start_(x, generators, start)
 
 
 def evaluate(energy: Energy, x: Tensor, grad_scale: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -18,12 +18,12 @@ from ebm.config.samplers import (
     noise_scale_of,
 )
 from ebm.energies.base import split_noise_level, with_noise_level
-from ebm.samplers.base import ChainInfo
+from ebm.samplers.base import ChainInfo, MixtureStart, Start, initial_
 from ebm.samplers.engine import Engine
 from ebm.samplers.langevin import flow, langevin, nesterov
 from ebm.samplers.levels import NoiseLevelsInfo, TemperingInfo, annealed, noise_levels, tempering
 from ebm.samplers.metropolis import MetropolisInfo, hmc, mala
-from ebm.streams import StreamSources, start_, stream_sources
+from ebm.streams import StreamSources, stream_sources
 
 STRETCH = 100  # steps of `chains_of_lengths` between two calls of `moved`
 Sampler = Callable[..., tuple[Tensor, ChainInfo | MetropolisInfo | TemperingInfo | NoiseLevelsInfo]]
@@ -198,10 +198,11 @@ def fresh_chains(
     device: torch.device | str = "cpu",
     num_classes: int | None = None,
     labels: Tensor | None = None,
+    mixture: MixtureStart | None = None,
     block: int = 512,
 ) -> tuple[Tensor, Tensor | None]:
-    """Runs `num` chains of `num_steps` steps from states drawn as `config.start` says. Returns the final states
-    (num, *shape), and their labels (num,) or None.
+    """Runs `num` chains of `num_steps` steps from states drawn as `config.start` says, where "mixture" stands for
+    `mixture`. Returns the final states (num, *shape), and their labels (num,) or None.
 
     Every 32 chains have generators of their own, so the first chains depend neither on `num` nor on `block`, the
     number of chains computed at a time. The chains of a conditional energy have the given `labels` (num,), or run
@@ -209,7 +210,7 @@ def fresh_chains(
     """
     states, labels = chains_of_lengths(
         energy, config, shape, num, (num_steps,), seed=seed, device=device, num_classes=num_classes, labels=labels,
-        block=block,
+        mixture=mixture, block=block,
     )  # fmt: skip
     return states[num_steps], labels
 
@@ -225,6 +226,7 @@ def chains_of_lengths(
     device: torch.device | str = "cpu",
     num_classes: int | None = None,
     labels: Tensor | None = None,
+    mixture: MixtureStart | None = None,
     block: int = 512,
     moved: Callable[[int], None] | None = None,
 ) -> tuple[dict[int, Tensor], Tensor | None]:
@@ -238,15 +240,16 @@ def chains_of_lengths(
     if num_classes:
         padding = torch.arange(len(groups) * group, device=device) % num_classes
         labels = padding if labels is None else torch.cat([labels.to(padding), padding[len(labels) :]])
+    where = start_of(config, mixture)
     states: dict[int, list[Tensor]] = {length: [] for length in lengths}
     for first in range(0, len(groups), at_once):
         numbers = groups[first : first + at_once]
         y = () if labels is None else (labels[first * group : (first + len(numbers)) * group],)
-        x, noise = _start(engine, config, shape, y, numbers, group, seed, device)
+        x, noise = _start(engine, config, shape, y, numbers, group, seed, device, where)
         done = 0
         for length in lengths:
             if done and not can_be_continued(config):
-                x, noise = _start(engine, config, shape, y, numbers, group, seed, device)
+                x, noise = _start(engine, config, shape, y, numbers, group, seed, device, where)
                 done = 0
             while done < length:
                 steps = min(length - done, STRETCH) if can_be_continued(config) else length
@@ -267,6 +270,15 @@ def can_be_continued(config: FreshConfig) -> bool:
     return config.levels == 1 and not (isinstance(config, LangevinConfig) and config.schedule != "constant")
 
 
+def start_of(config: FreshConfig, mixture: MixtureStart | None) -> Start:
+    """Where the sampler's chains begin. Raises ValueError where the mixture is asked for and not there."""
+    if config.start != "mixture":
+        return config.start_range
+    if mixture is None:
+        raise ValueError("sampler.start=mixture: give the mixture that the run's chains start in")
+    return mixture
+
+
 def _start(
     engine: Engine,
     config: FreshConfig,
@@ -276,12 +288,13 @@ def _start(
     group: int,
     seed: int,
     device: torch.device | str,
+    where: Start,
 ) -> tuple[Tensor, StreamSources]:
     """The initial states of the groups `numbers` of fresh chains, and what draws their noise. Those of `noise_levels`
     are annealed through the levels, in `anneal_steps` that do not count as the chain's."""
     start, noise = (stream_sources(seed, purpose, numbers, device=device) for purpose in ("start", "chain"))
     x = torch.empty(len(numbers) * group, *shape, device=device)
-    x = start_(x, start, config.start_range)
+    x = initial_(x, start, where, labels[0] if labels else None)
     if isinstance(config, NoiseLevelsConfig):
         low, high = config.log_variances[0], config.log_variances[-1]
         settings = {"num_steps": config.anneal_steps, "step_size": config.step_size, "log_variances": (low, high)}

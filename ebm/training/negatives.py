@@ -12,13 +12,18 @@ from torch import Tensor
 from ebm.config import Config, NoiseLevelsConfig
 from ebm.config.losses import RecoveryConfig
 from ebm.energies import FoldedEnergy
+from ebm.errors import DataError
+from ebm.evaluation.measures import principal_components
+from ebm.evaluation.metrics import clusters
 from ebm.inference.images import augment, strongly_augmented
 from ebm.losses import at_noise_levels, marginal, noisy, tilted
 from ebm.runtime.process import to_device
-from ebm.samplers.factory import with_replicas
-from ebm.streams import Generators, StreamGenerators, generator, start_
+from ebm.samplers.base import MixtureStart, Start, initial_
+from ebm.samplers.factory import start_of, with_replicas
+from ebm.streams import Generators, StreamGenerators, generator
 
 NO_CLASS = -1  # of a chain that has not been drawn yet
+FEWEST = 8  # data of a Gaussian: fewer tell nothing of a covariance
 
 
 class Draw(NamedTuple):
@@ -48,9 +53,9 @@ def reinit_probabilities(mean: float, spread: float, slots: int) -> Tensor:
 class ReplayBuffer:
     """The persistent chains of this rank's streams: `slots` chains a stream, each a state (*shape) and an age in steps.
 
-    A slot belongs to its stream for the whole run. States are kept in `dtype` and drawn in float32; new chains start as
-    `ebm.streams.start_` says of `start`. With `labelled`, a chain also has a class for life: a chain that starts takes
-    that of the datum it is drawn beside, so that the classes of the chains are distributed as the data's.
+    A slot belongs to its stream for the whole run. States are kept in `dtype` and drawn in float32; `start` is where
+    new chains begin. With `labelled`, a chain also has a class for life: a chain that starts takes that of the datum it
+    is drawn beside, so that the classes of the chains are distributed as the data's.
     """
 
     def __init__(
@@ -62,14 +67,14 @@ class ReplayBuffer:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        start: tuple[float, float] | None = (-1.0, 1.0),
+        start: Start = (-1.0, 1.0),
         labelled: bool = False,
     ):
         self.streams, self.slots, self.seed, self.start = list(streams), slots, seed, start
         self.device = torch.device(device)
         self._noise = StreamGenerators(seed, self.streams, device)
         x = torch.empty(len(self.streams) * slots, *shape, device=device)
-        self.x = start_(x, self._noise("fill", 0), start).to(dtype)
+        self.x = initial_(x, self._noise("fill", 0), start).to(dtype)
         self.age = torch.zeros(len(self.x), dtype=torch.int32, device=device)
         self.labels = torch.full((len(self.x),), NO_CLASS, device=device) if labelled else None
 
@@ -93,11 +98,15 @@ class ReplayBuffer:
         first = self.slots * torch.arange(len(self.streams)).unsqueeze(1)
         rows, fresh = to_device((slots + first).flatten(), self.device), to_device(reinit.flatten(), self.device)
         x = self.x[rows].float()
-        noise = start_(torch.empty_like(x), self._noise("reinit", step), self.start)
-        x = torch.where(fresh.view(-1, *[1] * (x.ndim - 1)), noise, x)
+        begins = fresh
         if labels is not None and self.labels is not None:
             own = self.labels[rows]
-            labels = torch.where(fresh | (own == NO_CLASS), labels, own)
+            without = own == NO_CLASS
+            labels = torch.where(fresh | without, labels, own)
+            if isinstance(self.start, MixtureStart):  # a chain starts in a component of its class
+                begins = fresh | without
+        noise = initial_(torch.empty_like(x), self._noise("reinit", step), self.start, labels)
+        x = torch.where(begins.view(-1, *[1] * (x.ndim - 1)), noise, x)
         return Draw(x, labels, noise, rows, fresh, slots, reinit)
 
     def write(self, draw: Draw, x: Tensor, num_steps: int, ok: Tensor, broken: Tensor) -> None:
@@ -127,7 +136,7 @@ class ReplayBuffer:
             own.copy_(tensors[name])
 
 
-class Start(NamedTuple):
+class ChainStart(NamedTuple):
     """Initial states of a step's chains, and what else their energy takes."""
 
     x: Tensor  # (B, *chain_shape)
@@ -148,7 +157,8 @@ def initial_states(
     x_pos: Tensor,
     y_pos: Tensor | None,
     step: int,
-) -> Start | None:
+    mixture: MixtureStart | None = None,
+) -> ChainStart | None:
     """Where the chains of a step start; None for an objective that needs no chains at this step.
 
     Chains of a class-conditional energy have the classes of the data, one chain a datum: the gradient then vanishes
@@ -162,7 +172,7 @@ def initial_states(
     if isinstance(loss, RecoveryConfig):
         centres = noisy(x_pos, loss.sigma, random("start", step))
         bounds = config.sampler.bounds
-        return Start(centres if bounds is None else centres.clamp(*bounds), y_pos, centres)
+        return ChainStart(centres if bounds is None else centres.clamp(*bounds), y_pos, centres)
     if negatives == "persistent":
         assert buffer is not None
         per_stream = len(x_pos) // len(random.streams)
@@ -177,16 +187,16 @@ def initial_states(
                 x_pos, config.sampler.log_variances, config.sampler.lowest_share, random("start", step)
             )
             x = torch.where(born.view(-1, *[1] * (x.ndim - 1)), noisy_data, x)
-        return Start(x, draw.labels, draw=draw)
+        return ChainStart(x, draw.labels, draw=draw)
     x = with_replicas(config.sampler, x_pos)
     if negatives == "data":
-        return Start(x, y_pos)
-    noise = start_(torch.empty_like(x), random("start", step), config.sampler.start_range)
+        return ChainStart(x, y_pos)
+    noise = initial_(torch.empty_like(x), random("start", step), start_of(config.sampler, mixture), y_pos)
     if loss.starts_at_data:  # the first half of what is computed at a time
         parts = len(random.streams) * config.train.accumulate
         data, other = (y.reshape(parts, 2, -1, *y.shape[1:]) for y in (x, noise))
         noise = torch.stack([data[:, 0], other[:, 1]], 1).flatten(0, 2)
-    return Start(noise, y_pos)
+    return ChainStart(noise, y_pos)
 
 
 def restarted(draw: Draw, buffer: ReplayBuffer, generators: Generators, bounds: tuple[float, float] | None) -> Tensor:
@@ -199,9 +209,30 @@ def restarted(draw: Draw, buffer: ReplayBuffer, generators: Generators, bounds: 
     return torch.where(again.view(-1, *[1] * (own.ndim - 1)), changed, draw.x)
 
 
+def fitted_mixture(config: Config, x: Tensor, labels: Tensor) -> MixtureStart:
+    """Where the chains of sampler.start=mixture begin: Gaussians of the states `x` (N, *shape) with the run's noise,
+    one a class for chains with a class, else one a cluster. A class of few data gets none; its chains start in all."""
+    x, noise = x.flatten(1).double(), config.data.noise_std**2
+    mixture = MixtureStart.empty(x.shape[1], config.classes_of_chains, config.sampler.bounds)
+    count = len(mixture.shares)
+    if not config.classes_of_chains:
+        labels = clusters(x, config.run.seed, count)(x) if len(x) >= FEWEST * count else torch.zeros_like(labels)
+    for k in range(count):
+        own = x[labels == k]
+        if len(own) < FEWEST:
+            continue
+        mean, values, vectors, rest = principal_components(own, min(mixture.factors.shape[2], len(own) // 4))
+        mixture.shares[k], mixture.means[k], mixture.rest[k] = len(own), mean, math.sqrt(rest + noise)
+        mixture.factors[k, :, : len(values)] = vectors * (values - rest).clamp(min=0).sqrt()
+    if not mixture.shares.any():
+        raise DataError(f"sampler.start=mixture: {len(x)} data are too few to fit it to; use another sampler.start")
+    mixture.shares.div_(mixture.shares.sum())
+    return mixture
+
+
 def chain_energy(config: Config, folded: FoldedEnergy) -> Callable[..., Tensor]:
-    """The energy that training's chains sample: a function of states and `Start.extra_inputs`."""
+    """The energy that training's chains sample: a function of states and `ChainStart.extra_inputs`."""
     if isinstance(config.loss, RecoveryConfig):
         return tilted(folded, config.loss.sigma)
-    unlabelled = config.energy.num_classes and not config.loss.conditional_chains
+    unlabelled = config.energy.num_classes and not config.classes_of_chains
     return marginal(folded) if unlabelled else folded

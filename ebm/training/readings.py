@@ -169,6 +169,7 @@ def panels(
         seed=config.run.seed + state.step,
         device=state.world.device,
         num_classes=config.energy.num_classes,
+        mixture=state.mixture,
     )
     show_panels(state, tracker, fresh, labels, data[:n])
 

@@ -33,13 +33,15 @@ from ebm.losses import LossOutput, loss_of
 from ebm.runtime import checkpoint
 from ebm.runtime.distributed import World
 from ebm.samplers import Engine, adapted, sampler_of
+from ebm.samplers.base import MixtureStart
 from ebm.samplers.compiled import TOLERANCE, Compiler, EnergyOfLoss
-from ebm.samplers.factory import chain_shape, sampler_in_use
+from ebm.samplers.factory import chain_shape, sampler_in_use, start_of
 from ebm.streams import StreamGenerators, derive_seed, owned_streams
 from ebm.training.divergence import DivergenceMonitor
-from ebm.training.negatives import Draw, ReplayBuffer, chain_energy
+from ebm.training.negatives import Draw, ReplayBuffer, chain_energy, fitted_mixture
 
-MOMENT_DATA = 50_000  # data whose mean and covariance are taken
+MOMENT_DATA = 50_000  # data whose mean and covariance a noise-conditional energy starts from
+MIXTURE_DATA = 10_000  # data that a mixture for chains to start in is fitted to
 
 
 class Objective(nn.Module):
@@ -116,6 +118,7 @@ class TrainState:
     buffer: ReplayBuffer | None
     reader: ShardReader
     data: checkpoint.DataIdentity
+    mixture: MixtureStart | None  # of sampler.start=mixture
     random: StreamGenerators
     divergence: DivergenceMonitor
     adapted_step: Tensor | None  # float32 scalar on the device, of a sampler that adapts its step size
@@ -173,7 +176,10 @@ def build_state(config: Config, world: World) -> TrainState:
     world.on_main(lambda: check_files(manifest, config.data.on_error, config.data.max_skipped))
     energy = build_energy(config.energy, config.data.shape, config.run.seed)
     if isinstance(energy, NoiseConditionalEnergy):
-        energy.fit(moment_data(config, manifest))
+        energy.fit(first_states(config, manifest, MOMENT_DATA)[0])
+    mixture = None
+    if config.sampler.start == "mixture":
+        mixture = fitted_mixture(config, *first_states(config, manifest, MIXTURE_DATA)).to(world.device)
     energy = energy.to(world.device).train()
     # Copies before `prepare`: accelerate replaces the forward of the module it is given.
     ema = copy.deepcopy(energy).requires_grad_(False)
@@ -192,9 +198,10 @@ def build_state(config: Config, world: World) -> TrainState:
         ema,
         folded,
         Engine(chain_energy(config, folded), compiler=compiler_of(config, world, folded.dtype)),
-        build_buffer(config, world, streams),
+        build_buffer(config, world, streams, mixture),
         reader=open_reader(config, world, manifest, streams, {}),
         data=checkpoint.DataIdentity(identity=manifest.identity, name=manifest.title),
+        mixture=mixture,
         random=StreamGenerators(config.run.seed, streams, world.device),
         divergence=DivergenceMonitor(config.health),
         adapted_step=torch.tensor(config.sampler.step_size, device=world.device) if adapts else None,
@@ -204,16 +211,16 @@ def build_state(config: Config, world: World) -> TrainState:
     )
 
 
-def moment_data(config: Config, manifest: Manifest) -> Tensor:
-    """States (N, *shape) of the first data, MOMENT_DATA or all, whose mean and covariance a noise-conditional energy
-    starts from. Every rank reads the same."""
-    blocks, count = [], 0
-    for data, _, _ in read_all(manifest, config.data.shape, max_pixels=config.data.max_pixels, check=False):
+def first_states(config: Config, manifest: Manifest, most: int) -> tuple[Tensor, Tensor]:
+    """States (N, *shape) and labels (N,) of the first data, about `most` or all. Every rank reads the same."""
+    blocks: list[Tensor] = []
+    labels: list[Tensor] = []
+    for data, own, _ in read_all(manifest, config.data.shape, max_pixels=config.data.max_pixels, check=False):
         blocks.append(dequantize(data, None) if data.dtype == torch.uint8 else data)
-        count += len(data)
-        if count >= MOMENT_DATA:
+        labels.append(own)
+        if sum(map(len, blocks)) >= most:
             break
-    return torch.cat(blocks)
+    return torch.cat(blocks), torch.cat(labels)
 
 
 def compiler_of(config: Config, world: World, dtype: torch.dtype) -> Compiler | None:
@@ -243,7 +250,7 @@ def energy_of_loss(config: Config, world: World, energy: BaseEnergyFunction) -> 
     return None if compiler is None else EnergyOfLoss(energy, world.autocast_dtype(), compiler)
 
 
-def build_buffer(config: Config, world: World, streams: list[int]) -> ReplayBuffer | None:
+def build_buffer(config: Config, world: World, streams: list[int], mixture: MixtureStart | None) -> ReplayBuffer | None:
     if config.loss.negatives != "persistent":
         return None
     return ReplayBuffer(
@@ -253,8 +260,8 @@ def build_buffer(config: Config, world: World, streams: list[int]) -> ReplayBuff
         config.run.seed,
         device=world.device,
         dtype=getattr(torch, config.buffer.dtype),
-        start=config.sampler.start_range,
-        labelled=bool(config.energy.num_classes and config.loss.conditional_chains),
+        start=start_of(config.sampler, mixture),
+        labelled=bool(config.classes_of_chains),
     )
 
 
@@ -289,6 +296,8 @@ def snapshot(state: TrainState) -> tuple[dict[str, dict[str, Tensor]], dict[str,
             "ema": state.ema.state_dict(),
             "optimizer": checkpoint.pack_optimizer(state.optimizer),
         }
+        if state.mixture is not None:
+            files["start"] = state.mixture.tensors()
     if state.buffer is not None:
         files |= {f"stream_{v:04d}": state.buffer.stream_state(i) for i, v in enumerate(state.buffer.streams)}
     per_rank = state.world.gather((state.reader.positions, state.skipped_samples, int(state.reset_chains)))
@@ -321,6 +330,10 @@ def load(state: TrainState, path: Path, divergence: dict[str, Any] | None = None
         own = module.state_dict()
         module.load_state_dict(checkpoint.read_tensors(path, name, own))
     checkpoint.load_optimizer(path, state.optimizer)
+    if state.mixture is not None:
+        mixture = state.mixture.tensors()
+        for name, tensor in checkpoint.read_tensors(path, "start", mixture).items():
+            mixture[name].copy_(tensor)
     state.step, state.meters = meta.step, Meters()
     if state.buffer is not None:
         for i, v in enumerate(state.buffer.streams):

@@ -38,7 +38,7 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     # Data in [-1, 1], dequantised, augmented, noised; and the states that chains start from, where the loss needs any.
     with one_thread():
         x_pos, y_pos = positives(config, world, random, batch, step)
-        start = initial_states(config, random, state.buffer, x_pos, y_pos, step)
+        start = initial_states(config, random, state.buffer, x_pos, y_pos, step, state.mixture)
 
     # Part by part: chains on the frozen copy, then loss and gradient of both phases by one forward of what is wrapped.
     state.folded.refresh()

@@ -10,12 +10,14 @@ import threading
 import pytest
 import torch
 from made_runs import VECTORS, make_run
-from runs import ROOT, environment
+from runs import ROOT, command, environment, finish
 
 import ebm
 from ebm.__main__ import main
 from ebm.config.samplers import LangevinConfig, MALAConfig, TemperingConfig
 from ebm.errors import ConfigError, DataError
+from ebm.inference.images import to_states
+from ebm.inference.inputs import read_states
 from ebm.inference.run import open_run
 from ebm.samplers import can_be_continued, chains_of_lengths, fresh_chains, langevin
 from ebm.samplers.factory import settings_of
@@ -54,6 +56,17 @@ def test_samples_are_a_function_of_the_seed(plane):
     assert torch.equal(a[:8], c) and not torch.equal(a, b)
     with pytest.raises(ConfigError, match="num_classes=null"):
         run.sample(4, steps=1, labels=1)
+
+
+def test_a_run_whose_chains_start_in_a_mixture(digits, tmp_path):
+    arguments = command(1, tmp_path / "run", digits, train__steps=2, sampler__start="mixture", sampler__bounds="[-2,2]")
+    finish(arguments, tmp_path / "log")
+    run = ebm.load(tmp_path / "run")
+    data, _ = read_states(str(digits), run.config)
+    x, data = run.sample(512, steps=0), to_states(data).flatten(1)
+    torch.testing.assert_close(x.flatten(1).mean(0), data.mean(0), atol=0.2, rtol=0)
+    torch.testing.assert_close(torch.cov(x.flatten(1).T), torch.cov(data.T), atol=0.2, rtol=0)
+    assert torch.equal(run.sample(8, steps=0), x[:8])
 
 
 def test_a_sampler_made_from_a_run_carries_its_bounds_and_clamp(tmp_path):

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from ebm.streams import owned_streams
-from ebm.training.negatives import ReplayBuffer, reinit_probabilities
+from ebm.config import load_config
+from ebm.errors import DataError
+from ebm.streams import generator, owned_streams
+from ebm.training.negatives import ReplayBuffer, fitted_mixture, reinit_probabilities
 
 SHAPE, SLOTS, STREAMS = (2, 3, 3), 10, 4
 
@@ -26,12 +28,12 @@ def advance(x):
     return (1.7 * x + 0.1).sin()
 
 
-def rounds(world_size, steps=6, n=4):
+def rounds(world_size, steps=6, n=4, **settings):
     """Per stream: all draws, and the final states and ages, of a run dealt over `world_size` ranks."""
     seen = {}
     for rank in range(world_size):
         streams = owned_streams(STREAMS, rank, world_size)
-        buffer = make(streams)
+        buffer = make(streams, **settings)
         draws = []
         for step in range(1, steps + 1):
             draw = buffer.draw(n, step, 0.3)
@@ -50,6 +52,54 @@ def test_any_number_of_ranks_gives_the_same_chains(world_size):
     for stream in range(STREAMS):
         assert all(torch.equal(a, b) for a, b in zip(alone[stream], dealt[stream], strict=True))
     assert len({alone[stream][-2].sum().item() for stream in range(STREAMS)}) == STREAMS
+
+
+def of_classes(n=30_000, noise=0.0, **overrides):
+    """The mixture fitted to data of three classes, N(k - 1, S_k) on 18 values, and these data, with labels."""
+    gen = torch.Generator().manual_seed(0)
+    labels = torch.arange(n) % 3
+    mix = torch.randn(3, 18, 18, generator=gen) / 18**0.5
+    x = (torch.einsum("nij,nj->ni", mix[labels], torch.randn(n, 18, generator=gen)) * 0.3).view(n, *SHAPE)
+    x = x + labels.view(-1, 1, 1, 1) - 1.0
+    keys = {"sampler.start": "mixture", "sampler.bounds": "[-3,3]", "data.noise_std": noise} | overrides
+    config = load_config(None, ["data.shards=d", "data.shape=[2,3,3]", *(f"{k}={v}" for k, v in keys.items())])
+    return fitted_mixture(config, x, labels), x, labels
+
+
+def moments(x):
+    return x.flatten(1).mean(0), torch.cov(x.flatten(1).T)
+
+
+def test_chains_start_in_the_gaussian_of_their_class():
+    mixture, x, labels = of_classes(noise=0.2, **{"energy.kind": "conv", "energy.num_classes": "3"})
+    drawn = mixture.fill_(torch.empty_like(x), generator(0, "start"), labels)
+    for k in range(3):
+        (mean, covariance), (own_mean, own) = moments(drawn[labels == k]), moments(x[labels == k])
+        torch.testing.assert_close(mean, own_mean, atol=0.02, rtol=0)
+        torch.testing.assert_close(covariance, own + 0.04 * torch.eye(18), atol=0.015, rtol=0)
+    everything, whole = moments(mixture.fill_(torch.empty_like(x), generator(1, "start"))), moments(drawn)
+    torch.testing.assert_close(everything, whole, atol=0.03, rtol=0.05)  # without labels: by the classes' shares
+    data = torch.tensor([2, 0, 1, 1] * STREAMS)
+    buffer = make(start=mixture, labelled=True)
+    draw = buffer.draw(4, 1, 0.0, labels=data)
+    assert torch.equal(draw.x.flatten(1).mean(1).round().long() + 1, data)  # though none restarts
+
+
+def test_chains_without_a_class_start_in_clusters():
+    mixture, x, _ = of_classes()
+    assert (mixture.shares > 0.03).all() and mixture.classes.unique().tolist() == [0]
+    drawn = mixture.fill_(torch.empty(30_000, 2, *SHAPE), generator(0, "start"))  # of two replicas a chain
+    for replica in drawn.unbind(1):
+        torch.testing.assert_close(moments(replica), moments(x), atol=0.03, rtol=0.06)
+    narrow, _, _ = of_classes(**{"sampler.bounds": "[-0.5,0.5]"})
+    drawn = narrow.fill_(torch.empty_like(x), generator(0, "start"))
+    assert drawn.abs().max() == 0.5
+    alone, dealt = rounds(1, start=mixture), rounds(2, start=mixture)
+    assert all(torch.equal(a, b) for stream in alone for a, b in zip(alone[stream], dealt[stream], strict=True))
+    few, _, _ = of_classes(n=40)
+    assert few.shares.tolist() == [1.0] + [0.0] * 9
+    with pytest.raises(DataError, match="too few"):
+        of_classes(n=6)
 
 
 def test_new_chains_are_uniform_and_differ():

@@ -23,6 +23,7 @@ VARIANTS = {
     "conditional": ["energy.num_classes=10"],
     "from_data": ["loss.negatives=data"],
     "from_noise": ["loss.negatives=noise"],
+    "from_mixture": ["sampler.start=mixture", "energy.num_classes=10"],
     "bf16": ["train.mixed_precision=bf16"],
     "mlp": ["energy.kind=mlp"],
     "resnet": ["energy.kind=resnet", "energy.features=[8,8]", "energy.blocks=1", "optim.weight_decay=0.01"],
