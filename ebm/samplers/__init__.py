@@ -1,6 +1,6 @@
 """Samplers: pure functions on a callable energy, and fronts with the names of the guide."""
 
-from ebm.samplers.base import ChainInfo
+from ebm.samplers.base import ChainInfo, MixtureStart
 from ebm.samplers.dynamics import HamiltonianMonteCarlo, LangevinDynamics, MetropolisAdjustedLangevin, ParallelTempering
 from ebm.samplers.engine import Engine
 from ebm.samplers.factory import (
@@ -28,6 +28,7 @@ __all__ = [
     "LangevinDynamics",
     "MetropolisAdjustedLangevin",
     "MetropolisInfo",
+    "MixtureStart",
     "NoiseLevelsInfo",
     "ParallelTempering",
     "TemperingInfo",
