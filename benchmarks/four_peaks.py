@@ -31,8 +31,8 @@ ROOT = Path(__file__).parent.parent
 WITHOUT_CHAINS = ["train.steps=5000"]
 MALA = ["sampler.kind=mala", "sampler.bounds=null", "sampler.start=[-4,4]"]
 HMC = ["sampler.kind=hmc", "sampler.bounds=null", "sampler.start=[-4,4]", "sampler.num_steps=4"]
-LEVELS = ["energy.noise_conditional={sigma_min: 0.1, sigma_max: 10, data_std: 2}", "sampler.kind=noise_levels",
-          "sampler.bounds=null", "buffer.reinit_prob=0"]  # fmt: skip
+LEVELS = ["energy.noise_conditional={sigma_min: 0.2, sigma_max: 10, data_std: 2}", "sampler.kind=noise_levels",
+          "sampler.bounds=null", "sampler.step_size=0.008", "buffer.reinit_prob=0"]  # fmt: skip
 TEMPERING = ["sampler.kind=tempering", "sampler.bounds=null", "sampler.start=[-4,4]", "sampler.num_steps=5"]
 FLOW = ["sampler.start=normal", "sampler.schedule=flow", "sampler.num_steps=80", "sampler.step_size=0.1"]
 METHODS = {
@@ -51,7 +51,7 @@ METHODS = {
                              *WITHOUT_CHAINS],
     "dual_score_matching": ["loss.kind=dual_score_matching", *LEVELS],
     "dual_score_matching, chains": ["loss.kind=dual_score_matching", "loss.contrastive_weight=0.05",
-                                    "loss.warmup_steps=2000", *LEVELS],
+                                    "loss.warmup_steps=2000", *LEVELS, "sampler.num_steps=10", "buffer.size=1024"],
     "noise_contrastive": ["loss.kind=noise_contrastive", "loss.noise_std=2.5", "loss.ratio=2", *WITHOUT_CHAINS],
     "energy_discrepancy": ["loss.kind=energy_discrepancy", "loss.time=1", *WITHOUT_CHAINS],
     "recovery, MALA": ["loss.kind=recovery", "loss.sigma=1.5", *MALA, "sampler.step_size=0.5", "sampler.num_steps=15",
