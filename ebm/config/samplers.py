@@ -258,7 +258,10 @@ class NoiseLevelsConfig(ChainConfig):
     sigma_max: float = Field(3.0, gt=0, description="highest level; by default the energy's")
     num_levels: int = Field(32, ge=2, description="levels that chains move over, evenly spaced in log")
     lowest_share: float = Field(
-        0.5, gt=0, lt=1, description="share of chains and of noisy data at the lowest level; the others have equal ones"
+        0.5,
+        gt=0,
+        le=1,
+        description="share of chains and of noisy data at the lowest level; the others have equal ones; 1: all of it",
     )
     anneal_steps: int = Field(200, ge=1, description="steps from the highest to the lowest level before a fresh chain")
 

@@ -304,7 +304,8 @@ def at_noise_levels(
     low, spacing, highest = log_variances[0], log_variances[1] - log_variances[0], len(log_variances) - 1
     share = 1 / (highest + 1) if lowest_share is None else lowest_share
     u = uniform_(x.new_empty(len(x)), generator)
-    indices = ((u - share) / (1 - share) * highest + 1).floor().clamp(0, highest)
+    above = (u - share) / (1 - share) if share < 1 else u - 1
+    indices = (above * highest + 1).floor().clamp(0, highest)
     level = low + spacing * indices
     return with_noise_level(_with_noise(x, level, generator)[0], level)
 

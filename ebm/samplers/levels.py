@@ -151,7 +151,8 @@ def noise_levels(
         z: states with their levels, which must be among `log_variances`.
         step_size: of MALA at the lowest level, a number; at the others it is in proportion to their variance.
         log_variances: the levels, ascending and evenly spaced.
-        lowest_share: w of the lowest level, in (0, 1); the others share the rest alike. None: all alike.
+        lowest_share: w of the lowest level, in (0, 1]; the others share the rest alike. None: all alike. 1: levels are
+            not moved, which saves half of the evaluations.
 
     Returns the states after the last step, with their levels, and NoiseLevelsInfo.
     """
@@ -159,7 +160,8 @@ def noise_levels(
     low, spacing = log_variances[0], log_variances[1] - log_variances[0]
     index = ((level - low) / spacing).round()
     highest = len(log_variances) - 1
-    favour = 0.0 if lowest_share is None else math.log(highest * lowest_share / (1 - lowest_share))
+    moves = lowest_share != 1
+    favour = 0.0 if lowest_share is None or not moves else math.log(highest * lowest_share / (1 - lowest_share))
     draws = uniform_(torch.empty_like(level), generator)
     direction = torch.where(draws < 0.5, -1.0, 1.0)
     state = begin(_at(energy, level), dense(first), grad_scale)
@@ -167,6 +169,8 @@ def noise_levels(
     for _ in range(num_steps):
         state, probability = _move(energy, state, level, step_size, low, grad_scale, generator)
         accepted += probability.mean()
+        if not moves:
+            continue
         proposed = index + direction
         inside = (proposed >= 0) & (proposed <= highest)
         proposed = proposed.clamp(0, highest)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ebm.energies import split_noise_level, with_noise_level
+from ebm.losses import at_noise_levels
 from ebm.samplers import annealed, noise_levels
 
 LEVELS = tuple(torch.linspace(2 * math.log(0.2), 2 * math.log(4.0), 12).tolist())
@@ -50,6 +51,25 @@ def test_levels_and_modes_have_their_shares(tilt, share):
     share, spread = (x[low] > 0).float().mean().item(), math.sqrt(0.19 / low.sum())
     assert share == pytest.approx(0.75, abs=4 * spread)
     assert 0.5 < info.acceptance < 1 and 0.2 < info.level_acceptance < 1
+
+
+def test_all_chains_can_stay_at_the_lowest_level():
+    """A share of 1: the levels are not moved, and the states sample their mode, which they can't leave."""
+    evaluated = []
+
+    def counted(z):
+        evaluated.append(len(z))
+        return mixture(z)
+
+    z = with_noise_level(torch.full((4000, 1), -2.0), torch.full((4000,), LEVELS[0]))
+    z, info = noise_levels(counted, z, num_steps=40, step_size=STEP, log_variances=LEVELS, lowest_share=1.0,
+                           generator=seeded())  # fmt: skip
+    x, level = split_noise_level(z)
+    assert (level == LEVELS[0]).all() and info.level_acceptance == 0 and len(evaluated) == 41
+    assert x.mean().item() == pytest.approx(-2, abs=0.03)
+    assert x.var().item() == pytest.approx(STD**2 + 0.04, rel=0.1)
+    noisy = at_noise_levels(torch.zeros(1000, 3), LEVELS, 1.0, seeded())
+    assert (split_noise_level(noisy)[1] == LEVELS[0]).all()
 
 
 def test_each_level_has_its_own_density():
