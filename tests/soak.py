@@ -132,7 +132,7 @@ def main() -> int:
     where = options.dir.resolve()
     disk = where / "disk"
     disk.mkdir(parents=True)
-    mounted = not subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]).returncode
+    mounted = not subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(disk)]).returncode
     if not mounted:
         print("no file system can be mounted here: no disk is filled")
     shards, run_dir, whole_dir = where / "digits", disk / "run", where / "whole"
