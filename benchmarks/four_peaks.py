@@ -4,7 +4,7 @@ python benchmarks/four_peaks.py [--out DIR] [--json FILE] [--chain-steps 100000]
 
 Each method is a run of configs/four_peaks.yaml with the overrides of `METHODS`, on one thread, scored by `python -m ebm
 evaluate --metrics likelihood`: KL(true || learned) in nats, and the largest error of the weight of a mode. With
-`--chain-steps` 400 chains of MALA go on from exact samples for as many steps in the learned energy: `drift` is the
+`--chain-steps` 200 chains of MALA go on from exact samples for as many steps in the learned energy: `drift` is the
 largest difference, in points, between the share of chains nearest to a mode and its true weight, over the second half
 of the way (a state every 500 steps). A run that is done already is only scored. Prints a table and one JSON object.
 """
@@ -60,7 +60,7 @@ METHODS = {
                         "loss.flow_weight=0.001", "loss.trim=0", "loss.floor=null", "loss.from_data=false",
                         "loss.separate_batch=false", "loss.second_ema_decay=null", *FLOW],
 }  # fmt: skip
-CHAINS, BETWEEN = 400, 500
+CHAINS, BETWEEN = 200, 500
 
 
 def main() -> int:
