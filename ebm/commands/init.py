@@ -91,6 +91,7 @@ def _natural(data: Data) -> list[Choice]:
         Choice("energy.features", features, f"channels of each stage; {side} pixels are halved after each"),
         Choice("energy.spectral_norm", True, "bounds the slope of the energy; without it colour images run away"),
         *_chains(num_steps=20),
+        Choice("sampler.start", "mixture", "in Gaussians fitted to the data; from noise chains find one colour first"),
         Choice("buffer.size", 16384 if data.gpu else 2000, "persistent chains, some 30 batches or more"),
         Choice("buffer.reinit_prob", 0.05, "share of chains that start anew: raise it if persistent chains look alike"),
         Choice("loss.l2", 0.1, "holds energies near 0; raise it if they drift away"),
