@@ -140,8 +140,8 @@ def reading(run: Path) -> dict:
     sick = [row["step"] for row in rows if row.get("health/warning", 0.0) >= 1]
     return {
         "steps": rows[-1]["step"],
-        "spread": round(fresh[-1]["fresh/spread"], 3),
-        "saturated": round(fresh[-1]["fresh/saturated"], 3),
+        "spread": round(fresh[-1]["fresh/spread"], 3) if fresh else None,  # it may end before its first panel
+        "saturated": round(fresh[-1]["fresh/saturated"], 3) if fresh else None,
         "frechet_ratio": round(values["frechet/fresh_ratio"], 2),
         "frechet_ratio_persistent": round(values.get("frechet/persistent_ratio", float("nan")), 2),
         "first_warning": sick[0] if sick else None,
