@@ -16,6 +16,7 @@ Energy = Callable[[Tensor], Tensor]  # states (B, *shape) -> energies (B,)
 Bounds = tuple[float, float] | None
 COMPONENTS = 10  # of a mixture for chains without classes
 FACTORS = 32  # of each of its Gaussians, at most
+LARGEST = 1 << 24  # numbers in the factors of a mixture, at most
 Info = TypeVar("Info", bound=tuple[Tensor, ...])  # a named tuple of scalars: what happened in a chain
 
 
@@ -43,7 +44,8 @@ class MixtureStart:
     def empty(cls, dim: int, classes: int | None, bounds: Bounds) -> "MixtureStart":
         """A mixture of the right size, of zeros: a component a class, or COMPONENTS without classes."""
         count = classes or COMPONENTS
-        sizes = ("shares", (count,)), ("means", (count, dim)), ("factors", (count, dim, min(FACTORS, dim - 1)))
+        rank = min(FACTORS, dim - 1, LARGEST // (count * dim))
+        sizes = ("shares", (count,)), ("means", (count, dim)), ("factors", (count, dim, rank))
         numbers = torch.arange(count) if classes else torch.zeros(count, dtype=torch.int64)
         tensors = {name: torch.zeros(size) for name, size in (*sizes, ("rest", (count,)))}
         return cls(classes=numbers, bounds=bounds, **tensors)

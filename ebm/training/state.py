@@ -28,7 +28,8 @@ from ebm.energies import (
     chain_dtype,
 )
 from ebm.errors import DataError
-from ebm.inference.images import dequantize, strongly_augmented
+from ebm.evaluation.sets import read_spread
+from ebm.inference.images import dequantize, strongly_augmented, to_states
 from ebm.losses import LossOutput, loss_of
 from ebm.runtime import checkpoint
 from ebm.runtime.distributed import World
@@ -40,7 +41,7 @@ from ebm.streams import StreamGenerators, derive_seed, owned_streams
 from ebm.training.divergence import DivergenceMonitor
 from ebm.training.negatives import Draw, ReplayBuffer, chain_energy, fitted_mixture
 
-MOMENT_DATA = 50_000  # data whose mean and covariance a noise-conditional energy starts from
+MOMENT_DATA = 50_000  # data whose mean and covariance are taken
 MIXTURE_DATA = 10_000  # data that a mixture for chains to start in is fitted to
 
 
@@ -176,10 +177,9 @@ def build_state(config: Config, world: World) -> TrainState:
     world.on_main(lambda: check_files(manifest, config.data.on_error, config.data.max_skipped))
     energy = build_energy(config.energy, config.data.shape, config.run.seed)
     if isinstance(energy, NoiseConditionalEnergy):
-        energy.fit(first_states(config, manifest, MOMENT_DATA)[0])
-    mixture = None
-    if config.sampler.start == "mixture":
-        mixture = fitted_mixture(config, *first_states(config, manifest, MIXTURE_DATA)).to(world.device)
+        energy.fit(moment_data(config, manifest))
+    mixture = world.on_main(lambda: build_mixture(config)) if config.sampler.start == "mixture" else None
+    mixture = None if mixture is None else mixture.to(world.device)
     energy = energy.to(world.device).train()
     # Copies before `prepare`: accelerate replaces the forward of the module it is given.
     ema = copy.deepcopy(energy).requires_grad_(False)
@@ -211,16 +211,22 @@ def build_state(config: Config, world: World) -> TrainState:
     )
 
 
-def first_states(config: Config, manifest: Manifest, most: int) -> tuple[Tensor, Tensor]:
-    """States (N, *shape) and labels (N,) of the first data, about `most` or all. Every rank reads the same."""
-    blocks: list[Tensor] = []
-    labels: list[Tensor] = []
-    for data, own, _ in read_all(manifest, config.data.shape, max_pixels=config.data.max_pixels, check=False):
+def moment_data(config: Config, manifest: Manifest) -> Tensor:
+    """States (N, *shape) of the first data, MOMENT_DATA or all, whose mean and covariance a noise-conditional energy
+    starts from. Every rank reads the same."""
+    blocks, count = [], 0
+    for data, _, _ in read_all(manifest, config.data.shape, max_pixels=config.data.max_pixels, check=False):
         blocks.append(dequantize(data, None) if data.dtype == torch.uint8 else data)
-        labels.append(own)
-        if sum(map(len, blocks)) >= most:
+        count += len(data)
+        if count >= MOMENT_DATA:
             break
-    return torch.cat(blocks), torch.cat(labels)
+    return torch.cat(blocks)
+
+
+def build_mixture(config: Config) -> MixtureStart:
+    """What the chains of sampler.start=mixture begin in, fitted to MIXTURE_DATA data from all shards."""
+    data, labels = read_spread(config.data.shards, config.data, MIXTURE_DATA)
+    return fitted_mixture(config, to_states(data), labels)
 
 
 def compiler_of(config: Config, world: World, dtype: torch.dtype) -> Compiler | None:
