@@ -58,6 +58,7 @@ from ebm.training.divergence import DivergenceMonitor
 from ebm.training.negatives import ReplayBuffer
 
 LIMIT = 5.0  # seconds of processor time an input
+WAITING = 10  # times that in all, whatever it waits for
 WARM_UP = 200  # inputs before the count begins
 MEMORY = 6 << 30  # bytes that all inputs together may add
 
@@ -747,15 +748,18 @@ def guarded(root: Path | None):
         raise Hang(f"more than {LIMIT} s")
 
     GUARD.root, GUARD.outside = root and os.path.abspath(root), []
-    before = signal.signal(signal.SIGPROF, ring)
+    before = {name: signal.signal(name, ring) for name in (signal.SIGPROF, signal.SIGALRM)}
     signal.setitimer(signal.ITIMER_PROF, LIMIT)
+    signal.setitimer(signal.ITIMER_REAL, WAITING * LIMIT)
     try:
         yield
     except UserError:
         pass
     finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)
+        for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
+            signal.setitimer(timer, 0)
+        for name, handler in before.items():
+            signal.signal(name, handler)
         GUARD.root = None
     assert not GUARD.outside, f"outside of its directory: {GUARD.outside}"
 
@@ -804,7 +808,7 @@ def supervise(target: str, options) -> int:
         process.join(5)
         if number.value != seen:
             seen, since = number.value, time.monotonic()
-        elif time.monotonic() - since > 60 + 4 * LIMIT:
+        elif time.monotonic() - since > 60 + WAITING * LIMIT:
             process.kill()
     findings = count.value
     if findings < 0:

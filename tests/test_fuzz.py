@@ -43,6 +43,7 @@ MISDEEDS = {
     "socket": lambda: socket.socket().close(),
     "pickle": lambda: pickle.loads(pickle.dumps(Path("x"))),
     "hang": lambda: time.sleep(60),
+    "loop": lambda: all(number == 0 for number in iter(int, 1)),
     "error": lambda: {}["missing"],
 }
 
@@ -50,7 +51,7 @@ MISDEEDS = {
 @pytest.mark.parametrize("misdeed", MISDEEDS)
 def test_the_fuzzer_finds(monkeypatch, misdeed):
     numbers = iter(range(-WARM_UP, 2))
-    monkeypatch.setattr("fuzz.LIMIT", 0.3)
+    monkeypatch.setattr("fuzz.LIMIT", 0.1)
     monkeypatch.setitem(TARGETS, "bad", lambda root: lambda rng: MISDEEDS[misdeed]() if next(numbers) == 0 else None)
     (finding,) = fuzz("bad", 2, seed=0)
     assert "input 0" in finding

@@ -387,7 +387,7 @@ class Config(Section):
                 f"data.streams={streams}, fewer than energy.num_classes={classes}: raise buffer.size to "
                 f"{streams * classes} or more"
             )
-        matched = self.loss.kind == "dual_score_matching"  # which compares data with chains of their class
+        matched = self.sampler.kind == "noise_levels"  # whose loss compares data with chains of their class
         if self.loss.negatives == "persistent" and classes and not self.buffer.reinit_prob and not matched:
             raise ValueError(
                 f"buffer.reinit_prob=0 with energy.num_classes={classes}: chains would keep their first classes, whose "
