@@ -387,7 +387,8 @@ class Config(Section):
                 f"data.streams={streams}, fewer than energy.num_classes={classes}: raise buffer.size to "
                 f"{streams * classes} or more"
             )
-        matched = self.sampler.kind == "noise_levels"  # whose loss compares data with chains of their class
+        # Dual score matching compares data with chains of their class; it and noise levels go together, see below.
+        matched = self.loss.kind == "dual_score_matching" or self.sampler.kind == "noise_levels"
         if self.loss.negatives == "persistent" and classes and not self.buffer.reinit_prob and not matched:
             raise ValueError(
                 f"buffer.reinit_prob=0 with energy.num_classes={classes}: chains would keep their first classes, whose "
