@@ -251,11 +251,6 @@ def uniform_(x: Tensor, generators: Generators = None, low: float = 0.0, high: f
     return x
 
 
-def start_(x: Tensor, generators: Generators, interval: tuple[float, float] | None) -> Tensor:
-    """Fills a dense `x` (B, ...) in place with initial states of chains: uniform in `interval`, or N(0, 1) for None."""
-    return normal_(x, generators) if interval is None else uniform_(x, generators, *interval)
-
-
 def num_parts(generator: Generators) -> int:
     """The number of equal parts of a batch, one for each generator. What compares states compares them within a part,
     so that a run's losses don't depend on how many parts a process owns."""

@@ -387,14 +387,6 @@ class Config(Section):
                 f"data.streams={streams}, fewer than energy.num_classes={classes}: raise buffer.size to "
                 f"{streams * classes} or more"
             )
-        # Dual score matching compares data with chains of their class; it and noise levels go together, see below.
-        matched = self.loss.kind == "dual_score_matching" or self.sampler.kind == "noise_levels"
-        if self.loss.negatives == "persistent" and classes and not self.buffer.reinit_prob and not matched:
-            raise ValueError(
-                f"buffer.reinit_prob=0 with energy.num_classes={classes}: chains would keep their first classes, whose "
-                "shares are not quite the data's, and the energies of whole classes would drift apart; set "
-                "buffer.reinit_prob above 0"
-            )
         if self.loss.negatives == "persistent" and self.buffer.size < batch:
             raise ValueError(
                 f"buffer.size={self.buffer.size} is below train.batch_size={batch}: a step draws a whole "
@@ -448,5 +440,12 @@ class Config(Section):
         if loss.kind in ("improved_contrastive", "energy_matching") and sampler.kind != "langevin":
             raise ValueError(f"loss.kind={loss.kind} goes with sampler.kind=langevin, not {sampler.kind}")
         self._check_noise_levels()
+        kept = loss.negatives == "persistent" and self.classes_of_chains and not self.buffer.reinit_prob
+        if kept and loss.kind != "dual_score_matching":  # which compares data with chains of their class
+            raise ValueError(
+                f"buffer.reinit_prob=0 with energy.num_classes={self.energy.num_classes}: chains would keep their "
+                "first classes, whose shares are not quite the data's, and the energies of whole classes would drift apart; "
+                "set buffer.reinit_prob above 0"
+            )
         loss.check(sampler, self.train.batch_size // self.data.streams // self.train.accumulate)
         return self

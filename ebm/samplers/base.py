@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ebm.config.samplers import check_interval
-from ebm.streams import Generators, normal_, start_, uniform_
+from ebm.streams import Generators, normal_, uniform_
 
 Energy = Callable[[Tensor], Tensor]  # states (B, *shape) -> energies (B,)
 Bounds = tuple[float, float] | None
@@ -85,7 +85,7 @@ def initial_(x: Tensor, generators: Generators, start: Start, labels: Tensor | N
     """Fills a dense `x` (B, ...) in place with initial states of chains, whose classes are `labels` (B,)."""
     if isinstance(start, MixtureStart):
         return start.fill_(x, generators, labels)
-    return start_(x, generators, start)
+    return normal_(x, generators) if start is None else uniform_(x, generators, *start)
 
 
 def evaluate(energy: Energy, x: Tensor, grad_scale: float = 1.0) -> tuple[Tensor, Tensor]:

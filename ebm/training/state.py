@@ -178,8 +178,7 @@ def build_state(config: Config, world: World) -> TrainState:
     energy = build_energy(config.energy, config.data.shape, config.run.seed)
     if isinstance(energy, NoiseConditionalEnergy):
         energy.fit(moment_data(config, manifest))
-    mixture = world.on_main(lambda: build_mixture(config)) if config.sampler.start == "mixture" else None
-    mixture = None if mixture is None else mixture.to(world.device)
+    mixture = build_mixture(config, world)
     energy = energy.to(world.device).train()
     # Copies before `prepare`: accelerate replaces the forward of the module it is given.
     ema = copy.deepcopy(energy).requires_grad_(False)
@@ -223,10 +222,16 @@ def moment_data(config: Config, manifest: Manifest) -> Tensor:
     return torch.cat(blocks)
 
 
-def build_mixture(config: Config) -> MixtureStart:
-    """What the chains of sampler.start=mixture begin in, fitted to MIXTURE_DATA data from all shards."""
-    data, labels = read_spread(config.data.shards, config.data, MIXTURE_DATA)
-    return fitted_mixture(config, to_states(data), labels)
+def build_mixture(config: Config, world: World) -> MixtureStart | None:
+    """What the chains of sampler.start=mixture begin in, fitted by rank 0 to MIXTURE_DATA data from all shards."""
+    if config.sampler.start != "mixture":
+        return None
+
+    def fitted() -> MixtureStart:
+        data, labels = read_spread(config.data.shards, config.data, MIXTURE_DATA)
+        return fitted_mixture(config, to_states(data), labels)
+
+    return world.on_main(fitted).to(world.device)
 
 
 def compiler_of(config: Config, world: World, dtype: torch.dtype) -> Compiler | None:

@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 
 from ebm.samplers import hmc, langevin, mala
+from ebm.samplers.base import initial_
 from ebm.samplers.levels import tempering
 from ebm.streams import (
     Philox,
@@ -18,7 +19,6 @@ from ebm.streams import (
     normals,
     philox4x32,
     plain_fill,
-    start_,
     uniform_,
     words,
 )
@@ -141,7 +141,7 @@ def test_a_chain_of_two_streams_is_the_two_chains_of_one(sampler):
     settings |= {"num_leapfrog": 2} if sampler is hmc else {}
     settings |= {"temperatures": (0.5, 1.0, 2.0)} if sampler is tempering else {}
     shape = (3, 5, 5) if sampler is tempering else (3, 5)
-    x = start_(torch.empty(8, *shape), Philox(seeds(range(2), "start")), (-1.0, 1.0))
+    x = initial_(torch.empty(8, *shape), Philox(seeds(range(2), "start")), (-1.0, 1.0))
     both, _ = sampler(energy, x, generator=Philox(seeds(range(2))), **settings)
     for stream in range(2):
         alone, _ = sampler(energy, x.chunk(2)[stream], generator=Philox(seeds([stream])), **settings)
