@@ -444,8 +444,8 @@ class Config(Section):
         if kept and loss.kind != "dual_score_matching":  # which compares data with chains of their class
             raise ValueError(
                 f"buffer.reinit_prob=0 with energy.num_classes={self.energy.num_classes}: chains would keep their "
-                "first classes, whose shares are not quite the data's, and the energies of whole classes would drift apart; "
-                "set buffer.reinit_prob above 0"
+                "first classes, whose shares are not quite the data's, and the energies of whole classes would drift "
+                "apart; set buffer.reinit_prob above 0"
             )
         loss.check(sampler, self.train.batch_size // self.data.streams // self.train.accumulate)
         return self
