@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, TextIO
 from tqdm import tqdm
 
 from ebm.errors import ConfigError, UserError, printable
+from ebm.runtime.files import replace
 
 if TYPE_CHECKING:
     import torch
@@ -198,12 +199,15 @@ def leave_code(code: int, run_dir: Path | None = None) -> bool:
     `run_dir`: only of a run that this process owns. Returns whether the file in it was written."""
     if code == 1:  # a crash, which another start may get over: no file
         return False
-    for file in {os.environ.get("EBM_EXIT_FILE"), run_dir and str(run_dir / EXIT_CODE)}:
-        if file:
-            with suppress(OSError):
-                Path(file).write_text(f"{code}\n")
+    line = f"{code}\n"
+    if file := os.environ.get("EBM_EXIT_FILE"):
+        with suppress(OSError):
+            Path(file).write_text(line)
+    if run_dir is None:
+        return False
     try:
-        return run_dir is not None and (run_dir / EXIT_CODE).read_text() == f"{code}\n"
+        replace(run_dir / EXIT_CODE, line.encode())  # whole: every rank writes it, and reads it next
+        return (run_dir / EXIT_CODE).read_text() == line
     except OSError:
         return False
 

@@ -28,7 +28,7 @@ T = TypeVar("T")
 # Files of a run that are written by `replace`.
 OURS = (
     r"config\.yaml|config_history\.json|attempts\.json|rollbacks\.json|environment\.json|DONE|"
-    r"wandb_id|wandb_step|wandb_run\.json|report\.html"
+    r"wandb_id|wandb_step|wandb_run\.json|report\.html|exit_code"
 )
 PICTURE = re.compile(r"step_\d{8,}\.png")
 OF_ONE_CONFIG = (

@@ -5,6 +5,8 @@ import fcntl
 import logging
 import os
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from ebm.runtime import checkpoint, files
 from ebm.runtime.checkpoint import Saver
 from ebm.runtime.distributed import World
 from ebm.runtime.files import locked, replace
-from ebm.runtime.process import configure_logging
+from ebm.runtime.process import configure_logging, leave_code
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -125,6 +127,31 @@ def test_a_file_system_that_can_not_sync_directories(tmp_path, monkeypatch, code
     else:
         with pytest.raises(OSError, match=os.strerror(code)):
             replace(tmp_path / "a", b"a")
+
+
+MANY_RANKS = """
+import sys
+from pathlib import Path
+from ebm.runtime.process import leave_code
+run = Path(sys.argv[1])
+print(sum(not leave_code(75, run) for _ in range(500)))
+"""
+
+
+def test_every_rank_finds_the_code_that_all_of_them_leave(tmp_path):
+    """All write the one file; a rank that found it cut short by another ended with 75, and was started again."""
+    command = [sys.executable, "-c", MANY_RANKS, str(tmp_path)]
+    ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [rank.communicate(timeout=120)[0] for rank in ranks] == ["0\n"] * 3
+    assert [file.name for file in tmp_path.iterdir()] == ["exit_code"]
+
+
+def test_a_code_for_a_script_goes_where_the_script_said(tmp_path, monkeypatch):
+    """Into the very file, which may be a device or behind a link."""
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    monkeypatch.setenv("EBM_EXIT_FILE", str(tmp_path / "link"))
+    assert not leave_code(75)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "75\n"
 
 
 def test_control_characters_do_not_reach_a_terminal(shown):
