@@ -370,6 +370,15 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+def load_scaler(path: Path, scaler: torch.amp.GradScaler, saved: Mapping[str, float]) -> None:
+    """Give a gradient scaler the state in a checkpoint's state.json. Raises DataError."""
+    own = scaler.state_dict()
+    if saved.keys() != own.keys():
+        raise DataError(f"{path}/state.json: 'scaler' has {sorted(saved)}, not {sorted(own)}")
+    # As whole numbers where they count steps: torch takes no others.
+    scaler.load_state_dict({name: type(own[name])(value) for name, value in saved.items()})
+
+
 def _on_host(tensor: Tensor) -> Tensor:
     """Returns a copy in host memory that shares nothing with `tensor`."""
     return tensor.detach().to("cpu", copy=True).contiguous()

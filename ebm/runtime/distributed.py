@@ -14,7 +14,7 @@ from typing import Any, Self, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, patch_environment
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
@@ -163,7 +163,10 @@ class World:
         )
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        with warnings.catch_warnings():  # torch has another name for it, which accelerate does not know yet
+        # DDP takes the device from the model. Accelerate would name the one with this rank's number on its machine, and
+        # there is none where ranks share a GPU.
+        with warnings.catch_warnings(), patch_environment(accelerate_bypass_device_map="true"):
+            # torch has another name for it, which accelerate does not know yet
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
             prepared: nn.Module = self._accelerator.prepare(model)
         return prepared

@@ -365,7 +365,7 @@ def load(state: TrainState, path: Path, divergence: dict[str, Any] | None = None
             f"{path}/state.json: 'scaler' does not go with train.mixed_precision={config.train.mixed_precision}"
         )
     if scaler is not None and meta.scaler is not None:
-        scaler.load_state_dict(meta.scaler)
+        checkpoint.load_scaler(path, scaler, meta.scaler)
     state.divergence.load(divergence or meta.divergence)
     seed, salt = config.run.seed, state.divergence.rollbacks
     noise_seed = derive_seed(seed, "rollback", step=salt) if salt else seed  # the reader's order keeps the run's

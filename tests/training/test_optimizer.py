@@ -9,6 +9,8 @@ from torch import nn
 
 from ebm.config import OptimConfig, validate
 from ebm.energies.networks import spectrally_normalise
+from ebm.errors import DataError
+from ebm.runtime.checkpoint import load_scaler
 from ebm.training.state import (
     build_optimizer,
     clip_grad_norm,
@@ -151,6 +153,27 @@ def test_scaled_gradients_make_the_same_steps():
         step_if(reference, norms[1].isfinite())
         assert scaler.get_scale() == (1024.0 if step < 2 else 512.0)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+def test_a_scaler_goes_on_from_a_checkpoint(tmp_path):
+    """torch's update takes its interval, a number of steps, as an int; state.json is read as floats."""
+    scaler, resumed = torch.amp.GradScaler("cpu", growth_interval=3), torch.amp.GradScaler("cpu")
+    model = network()
+    optimizer = build_optimizer(config().optim, model)
+
+    def update(one):
+        one.scale(model(torch.ones(1, 3)).sum()).backward()
+        step_if(optimizer, YES, one)
+
+    update(scaler)
+    load_scaler(tmp_path, resumed, {name: float(value) for name, value in scaler.state_dict().items()})
+    assert resumed.state_dict() == scaler.state_dict()
+    for one in (scaler, resumed):
+        update(one)
+        update(one)
+    assert resumed.state_dict() == scaler.state_dict() and scaler.get_scale() == 2 * 65536
+    with pytest.raises(DataError, match=r"state.json: 'scaler' has \['scale'\], not"):
+        load_scaler(tmp_path, resumed, {"scale": 2.0})
 
 
 def test_a_void_first_step_changes_no_weight():
