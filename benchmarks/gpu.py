@@ -2,12 +2,13 @@
 
 python benchmarks/gpu.py [--tiny] [--parts PART ...] [--data DIR] [--out gpu.json] [--commit NAME]
 
-Parts: tests (the CUDA tests, in one process), chain (steps a second: this engine, eager and compiled, the bare network,
-TorchEBM where it can be imported), step (where a step's time goes: as shipped, eager, and eager with the fastest
-algorithms), compile (seconds to the end of a two-step run, without and with a warm cache), ranks (the same run with one
-rank and with two that share the GPU, over gloo), quality (speedrun.py). Each part runs in processes of its own with a
-limit of its own, and what it has found when it fails or is stopped is kept: --out is written every few seconds. --tiny
-runs every part on a CPU, or a GPU, in about two minutes, to see that it works.
+Parts: tests (the CUDA tests, in one process), chain (steps a second: this engine, eager, compiled, and compiled with
+the fastest algorithms, the bare network, TorchEBM where it can be imported), step (where a step's time goes: as
+shipped, eager, and eager with the fastest algorithms), compile (seconds to the first step and what they go into,
+without and with a warm cache), ranks (the same run with one rank and with two that share the GPU, over gloo), quality
+(speedrun.py). Each part runs in processes of its own with a limit of its own, and what it has found when it fails or is
+stopped is kept: --out is written every few seconds; parts of the same commit and machine that it has already, and that
+are not run again, stay in it. --tiny runs every part on a CPU, or a GPU, in about two minutes, to see that it works.
 
 --data DIR: Fashion-MNIST, as the four .gz files of its authors or as train.npz and test.npz (an array `images`).
 Without it, the parts that train take the digits. --commit: what is measured, where this folder is no git repository.
@@ -70,7 +71,8 @@ def main() -> None:
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # which ends the part under way too
     end = time.monotonic() + (len(PARTS) * TINY_LIMIT if options.tiny else WHOLE)
-    result = {"machine": versions(), "commit": options.commit or commit(), "tiny": options.tiny, "parts": {}}
+    result = {"machine": versions(), "commit": options.commit or commit(), "tiny": options.tiny}
+    result["parts"] = earlier_parts(options.out, result)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         if options.data:
             shards(options.data, Path(folder))
@@ -84,6 +86,13 @@ def main() -> None:
     failed = [name for name, found in result["parts"].items() if found["status"] != "done"]
     if failed:
         raise SystemExit(f"not done: {', '.join(failed)}; {options.out} has what they found, and their last lines")
+
+
+def earlier_parts(out: Path, result: dict) -> dict:
+    """Those in `out`, where the rest of it is `result`."""
+    before = json.loads(out.read_text()) if out.exists() else {}
+    parts = before.pop("parts", {})
+    return parts if before == result else {}
 
 
 def part(name: str, options: argparse.Namespace, folder: Path, limit: float):
@@ -109,7 +118,7 @@ def part(name: str, options: argparse.Namespace, folder: Path, limit: float):
             end_processes(process)
     found = so_far(status, start, work)
     if status != "done":
-        found["log"] = log.read_text(errors="replace")[-3000:]
+        found["log"] = log.read_text(errors="replace")[-8000:]
     yield found
 
 
@@ -199,7 +208,16 @@ def chain(options: argparse.Namespace, work: Path) -> None:
     from ebm.runtime.distributed import set_numerics
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    set_numerics(device, deterministic=True, tf32=False)  # as a run has it by default
+
+    def numerics(deterministic: bool, run):
+        """`run` under a run's default numerics, or with the fastest algorithms."""
+
+        def side():
+            set_numerics(device, deterministic, tf32=False)
+            return run()
+
+        return side
+
     cases = {"8x8 4 x8": ((1, 8, 8), (4,), 1, 8)} if options.tiny else CHAINS
     steps, rounds, result = (2, 2, {}) if options.tiny else (20, 5, {})
     for case, (image, widths, blocks, batch) in cases.items():
@@ -209,15 +227,18 @@ def chain(options: argparse.Namespace, work: Path) -> None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         network, facts = bare(energy, x, dtype, steps)
         limit = TINY_LIMIT if options.tiny else 60
-        engines = {"eager": our_engine(energy, x, dtype), "compiled": our_engine(energy, x, dtype, limit)}
-        sides = {name: our_chain(engine, x, steps) for name, engine in engines.items()} | {"bare": network}
+        engines = {"eager": our_engine(energy, x, dtype), "compiled": our_engine(energy, x, dtype, limit),
+                   "compiled, fastest": our_engine(energy, x, dtype, limit)}  # fmt: skip
+        sides = {name: numerics("fastest" not in name, our_chain(engine, x, steps)) for name, engine in engines.items()}
+        sides["bare"] = numerics(False, network)
         if has_torchebm():
-            sides["torchebm"] = torchebm(energy, x, dtype, steps)[0]
-        for side in sides.values():
+            sides["torchebm"] = numerics(False, torchebm(energy, x, dtype, steps)[0])
+        for name, side in sides.items():
             for _ in range(2):
                 side()
+            print(f"{case}: {name} is warm", flush=True)
         times = alternate({name: lambda side=side: seconds(side) for name, side in sides.items()}, rounds)
-        best = min(median(times["eager"]), median(times["compiled"]))
+        best = min(median(times["eager"]), median(times["compiled"]))  # of what gives the same bits every time
         result[case] = {
             "steps_per_s": {name: spread([steps / s for s in values], 2) for name, values in times.items()},
             "mfu": round(facts["flops"] * steps / best / facts["matmul_flops_per_s"], 3),
@@ -297,16 +318,22 @@ def step(options: argparse.Namespace, work: Path) -> None:
             return
 
 
-def train(work: Path, name: str, arguments: list[str], *settings: str, ranks: int = 1) -> float:
-    """Seconds of a training command from start to end; its log goes to this process's output."""
+def train(work: Path, name: str, arguments: list[str], *settings: str, ranks: int = 1) -> list[tuple[float, str]]:
+    """The lines of a training command's log, which go to this process's output too, with the seconds since its start;
+    the last is of its end."""
     launcher = []
     if ranks > 1:
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
         launcher += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     command = [sys.executable, *launcher, str(ROOT / "train.py"), *arguments, f"run.dir={work / name}", *settings]
-    start = time.monotonic()
-    subprocess.run(command, cwd=ROOT, check=True)
-    return time.monotonic() - start
+    start, lines = time.monotonic(), []
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append((round(time.monotonic() - start, 1), line.rstrip()))
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return [*lines, (round(time.monotonic() - start, 1), "ended")]
 
 
 def free_port() -> int:
@@ -320,9 +347,14 @@ def compile(options: argparse.Namespace, work: Path) -> None:
     settings = [*FEW_STEPS, "train.steps=2", f"train.compile={'true' if options.tiny else 'auto'}"]
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(work / "inductor")
     for name in ("cold", "warm"):
-        result[f"{name}_s"] = round(train(work, name, arguments, *settings), 1)
+        lines = train(work, name, arguments, *settings)
+        first = next(seconds for seconds, line in lines if line.startswith("step 1/"))
         choices = work / name / "compiled.json"
-        result["choices"] = json.loads(choices.read_text()) if choices.exists() else None
+        result[name] = {
+            "first_step_s": first,
+            "log": [f"{seconds} s: {line}" for seconds, line in lines if seconds <= first] + [f"{lines[-1][0]} s: end"],
+            "choices": json.loads(choices.read_text()) if choices.exists() else None,
+        }
         keep(work, result)
 
 
@@ -331,7 +363,7 @@ def ranks(options: argparse.Namespace, work: Path) -> None:
     arguments, result, losses, traces = config(options, work), {}, [], []
     settings = [*SMALL, "train.steps=10", "data.trace=true", "train.backend=gloo", "train.compile=false"]
     for number in (1, 2):
-        result[f"{number}_s"] = round(train(work, str(number), arguments, *settings, ranks=number), 1)
+        result[f"{number}_s"] = train(work, str(number), arguments, *settings, ranks=number)[-1][0]
         lines = (work / str(number) / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["train/loss"] for line in lines])
         traces.append((work / str(number) / "trace.jsonl").read_text())
