@@ -2,17 +2,17 @@
 
 python benchmarks/gpu.py [--tiny] [--parts PART ...] [--data DIR] [--out gpu.json] [--commit NAME]
 
-Parts: tests (the CUDA tests, in one process), chain (steps a second: this engine, eager, compiled, and compiled with
-the fastest algorithms, the bare network, TorchEBM where it can be imported), step (where a step's time goes: as
+Parts: tests (the CUDA tests, in one process), chain (steps a second: this engine, eager, eager with the fastest
+algorithms, and compiled, the bare network, TorchEBM where it can be imported), step (where a step's time goes: as
 shipped, eager, and eager with the fastest algorithms), compile (seconds to the first step and what they go into,
 without and with a warm cache), ranks (the same run with one rank and with two that share the GPU, over gloo), quality
 (speedrun.py). Each part runs in processes of its own with a limit of its own, and what it has found when it fails or is
 stopped is kept: --out is written every few seconds; parts of the same commit and machine that it has already, and that
 are not run again, stay in it. --tiny runs every part on a CPU, or a GPU, in about two minutes, to see that it works.
 
---data DIR: Fashion-MNIST, as the four .gz files of its authors or as train.npz and test.npz (an array `images`).
-Without it, the parts that train take the digits. --commit: what is measured, where this folder is no git repository.
-Nothing is installed and nothing is downloaded.
+--data DIR: Fashion-MNIST, as the four .gz files of its authors, as train.npz and test.npz (an array `images`), or as
+folders of shards, train and test (`ebm shard`). Without it, the parts that train take the digits. --commit: what is
+measured, where this folder is no git repository. Nothing is installed and nothing is downloaded.
 """
 
 import argparse
@@ -227,8 +227,8 @@ def chain(options: argparse.Namespace, work: Path) -> None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         network, facts = bare(energy, x, dtype, steps)
         limit = TINY_LIMIT if options.tiny else 60
-        engines = {"eager": our_engine(energy, x, dtype), "compiled": our_engine(energy, x, dtype, limit),
-                   "compiled, fastest": our_engine(energy, x, dtype, limit)}  # fmt: skip
+        engines = {"eager": our_engine(energy, x, dtype), "eager, fastest algorithms": our_engine(energy, x, dtype),
+                   "compiled": our_engine(energy, x, dtype, limit)}  # fmt: skip
         sides = {name: numerics("fastest" not in name, our_chain(engine, x, steps)) for name, engine in engines.items()}
         sides["bare"] = numerics(False, network)
         if has_torchebm():
@@ -274,8 +274,11 @@ def has_torchebm() -> bool:
 
 
 def shards(data: Path, folder: Path) -> None:
-    """Write the shards of --data once, for all parts."""
+    """Write the shards of --data once, for all parts, unless these are shards."""
     for split in ("train", "test"):
+        if (data / split / "manifest.json").exists():
+            (folder / split).symlink_to((data / split).resolve())
+            continue
         shard = [sys.executable, "-m", "ebm", "shard", "--out", str(folder / split), "--split", split, "--source"]
         if (data / f"{split}.npz").exists():
             import numpy as np

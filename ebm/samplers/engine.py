@@ -101,7 +101,8 @@ class Engine:
             except _CaptureError as error:
                 self.capture = False
                 self._graphs.clear()
-                log.warning("the chain can't be captured as a CUDA graph and runs step by step: %s", error)
+                # As text: a handler may keep its records, and the error's frames hold the memory of the capture.
+                log.warning("the chain can't be captured as a CUDA graph and runs step by step: %s", str(error))
                 return None
         return captured
 

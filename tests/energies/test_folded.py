@@ -1,5 +1,6 @@
 """The chains' copy of an energy: the same function as the module, in float32 and bfloat16, and separate from it."""
 
+import copy
 from itertools import product
 
 import pytest
@@ -10,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from ebm.config.energies import GaussianConfig, HybridConfig
 from ebm.energies import FoldedEnergy, build_energy, marginal_energy, mixture
+from ebm.energies.factory import _ChainConv2d, _quicken
 from ebm.energies.networks import NORMALISED
 
 
@@ -75,6 +77,37 @@ def test_folded_is_frozen_plain_and_separate(make):
     own, theirs = ({t.data_ptr() for t in m.state_dict().values()} for m in (folded.module, energy))
     assert not own & theirs
     assert all(parameter.requires_grad for parameter in energy.parameters())
+
+
+@pytest.mark.parametrize("make", list(folded_cases()))
+def test_convolutions_as_a_gpu_computes_them(make):
+    energy, x = make().train(), images(4, (3, 8, 8))
+    for dtype in (torch.float32, torch.bfloat16):
+        folded = FoldedEnergy(energy, dtype)
+        _quicken(folded.module)
+        tolerance = {"rtol": 0.05, "atol": 0.05} if dtype == torch.bfloat16 else {}
+        assert_same_function(folded.refresh(), energy, x, **tolerance)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_convolution_over_few_channels_is_a_product(channels, bias):
+    """Values, gradient, and the gradient of a gradient, at an odd size; others are computed as they were."""
+    x = images(2, (channels, 7, 5)).double()
+    for settings in ({}, {"stride": 2}, {"dilation": 2}, {"padding_mode": "circular"}):
+        plain = nn.Conv2d(channels, 6, 3, padding=1, bias=bias, **settings).double()
+        quick = copy.deepcopy(plain)
+        _quicken(quick)
+        assert type(quick) is _ChainConv2d
+
+        def all_derivatives(layer):
+            y = x.clone().requires_grad_(True)
+            values = layer(y)
+            (gradient,) = torch.autograd.grad(values.pow(3).sum(), y, create_graph=True)
+            return values, gradient, *torch.autograd.grad(gradient.square().sum(), (y, layer.weight))
+
+        for value, expected in zip(all_derivatives(quick), all_derivatives(plain), strict=True):
+            torch.testing.assert_close(value, expected)
 
 
 def test_folded_weights_have_spectral_norm_one():
