@@ -41,6 +41,7 @@ CUDA_TESTS = (
     "tests/training/test_step_host_reads.py::test_no_step_waits_on_a_gpu",
     "tests/samplers/test_host_reads.py::test_a_chain_never_waits_for_the_device",
     "tests/samplers/test_sampler_factory.py::test_a_captured_chain_of_every_kind_is_the_plain_one",
+    "tests/samplers/test_sampler_factory.py::test_long_fresh_chains_are_captured_and_the_plain_ones",
     "tests/losses/test_losses_device.py::test_a_loss_never_waits_for_the_device",
     "tests/data/test_workers.py::test_pinned_batches_are_the_same",
     "tests/streams/test_philox.py::test_the_kernel_on_the_device",

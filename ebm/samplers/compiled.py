@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -191,6 +192,7 @@ def compiled(energy: Function) -> Function:
     # Inside the forward of a module whose gradients are averaged, torch would cut the graph into pieces for it. What is
     # averaged here are gradients of weights before their normalisation, outside of the graph.
     torch._dynamo.config.optimize_ddp = False
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # train.tf32 decides
 
     def call(*inputs: Any) -> Tensor:
         return energy(*inputs)

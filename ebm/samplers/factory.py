@@ -26,6 +26,7 @@ from ebm.samplers.metropolis import MetropolisInfo, hmc, mala
 from ebm.streams import StreamSources, stream_sources
 
 STRETCH = 100  # steps of `chains_of_lengths` between two calls of `moved`
+CAPTURED = 5  # stretches of a chain from which on one is captured on a GPU
 Sampler = Callable[..., tuple[Tensor, ChainInfo | MetropolisInfo | TemperingInfo | NoiseLevelsInfo]]
 
 
@@ -235,8 +236,10 @@ def chains_of_lengths(
     Where a long chain passes through the states of the short ones (see `can_be_continued`), one chain gives all lengths
     at the cost of the longest. `moved` is called with the number of chain steps that were taken since its last call.
     """
-    group, engine = 32, Engine(energy, capture=False)  # capturing pays off over many calls
-    groups, at_once, lengths = range(-(-num // group)), max(1, block // group), sorted(set(lengths))
+    group, lengths = 32, sorted(set(lengths))
+    groups, at_once = range(-(-num // group)), max(1, block // group)
+    # On a GPU, capturing a stretch takes as long as three of them, and pays off where it is replayed several times.
+    once, engine = Engine(energy, capture=False), Engine(energy, capture=lengths[-1] >= CAPTURED * STRETCH)
     if num_classes:
         padding = torch.arange(len(groups) * group, device=device) % num_classes
         labels = padding if labels is None else torch.cat([labels.to(padding), padding[len(labels) :]])
@@ -245,15 +248,15 @@ def chains_of_lengths(
     for first in range(0, len(groups), at_once):
         numbers = groups[first : first + at_once]
         y = () if labels is None else (labels[first * group : (first + len(numbers)) * group],)
-        x, noise = _start(engine, config, shape, y, numbers, group, seed, device, where)
+        x, noise = _start(once, config, shape, y, numbers, group, seed, device, where)
         done = 0
         for length in lengths:
             if done and not can_be_continued(config):
-                x, noise = _start(engine, config, shape, y, numbers, group, seed, device, where)
+                x, noise = _start(once, config, shape, y, numbers, group, seed, device, where)
                 done = 0
             while done < length:
                 steps = min(length - done, STRETCH) if can_be_continued(config) else length
-                x = advance(engine, config, x, *y, num_steps=steps, generator=noise)
+                x = advance(engine if steps == STRETCH else once, config, x, *y, num_steps=steps, generator=noise)
                 done += steps
                 if moved is not None:
                     moved(steps * len(x))

@@ -10,7 +10,9 @@ from ebm.samplers import (
     Engine,
     advance,
     chain_shape,
+    chains_of_lengths,
     cold_states,
+    factory,
     fresh_chains,
     hmc,
     langevin,
@@ -261,3 +263,16 @@ def test_a_captured_chain_of_every_kind_is_the_plain_one(config, capsys):
         torch.testing.assert_close(out[0][0], out[1][0], rtol=0, atol=1e-5)
         torch.testing.assert_close(torch.stack(out[0][1]), torch.stack(out[1][1]), rtol=1e-4, atol=1e-5)
     assert engine.capture and len(engine._graphs) == 1 and capsys.readouterr().out == ""
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@every_kind
+def test_long_fresh_chains_are_captured_and_the_plain_ones(config, monkeypatch):
+    def fresh():
+        lengths = (150, 500)  # the first ends with half a stretch
+        return chains_of_lengths(quartic, config, (1, 3, 3), 40, lengths, seed=0, device="cuda")[0]
+
+    captured = fresh()
+    monkeypatch.setattr(factory, "CAPTURED", 100)
+    for length, x in fresh().items():
+        torch.testing.assert_close(captured[length], x, rtol=0, atol=1e-4)
