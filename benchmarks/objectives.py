@@ -1,0 +1,83 @@
+"""Every objective's samples of the digits: fresh chains by its own sampler, after 200 steps and after 5,000.
+
+python benchmarks/objectives.py [--out DIR] [--json FILE] [--num 600] [--lengths 200,5000] [METHOD ...]
+
+Each method is a run of one of the digits' configs with the overrides of `METHODS`, on one thread, and `ebm evaluate
+--lengths`: the Frechet distance of fresh chains to held-out digits in floors of as many training images, with 95 %
+intervals, and how much of a tenth the rarest digit has among the run's usual fresh chains. A run that is done already
+is only evaluated. Prints a table and one JSON object.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from four_peaks import command, directory
+from timing import machine, table, write
+
+ROOT = Path(__file__).parent.parent
+MATCHING = ["data.noise_std=0", "optim.lr=2e-3", "optim.betas=[0.9,0.99]", "optim.warmup_steps=50",
+            "optim.decay_start=0.4", "optim.grad_clip=1", "optim.ema_decay=0.995", "energy.kind=unet",
+            "energy.features=[16,32]", "energy.blocks=1"]  # fmt: skip
+FLOW = ["sampler.start=normal", "sampler.schedule=flow", "sampler.num_steps=100", "sampler.step_size=0.01",
+        "sampler.temperature=0.01", "sampler.grad_clamp=null", "sampler.boundary=end"]  # fmt: skip
+METHODS = {  # a config, and overrides
+    "contrastive": ("digits", []),
+    "jem": ("digits_jem", []),
+    "contrastive_latent": ("digits", ["loss.kind=contrastive_latent", "energy.latent.dim=64"]),
+    "energy_matching": ("digits", ["loss.kind=energy_matching", "loss.warmup_steps=100000", *MATCHING, *FLOW,
+                                   "energy.head=dot", "train.steps=2500"]),
+    "equilibrium": ("digits_equilibrium", ["train.steps=2500"]),
+    "multilevel_denoising": ("digits", ["loss.kind=multilevel_denoising", *MATCHING, "energy.head=norm",
+                                        "train.steps=2500"]),
+    "dual_score_matching": ("digits_density", ["loss.contrastive_weight=0", "train.steps=2000"]),
+    "dual_score_matching, chains": ("digits_density", []),
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/objectives"))
+    parser.add_argument("--json", type=Path, help="write the result to this file too")
+    parser.add_argument("--num", type=int, default=600, help="fresh chains")
+    parser.add_argument("--lengths", default="200,5000")
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(METHODS)} (default: all)")
+    options = parser.parse_args()
+    result = {"machine": machine(), "num": options.num, "methods": {}}
+    for name in options.methods or METHODS:
+        result["methods"][name] = measure(name, options)
+        if options.json:
+            write(result, options.json)
+    lengths = options.lengths.split(",")
+    rows = [[name, row["seconds"], *(row[length][0] for length in lengths), row["rarest_class"]]
+            for name, row in result["methods"].items()]  # fmt: skip
+    print(table(["method", "seconds of training", *lengths, "rarest class"], rows))
+    print(json.dumps(result, indent=1))
+
+
+def measure(name: str, options: argparse.Namespace) -> dict:
+    config, overrides = METHODS[name]
+    run = directory(name, options.out)
+    settings = [f"run.dir={run}", "tracking.wandb=disabled", "tracking.samples_every=1000000", *overrides]
+    command(["train.py", "--config", config, *settings])
+    file = run / "evaluation.json"
+    command(["-m", "ebm", "evaluate", str(run), "--metrics", "frechet,classes", "--num", str(options.num),
+             "--lengths", options.lengths, "--json", str(file)])  # fmt: skip
+    values = json.loads(file.read_text())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    before = [0, *(line["step"] for line in lines)]
+    shares = {
+        length: [values[f"length/{length}{end}"] for end in ("", "_low", "_high")]
+        for length in options.lengths.split(",")
+    }
+    return {
+        "seconds": sum(line["perf/step_s"] * (line["step"] - step) for line, step in zip(lines, before, strict=False)),
+        **shares,
+        "rarest_class": 10 * min(values[f"classes/fresh_share_{digit}"] for digit in range(10)),
+        "config": config,
+        "overrides": overrides,
+    }
+
+
+if __name__ == "__main__":
+    main()
