@@ -372,7 +372,9 @@ def run_tests(root: Path, names: str) -> int:
     os.chdir(root)
     sys.path.insert(0, str(root))  # before an installed copy
     with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
-        code = pytest.main(["-x", "-q", "-n0", "-p", "no:cacheprovider", *TESTS, "-k", names])
+        # The plugin collects garbage at its end, which takes as long as all else here.
+        plugins = ("-p", "no:cacheprovider", "-p", "no:unraisableexception")
+        code = pytest.main(["-x", "-q", "-n0", *plugins, *TESTS, "-k", names])
     assert Path(sys.modules["ebm"].__file__).is_relative_to(root), "the tests took another copy of the package"
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)  # a namespace or built-in module has none
