@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 import torch
+from timing import training_seconds
 
 import ebm
 from ebm.config import load_config
@@ -100,14 +101,11 @@ def measure(name: str, out: Path) -> dict:
     values = run / "likelihood.json"
     command(["-m", "ebm", "evaluate", str(run), "--metrics", "likelihood", "--json", str(values)])
     found = json.loads(values.read_text())
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps_before = [0] + [line["step"] for line in lines]
-    spans = [line["step"] - before for line, before in zip(lines, steps_before, strict=False)]
     return {
         "kl": found["likelihood/kl"],
         "worst_mode": max(abs(value - 1) for key, value in found.items() if key.endswith("_ratio")),
         "forwards_a_step": forwards(load_config(config_file, settings)),
-        "seconds": sum(line["perf/step_s"] * n for line, n in zip(lines, spans, strict=True)),
+        "seconds": training_seconds(run),
         "overrides": METHODS[name],
     }
 

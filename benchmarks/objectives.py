@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from four_peaks import command, directory
-from timing import machine, table, write
+from timing import machine, table, training_seconds, write
 
 ROOT = Path(__file__).parent.parent
 FOUND = "evaluation.json"  # of a run: what `ebm evaluate` found last
@@ -67,16 +67,12 @@ def measure(name: str, options: argparse.Namespace) -> dict:
         command(["-m", "ebm", "evaluate", str(run), "--metrics", "frechet,classes", "--num", str(options.num),
                  "--lengths", options.lengths])  # fmt: skip
     values = json.loads(file.read_text())["values"]
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    starts = [0, *(line["step"] for line in lines)]
     shares = {
         length: [values[f"length/{length}{end}"] for end in ("", "_low", "_high")]
         for length in options.lengths.split(",")
     }
     return {
-        "seconds": sum(
-            line["perf/step_s"] * (line["step"] - start) for line, start in zip(lines, starts, strict=False)
-        ),
+        "seconds": training_seconds(run),
         **shares,
         "rarest_class": 10 * min(values[f"classes/fresh_share_{digit}"] for digit in range(10)),
         "config": config,

@@ -84,6 +84,13 @@ def write(result: dict, file: Path) -> None:
     new.replace(file)
 
 
+def training_seconds(run: Path) -> float:
+    """What the steps of a run took by its metrics.jsonl, a line of which has the mean since the line before."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    starts = [0, *(line["step"] for line in lines)]
+    return sum(line["perf/step_s"] * (line["step"] - start) for line, start in zip(lines, starts, strict=False))
+
+
 def table(header: list[str], rows: list[list]) -> str:
     """Columns as wide as their widest cell, numbers to the right."""
     cells = [header, *([f"{c:.3g}" if isinstance(c, float) else str(c) for c in row] for row in rows)]
