@@ -394,7 +394,7 @@ def device_of(name: str | torch.device | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # what torch raises depends on its build
+    except (RuntimeError, AssertionError, ImportError) as error:  # what torch raises depends on its build
         first = str(error).partition("\n")[0]
         raise ConfigError(f"--device {name}: {first}; use cpu, or leave it out") from error
     if device.type == "meta":

@@ -206,7 +206,7 @@ def test_chains_that_a_run_should_have_and_has_not(plane, tmp_path, capsys):
 @pytest.mark.parametrize("command", ["evaluate", "sample", "score", "report"])
 def test_a_device_that_is_not_there(plane, command, tmp_path, capsys):
     more = {"sample": ["--out", "x.npy"], "score": ["--data", "x.npy", "--out", "y.npy"]}.get(command, [])
-    for name in ("nonsense", "meta", *([] if torch.cuda.is_available() else ["cuda"])):
+    for name in ("nonsense", "meta", "privateuseone", *([] if torch.cuda.is_available() else ["cuda"])):
         assert main([command, str(plane), "--device", name, *more]) == 2
         assert f"--device {name}" in capsys.readouterr().err
 
