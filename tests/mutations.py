@@ -249,9 +249,17 @@ LOSSES = {
     ),
     "dual": Loss(
         "score_matching",
-        ("dual_score_matching", "dual_terms", "log_normaliser", "_with_noise", "contrast_of"),
-        "dual_score_matching_written or normaliser_of or contrast_vanishes or contrast_is_within",
+        ("dual_score_matching", "dual_terms", "log_normaliser", "_with_noise", "contrast_of", "beside_chains"),
+        "dual_score_matching_written or normaliser_of or contrast_vanishes or contrast_is_within or annealed_chain "
+        "or without_a_datum",
         [
+            ("(found * (e_pos - e_neg)).mean()", "(e_pos - e_neg).mean()"),
+            ("(found * (e_pos - e_neg)).mean()", "(found * (e_neg - e_pos)).mean()"),
+            ("[y_neg, y_neg]", "[y_pos, y_neg]"),
+            ("y_pos.view(parts, 1, -1)).to(preference", "y_pos.view(1, parts, -1)).to(preference"),
+            ("(chosen + first)", "(chosen)"),
+            ("same * (1 + preference)", "same * 1"),
+            ("(best > 0)", "(best >= 0)"),
             ("y_neg.view(parts, 1, -1)", "y_neg.view(1, 1, -1)"),
             ("(matched * e_pos).mean()", "e_pos.mean()"),
             ("(same / of_class.clamp(min=1)).sum(1)", "same.sum(1)"),

@@ -242,8 +242,8 @@ class TemperingConfig(MetropolisConfig):
 
 
 class NoiseLevelsConfig(ChainConfig):
-    """Chains over the noise levels of an energy E(x, t) in training; fresh chains are annealed through the levels, then
-    sample the lowest by MALA."""
+    """Chains over the noise levels of an energy E(x, t). Fresh chains are annealed through the levels, then sample the
+    lowest by MALA; those of training move over the levels, or are annealed too."""
 
     kind: Literal["noise_levels"] = "noise_levels"
     adapt: ClassVar[bool] = False
@@ -251,6 +251,11 @@ class NoiseLevelsConfig(ChainConfig):
     bounds: None = Field(None, description="noisy states are free")
     start: Literal["normal"] = Field("normal", description="N(0, 1), scaled to the highest level")
     num_steps: int = Field(6, ge=1, description="moves of state and level a training step")
+    level_moves: Literal["tested", "annealed"] = Field(
+        "tested",
+        description="how training's chains change their level. tested: up and down by a Metropolis test, from data on; "
+        "annealed: down from noise at the highest level, as fresh chains do, then at the lowest",
+    )
     step_size: float = Field(
         0.002, gt=0, description="of MALA at the lowest level, at most a fifth of its variance; elsewhere in proportion"
     )
@@ -261,9 +266,12 @@ class NoiseLevelsConfig(ChainConfig):
         0.5,
         gt=0,
         le=1,
-        description="share of chains and of noisy data at the lowest level; the others have equal ones; 1: all of it",
+        description="share of chains and of noisy data at the lowest level; the others have equal ones; 1: all of it. "
+        "Has no effect on annealed chains",
     )
-    anneal_steps: int = Field(200, ge=1, description="steps from the highest to the lowest level before a fresh chain")
+    anneal_steps: int = Field(
+        200, ge=1, description="steps in which a chain is annealed: four fifths from the highest to the lowest level"
+    )
 
     @model_validator(mode="after")
     def _ascending(self) -> Self:
@@ -287,8 +295,9 @@ class NoiseLevelsConfig(ChainConfig):
 
     @property
     def evaluations(self) -> int:
-        """Gradients of the energy that a chain takes: one for the state and one for the level, each step."""
-        return 2 * self.num_steps + 1
+        """Gradients of the energy that a chain takes: one a step for the state, and one for a level that is tested."""
+        tested = self.level_moves == "tested" and self.lowest_share < 1
+        return (2 if tested else 1) * self.num_steps + 1
 
     @property
     def log_variances(self) -> tuple[float, ...]:

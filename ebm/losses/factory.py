@@ -60,7 +60,7 @@ def loss_of(config: kinds.LossConfig, views: Views | None = None) -> Callable[..
             assert chain is not None
             settings |= _last_step(chain)
         if isinstance(config, kinds.DualScoreMatchingConfig) and chain is not None:
-            settings |= {name: chain[name] for name in ("log_variances", "lowest_share")}
+            settings |= {name: chain[name] for name in ("log_variances", "lowest_share") if "lowest_share" in chain}
         plain = objective(energy, x_pos, x_neg, **settings)
         if not config.gradient_penalty:
             return plain

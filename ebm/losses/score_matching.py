@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ebm.energies.base import conditioned_on_noise, with_noise_level
+from ebm.energies.base import conditioned_on_noise, split_noise_level, with_noise_level
 from ebm.losses.output import (
     Energy,
     LossOutput,
@@ -209,7 +209,7 @@ def dual_score_matching(
     x_neg: Tensor | None = None,
     *,
     contrastive_weight: float = 0.0,
-    log_variances: Sequence[float] = (),
+    log_variances: Sequence[float] | None = None,
     lowest_share: float | None = None,
     l2: float = 0.0,
     y_pos: Tensor | None = None,
@@ -225,19 +225,43 @@ def dual_score_matching(
     With chains `x_neg`, states that carry their levels (`ebm.samplers.levels`), `contrastive_weight` times
     mean E(x + sqrt(t) z, t) - mean E(x_neg) is added, t drawn from `log_variances` with the chains' `lowest_share`:
     the gradient of the likelihood of the joint density of states and levels (Zhang, Tan & Ou 2023, eq. 9), within each
-    class where there are labels (`contrast_of`).
+    class where there are labels (`contrast_of`). Without `log_variances` each chain is compared with a datum that has
+    noise of its level (`beside_chains`): the gradient of the likelihood at each level that the chains are at, which
+    leaves the weights of the levels to the term in t.
     """
     e_pos, score, change = dual_terms(energy, x_pos, conditioned_on_noise(energy).log_variances, y_pos, generator)
     loss, terms = score + change, {"score": score, "level": change}
     if x_neg is None:
         return output(loss if not l2 else loss + l2 * energy_l2(e_pos), e_pos, **terms)
-    noisy = at_noise_levels(x_pos, log_variances, lowest_share, generator)
-    e_pos, e_neg = energies(energy, [noisy, x_neg.detach()], [y_pos, y_neg])
-    contrast = contrast_of(e_pos, e_neg, y_pos, y_neg, num_parts(generator))
+    if log_variances is None:
+        noisy, found = beside_chains(x_pos, x_neg, y_pos, y_neg, generator)
+        e_pos, e_neg = energies(energy, [noisy, x_neg.detach()], [y_neg, y_neg])
+        contrast = (found * (e_pos - e_neg)).mean()
+    else:
+        noisy = at_noise_levels(x_pos, log_variances, lowest_share, generator)
+        e_pos, e_neg = energies(energy, [noisy, x_neg.detach()], [y_pos, y_neg])
+        contrast = contrast_of(e_pos, e_neg, y_pos, y_neg, num_parts(generator))
     loss = loss + contrastive_weight * contrast
     if l2:
         loss = loss + l2 * energy_l2(e_pos, e_neg)
     return output(loss, e_pos, e_neg, **terms, contrast=contrast)
+
+
+def beside_chains(
+    x_pos: Tensor, x_neg: Tensor, y_pos: Tensor | None, y_neg: Tensor | None, generator: Generators = None
+) -> tuple[Tensor, Tensor]:
+    """For each chain `x_neg` (B, *chain_shape) a datum of its generator's part, drawn from those of the chain's class,
+    with noise of the chain's level; and whether there is one, 1 or 0, (B,)."""
+    level, parts = split_noise_level(x_neg.detach())[1], num_parts(generator)
+    share = len(x_pos) // parts
+    preference = uniform_(x_pos.new_empty(len(x_pos), share), generator).view(parts, share, share)
+    same = torch.ones_like(preference)
+    if y_pos is not None and y_neg is not None:
+        same = (y_neg.view(parts, -1, 1) == y_pos.view(parts, 1, -1)).to(preference.dtype)
+    best, chosen = (same * (1 + preference)).max(2)
+    first = share * torch.arange(parts, device=x_pos.device).unsqueeze(1)
+    noisy, _ = _with_noise(x_pos[(chosen + first).flatten()], level, generator)
+    return with_noise_level(noisy, level), (best > 0).to(x_pos.dtype).flatten()
 
 
 def contrast_of(e_pos: Tensor, e_neg: Tensor, y_pos: Tensor | None, y_neg: Tensor | None, parts: int = 1) -> Tensor:

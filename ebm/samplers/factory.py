@@ -51,10 +51,10 @@ def sampler_of(
         "step_size": config.step_size if step_size is None else step_size,
     }
     if config.kind == "noise_levels":
-        return noise_levels, settings | {
-            "log_variances": config.log_variances,
-            "lowest_share": config.lowest_share,
-        }
+        settings["log_variances"] = config.log_variances
+        if config.level_moves == "annealed":
+            return annealed, settings | {"anneal_steps": config.anneal_steps}
+        return noise_levels, settings | {"lowest_share": config.lowest_share}
     settings |= {
         "bounds": config.bounds,
         "boundary": config.boundary,
@@ -299,7 +299,15 @@ def _start(
     x = torch.empty(len(numbers) * group, *shape, device=device)
     x = initial_(x, start, where, labels[0] if labels else None)
     if isinstance(config, NoiseLevelsConfig):
-        low, high = config.log_variances[0], config.log_variances[-1]
-        settings = {"num_steps": config.anneal_steps, "step_size": config.step_size, "log_variances": (low, high)}
-        x = engine(annealed, x * math.exp(high / 2), *labels, generator=noise, **settings)[0]
+        settings = {name: getattr(config, name) for name in ("step_size", "log_variances", "anneal_steps")}
+        z, _ = engine(
+            annealed, at_highest_level(config, x), *labels, generator=noise, num_steps=config.anneal_steps, **settings
+        )
+        x = cold_states(config, z)
     return x, noise
+
+
+def at_highest_level(config: NoiseLevelsConfig, x: Tensor) -> Tensor:
+    """Where chains that are annealed begin: N(0, sigma_max^2), from draws `x` (B, *shape) of N(0, 1), and the level."""
+    high = config.log_variances[-1]
+    return with_noise_level(x * math.exp(high / 2), x.new_full((len(x),), high))

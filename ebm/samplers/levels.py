@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ebm.energies.base import split_noise_level, with_noise_level
 from ebm.samplers.base import Bounds, Energy, check_domain, dense, describe, evaluate
-from ebm.samplers.metropolis import BOUNDARIES, MetropolisInfo, State, begin, comes_about, select, transition, walls_of
+from ebm.samplers.metropolis import BOUNDARIES, State, along, begin, comes_about, select, transition, walls_of
 from ebm.streams import Generators, uniform_
 
 
@@ -190,25 +190,44 @@ def noise_levels(
 
 def annealed(
     energy: Energy,
-    x: Tensor,
+    z: Tensor,
     *,
     num_steps: int,
     step_size: float,
     log_variances: Sequence[float],
+    anneal_steps: int,
+    grad_scale: float = 1.0,
     generator: Generators = None,
-) -> tuple[Tensor, MetropolisInfo]:
-    """States (B, *shape) of the lowest level from states `x` of the highest, by `num_steps` steps of MALA: the level
-    falls evenly in log t over four fifths of the steps and stays at the lowest for the rest (annealed importance
-    sampling's path; Song & Ermon 2019 anneal so without the test)."""
+) -> tuple[Tensor, NoiseLevelsInfo]:
+    """Chains that go down from noise to data, and then sample the lowest level.
+
+    After each step a chain's level falls by the same amount in log t, so that it reaches the lowest in four fifths of
+    `anneal_steps` from the highest (annealed importance sampling's path, Neal 2001; Song & Ermon 2019). A step is one
+    of Langevin, with noise for temperature 1, and is tested as in `mala` once the level stands still: until then the
+    density changes beside it. The state tells how far a chain is, so that calls of some steps each make one chain.
+
+    Args:
+        energy: E of states (B, C + 1, H, W) or (B, D + 1), float32 (B,).
+        z: states with their levels, any between the ends of `log_variances`.
+        step_size: at the lowest level, a number; at the others it is in proportion to their variance.
+        log_variances: the levels, ascending; only the first and the last count.
+
+    Returns the states after the last step, with their levels, and NoiseLevelsInfo.
+    """
+    first, level = split_noise_level(z.detach())
     low, high = log_variances[0], log_variances[-1]
-    start = state = dense(x.detach())
-    accepted, grad = x.new_zeros(()), torch.zeros_like(start)
-    for step in range(num_steps):
-        level = x.new_full((len(x),), high + min(1.0, step / (0.8 * num_steps)) * (low - high))
-        after, probability = _move(energy, begin(_at(energy, level), state), level, step_size, low, 1.0, generator)
-        state, grad = after.x, after.grad
-        accepted += probability.mean()
-    return state, MetropolisInfo(*describe(start, state, grad, None), accepted / max(num_steps, 1))
+    fall = (high - low) / (0.8 * anneal_steps)
+    state = begin(_at(energy, level), dense(first), grad_scale)
+    accepted, tested = level.new_zeros(()), level.new_zeros(())
+    for _ in range(num_steps):
+        below = (level - fall).clamp(min=low)
+        stands = below == level
+        state, probability = _move(energy, state, level, step_size, low, grad_scale, generator, below)
+        accepted, tested, level = accepted + (probability * stands).sum(), tested + stands.sum(), below
+    acceptance = torch.where(tested > 0, accepted / tested.clamp(min=1), 1.0)
+    place = ((level - low) / max(high - low, 1e-12)).mean()
+    info = NoiseLevelsInfo(*describe(first, state.x, state.grad, None), acceptance, torch.zeros_like(place), place)
+    return with_noise_level(state.x, level), info
 
 
 def _at(energy: Energy, level: Tensor) -> Energy:
@@ -223,11 +242,13 @@ def _move(
     low: float,
     grad_scale: float,
     generator: Generators,
+    below: Tensor | None = None,
 ) -> tuple[State, Tensor]:
-    """One step of MALA at levels (B,), with steps in proportion to their variances."""
-    length = math.sqrt(2 * step_size) * ((level - low) / 2).exp().view(-1, *[1] * (state.x.ndim - 1))
+    """One step of MALA at levels (B,), with steps in proportion to their variances. With `below`, levels (B,), the new
+    states have the energies of those, and are tested where the level stays."""
+    length = math.sqrt(2 * step_size) * along(((level - low) / 2).exp(), state.x)
     return transition(
-        _at(energy, level),
+        _at(energy, level if below is None else below),
         state,
         length=length,
         num_leapfrog=1,
@@ -236,4 +257,5 @@ def _move(
         walls=None,
         grad_scale=grad_scale,
         generator=generator,
+        tested=None if below is None else below == level,
     )

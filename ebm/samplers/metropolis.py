@@ -125,12 +125,14 @@ def transition(
     walls: Bounds,
     grad_scale: float,
     generator: Generators,
+    tested: Tensor | None = None,
 ) -> tuple[State, Tensor]:
     """One step: draw a momentum, propose a state, test it. Returns the new state, in the memory of the old one, and the
     acceptance probabilities (B,).
 
     The momentum is N(0, T) with mass 1, so that E + |p|^2 / 2 is conserved and exp(-(E + |p|^2 / 2) / T) is sampled.
-    `temperature` is a number, or (B,). Proposals outside the bounds are rejected; reflected ones never are.
+    `temperature` is a number, or (B,). Proposals outside the bounds are rejected; reflected ones never are. Where
+    `tested` (bool, (B,)) is false, each proposal of a finite energy is taken.
     """
     start = normal_(torch.empty_like(state.x), generator)
     start.mul_(temperature**0.5 if isinstance(temperature, float | int) else along(temperature, start) ** 0.5)
@@ -139,6 +141,8 @@ def transition(
     kinetic = ((end - start) * (end + start)).flatten(1).sum(1) / 2
     log_ratio = -(proposal.energy - state.energy + kinetic) / temperature
     possible = proposal.energy.isfinite() & ~log_ratio.isnan()
+    if tested is not None:
+        log_ratio = torch.where(tested, log_ratio, 0.0)
     if bounds is not None:
         possible &= ((proposal.x >= bounds[0]) & (proposal.x <= bounds[1])).flatten(1).all(1)
     probability = torch.where(possible, log_ratio.clamp(max=0).exp(), 0.0)

@@ -19,7 +19,7 @@ from ebm.inference.images import augment, strongly_augmented
 from ebm.losses import at_noise_levels, marginal, noisy, tilted
 from ebm.runtime.process import to_device
 from ebm.samplers.base import MixtureStart, Start, initial_
-from ebm.samplers.factory import start_of, with_replicas
+from ebm.samplers.factory import at_highest_level, cold_states, start_of, with_replicas
 from ebm.streams import Generators, StreamGenerators, generator
 
 NO_CLASS = -1  # of a chain that has not been drawn yet
@@ -162,8 +162,7 @@ def initial_states(
     """Where the chains of a step start; None for an objective that needs no chains at this step.
 
     Chains of a class-conditional energy have the classes of the data, one chain a datum: the gradient then vanishes
-    where the energy is right, whatever the shares of the classes. Chains over noise levels start at noisy data of all
-    levels, which is where they are to stay.
+    where the energy is right, whatever the shares of the classes.
     """
     loss, negatives = config.loss, config.loss.negatives_at(step)
     if negatives is None:
@@ -183,10 +182,8 @@ def initial_states(
         x = augment(draw.x, random("augment_chains", step), flip, crop) if flip or crop else draw.x
         if isinstance(config.sampler, NoiseLevelsConfig):
             born = draw.fresh | (buffer.age[draw.rows] == 0)
-            noisy_data = at_noise_levels(
-                x_pos, config.sampler.log_variances, config.sampler.lowest_share, random("start", step)
-            )
-            x = torch.where(born.view(-1, *[1] * (x.ndim - 1)), noisy_data, x)
+            first = first_at_levels(config.sampler, x_pos, draw.noise, random("start", step))
+            x = torch.where(born.view(-1, *[1] * (x.ndim - 1)), first, x)
         return ChainStart(x, draw.labels, draw=draw)
     x = with_replicas(config.sampler, x_pos)
     if negatives == "data":
@@ -197,6 +194,14 @@ def initial_states(
         data, other = (y.reshape(parts, 2, -1, *y.shape[1:]) for y in (x, noise))
         noise = torch.stack([data[:, 0], other[:, 1]], 1).flatten(0, 2)
     return ChainStart(noise, y_pos)
+
+
+def first_at_levels(config: NoiseLevelsConfig, x_pos: Tensor, noise: Tensor, generators: Generators) -> Tensor:
+    """Where chains over noise levels are born, (B, *chain_shape): in noise of the highest level if they are annealed,
+    else at data with noise of the levels that they are to visit."""
+    if config.level_moves == "annealed":
+        return at_highest_level(config, cold_states(config, noise))
+    return at_noise_levels(x_pos, config.log_variances, config.lowest_share, generators)
 
 
 def restarted(draw: Draw, buffer: ReplayBuffer, generators: Generators, bounds: tuple[float, float] | None) -> Tensor:

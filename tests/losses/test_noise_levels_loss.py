@@ -7,10 +7,10 @@ import torch
 from gaussians import seeded
 from torch import nn
 
-from ebm.energies import NoiseConditionalEnergy, split_noise_level
+from ebm.energies import NoiseConditionalEnergy, split_noise_level, with_noise_level
 from ebm.energies.base import BaseEnergyFunction
 from ebm.losses import at_noise_levels, dual_score_matching
-from ebm.losses.score_matching import contrast_of
+from ebm.losses.score_matching import beside_chains, contrast_of
 
 N, D, VARIANCE = 40_000, 3, 0.6
 
@@ -117,3 +117,53 @@ def test_the_contrast_is_within_classes():
     of_class = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     contrast_of(of_class[y_pos], of_class[y_neg], y_pos, y_neg, parts=2).backward()
     assert of_class.grad.abs().max() < 1e-12
+
+
+def test_each_annealed_chain_is_beside_a_datum_of_its_class_part_and_level():
+    """Data are marked by their number, far apart beside the noise of the levels."""
+    x_pos = 100.0 * torch.arange(12.0).view(12, 1)
+    y_pos, y_neg = torch.tensor([0, 0, 1, 2, 0, 1] * 2), torch.tensor([0, 1, 1, 3, 2, 0] * 2)
+    level = torch.linspace(-3, 2, 12)
+    chosen = []
+    for seed in range(50):
+        chains = with_noise_level(torch.zeros(12, 1), level)
+        noisy, found = beside_chains(x_pos, chains, y_pos, y_neg, [seeded(seed), seeded(seed + 100)])
+        x, own = split_noise_level(noisy)
+        assert torch.equal(own, level) and found.tolist() == [1, 1, 1, 0, 1, 1] * 2
+        number = (x[:, 0] / 100).round().long()
+        assert (number[found > 0] // 6 == torch.arange(12)[found > 0] // 6).all()
+        assert (y_pos[number] == y_neg)[found > 0].all()
+        chosen.append((number, (x[:, 0] - 100 * number) / (level / 2).exp()))
+    numbers, noise = (torch.stack(values) for values in zip(*chosen, strict=True))
+    assert set(numbers[:, 0].tolist()) == {0, 1, 4} and set(numbers[:, 6].tolist()) == {6, 7, 10}
+    assert noise.std().item() == pytest.approx(1, rel=0.1) and abs(noise.mean().item()) < 0.15
+    _, alone = beside_chains(x_pos, chains, None, None, [seeded(0), seeded(1)])
+    assert (alone == 1).all()
+
+
+def test_the_contrast_with_annealed_chains_vanishes_for_chains_that_are_the_data():
+    """Without the joint density's levels: the data take those of the chains, so that the levels' weights cancel."""
+    energy, data = energy_and_data()
+    levels = tuple(torch.linspace(*energy.log_variances, 8).tolist())
+    chains = at_noise_levels(data, levels, 0.9, generator=seeded(5))
+    parts = 100  # a datum is chosen within a part
+    settings = {"generator": [seeded(100 + s) for s in range(parts)]}
+    output = dual_score_matching(energy, data, chains, contrastive_weight=1.0, **settings)
+    assert abs(output.terms["contrast"].item()) < 4 * math.sqrt(2 / N) * output.e_pos.std().item()
+    plain = dual_score_matching(energy, data, generator=[seeded(100 + s) for s in range(parts)])
+    torch.testing.assert_close(output.loss - plain.loss, output.terms["contrast"], atol=1e-5, rtol=1e-4)
+    (of_level,) = torch.autograd.grad(output.loss - plain.loss, energy.network.level)
+    assert abs(of_level.item()) < 1e-6
+    lower = dual_score_matching(energy, data, chains * torch.tensor([0.5, 0.5, 0.5, 1.0]), contrastive_weight=1.0,
+                                generator=[seeded(100 + s) for s in range(parts)])  # fmt: skip
+    assert lower.terms["contrast"] > 0.1
+
+
+def test_chains_without_a_datum_of_their_class_do_not_count():
+    energy, data = energy_and_data()
+    chains = with_noise_level(data[:4], torch.full((4,), energy.log_variances[0]))
+    none, labels = torch.full((4,), 7), torch.zeros(4, dtype=torch.long)
+    energy.class_energies, forward = None, energy.forward  # labels go nowhere here
+    energy.forward = lambda z, y: forward(z)
+    output = dual_score_matching(energy, data[:4], chains, y_pos=labels, y_neg=none, generator=seeded())
+    assert output.terms["contrast"] == 0

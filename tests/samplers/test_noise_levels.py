@@ -82,21 +82,64 @@ def test_each_level_has_its_own_density():
         assert own.var().item() == pytest.approx(variance, rel=5 * math.sqrt(2 / len(own)))
 
 
-def test_without_level_moves_no_chain_crosses():
+def run_annealed(steps, n=4000, seed=0, level=LEVELS[-1], anneal_steps=200, calls=1):
+    z = with_noise_level(4.0 * torch.randn(n, 1, generator=seeded(1)), torch.full((n,), level))
+    generator = seeded(seed)
+    for _ in range(calls):
+        z, info = annealed(mixture, z, num_steps=steps // calls, step_size=STEP, log_variances=LEVELS,
+                           anneal_steps=anneal_steps, generator=generator)  # fmt: skip
+    return *split_noise_level(z), info
+
+
+def test_a_chain_at_the_lowest_level_stays_there_and_in_its_mode():
     z = with_noise_level(torch.full((500, 1), -2.0), torch.full((500,), LEVELS[0]))
-    x, _ = annealed(
-        mixture, z[:, :1], num_steps=200, step_size=STEP, log_variances=(LEVELS[0], LEVELS[0]), generator=seeded()
-    )
-    assert (x < 0).all()
+    settings = {"num_steps": 200, "step_size": STEP, "log_variances": LEVELS, "generator": seeded()}
+    z, info = annealed(mixture, z, anneal_steps=200, **settings)
+    x, level = split_noise_level(z)
+    assert (x < 0).all() and (level == LEVELS[0]).all() and info.level == 0
+    again, tested = noise_levels(mixture, with_noise_level(torch.full_like(x, -2.0), level), lowest_share=1.0,
+                                 **settings | {"generator": seeded()})  # fmt: skip
+    assert info.acceptance == pytest.approx(tested.acceptance.item(), abs=0.03)
+    assert split_noise_level(again)[0].mean().item() == pytest.approx(x.mean().item(), abs=0.05)
 
 
 def test_annealed_chains_reach_the_lowest_level_with_its_shares():
     n = 4000
-    x = 4.0 * torch.randn(n, 1, generator=seeded(1))
-    x, info = annealed(mixture, x, num_steps=200, step_size=STEP, log_variances=LEVELS, generator=seeded())
+    x, level, info = run_annealed(200, n)
+    assert (level == LEVELS[0]).all()
     assert (x > 0).float().mean().item() == pytest.approx(0.75, abs=4 * math.sqrt(0.19 / n))
     assert x[x > 0].std().item() == pytest.approx(math.sqrt(STD**2 + 0.04), rel=0.05)
     assert 0.5 < info.acceptance < 1
+
+
+def test_the_level_falls_evenly_and_the_way_is_cut_anywhere():
+    """In calls of 10 steps the chain is that of one call: its state says how far it is."""
+    _, level, info = run_annealed(80, n=3)
+    middle = (LEVELS[0] + LEVELS[-1]) / 2
+    torch.testing.assert_close(level, torch.full((3,), middle))
+    assert info.level.item() == pytest.approx(0.5, abs=1e-5) and info.acceptance == 1  # none was tested
+    whole, cut = (run_annealed(300, n=500, calls=calls)[0] for calls in (1, 30))
+    torch.testing.assert_close(cut, whole)
+
+
+def test_on_the_way_down_the_states_have_the_density_of_their_level():
+    """A long way, over which the chain keeps up with the level, is cut at a middle level."""
+    x, level, _ = run_annealed(1600, n=4000, anneal_steps=4000)
+    variance = STD**2 + level[0].exp().item() + 4 * 0.75
+    assert x.mean().item() == pytest.approx(1.0, abs=5 * math.sqrt(variance / len(x)))
+    assert x.var().item() == pytest.approx(variance, rel=0.1)
+
+
+def test_a_step_costs_one_gradient():
+    evaluated = []
+
+    def counted(z):
+        evaluated.append(len(z))
+        return mixture(z)
+
+    z = with_noise_level(torch.zeros(4, 1), torch.full((4,), LEVELS[-1]))
+    annealed(counted, z, num_steps=30, step_size=STEP, log_variances=LEVELS, anneal_steps=20, generator=seeded())
+    assert len(evaluated) == 31
 
 
 def test_images_and_generators_a_part():

@@ -62,6 +62,17 @@ VARIANTS = {
         "sampler.kind=noise_levels",
         "energy.noise_conditional.sigma_min=0.1",
     ],
+    "annealed_levels": [
+        "loss.kind=dual_score_matching",
+        "loss.contrastive_weight=0.01",
+        "loss.warmup_steps=2",
+        "data.noise_std=0",
+        "sampler.kind=noise_levels",
+        "sampler.level_moves=annealed",
+        "sampler.anneal_steps=10",
+        "energy.noise_conditional.sigma_min=0.1",
+        "energy.num_classes=10",
+    ],
     "hybrid_denoised": ["energy.kind=hybrid", "energy.network.hidden_dim=16", "loss.kind=denoising"],
 }
 
