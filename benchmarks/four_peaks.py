@@ -53,6 +53,10 @@ METHODS = {
     "dual_score_matching": ["loss.kind=dual_score_matching", *LEVELS],
     "dual_score_matching, chains": ["loss.kind=dual_score_matching", "loss.contrastive_weight=0.05",
                                     "loss.warmup_steps=2000", *LEVELS, "sampler.num_steps=10", "buffer.size=1024"],
+    "dual_score_matching, annealed chains": ["loss.kind=dual_score_matching", "loss.contrastive_weight=0.05",
+                                             "loss.warmup_steps=2000", *LEVELS, "sampler.level_moves=annealed",
+                                             "sampler.num_steps=10", "buffer.size=1024", "buffer.reinit_prob=0.05",
+                                             "buffer.reinit_spread=20"],
     "noise_contrastive": ["loss.kind=noise_contrastive", "loss.noise_std=2.5", "loss.ratio=2", *WITHOUT_CHAINS],
     "energy_discrepancy": ["loss.kind=energy_discrepancy", "loss.time=1", *WITHOUT_CHAINS],
     "recovery, MALA": ["loss.kind=recovery", "loss.sigma=1.5", *MALA, "sampler.step_size=0.5", "sampler.num_steps=15",
@@ -72,16 +76,16 @@ def main() -> int:
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(METHODS)} (default: all)")
     options = parser.parse_args()
     rows = {}
-    print(f"{'method':<28}{'KL':>9}{'worst mode':>12}{'forwards a step':>17}{'seconds':>9}", flush=True)
+    print(f"{'method':<37}{'KL':>9}{'worst mode':>12}{'forwards a step':>17}{'seconds':>9}", flush=True)
     for name in options.methods or METHODS:
         rows[name] = row = measure(name, options.out)
-        print(f"{name:<28}{row['kl']:>9.4f}{row['worst_mode']:>11.1%}{row['forwards_a_step']:>17.0f}"
+        print(f"{name:<37}{row['kl']:>9.4f}{row['worst_mode']:>11.1%}{row['forwards_a_step']:>17.0f}"
               f"{row['seconds']:>9.0f}", flush=True)  # fmt: skip
     for alike in groups(list(rows)) if options.chain_steps else ():
         runs = [directory(name, options.out) for name in alike]
         for name, drift in zip(alike, drifts(runs, options.chain_steps), strict=True):
             rows[name] |= {"drift_points": drift, "chain_steps": options.chain_steps}
-            print(f"{name:<28}{drift:>9.2f} points from the true shares after {options.chain_steps} steps", flush=True)
+            print(f"{name:<37}{drift:>9.2f} points from the true shares after {options.chain_steps} steps", flush=True)
     result = {"methods": rows, "torch": torch.__version__, "threads": 1}
     print(json.dumps(result, indent=1))
     if options.json:
