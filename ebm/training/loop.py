@@ -20,7 +20,7 @@ from ebm.runtime.process import leave_code
 from ebm.runtime.run_directory import RunDirectory
 from ebm.runtime.stopping import StopRequest, Watchdog
 from ebm.tracking import Tracker
-from ebm.training.cost import run_facts
+from ebm.training.cost import chain_ages, run_facts
 from ebm.training.divergence import FreshReading, fresh_signs, judged_after
 from ebm.training.readings import Heldout, Interval, measure, panels, read_health, read_heldout, trace
 from ebm.training.state import TrainState, build_state, load, snapshot
@@ -81,7 +81,7 @@ def warm_start(state: TrainState, init: str) -> None:
     except DataError as error:
         raise ConfigError(
             f"run.init={init} does not fit this run: {error}; give the energy (and for run.init_chains=true also "
-            "buffer.size and data.streams) of that run's config.yaml"
+            "data.streams, and as buffer.size the number of chains) of that run's config.yaml"
         ) from error
     log.info(f"starting from the {config.init_weights} weights of {path}")
 
@@ -153,6 +153,8 @@ def run_from(run: RunDirectory, config: Config, world: World, watchdog: Watchdog
     state = build_state(config, world)
     watchdog.beat()
     begin(state, run)
+    if state.buffer is not None:
+        log.info(f"{config.buffer_size:,} persistent chains (buffer.size={config.buffer.size}): {chain_ages(config)}")
     run.begin(state.step, config.health.max_restarts)
     if idle := world.idle_cores():
         log.info(idle)

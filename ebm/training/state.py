@@ -266,7 +266,7 @@ def build_buffer(config: Config, world: World, streams: list[int], mixture: Mixt
         return None
     return ReplayBuffer(
         chain_shape(config.sampler, config.data.shape),
-        config.buffer.size // config.data.streams,
+        config.buffer_size // config.data.streams,
         streams,
         config.run.seed,
         device=world.device,

@@ -69,6 +69,25 @@ def test_a_run_is_extended(train, tmp_path):
     assert code == 2 and "at step 12 already" in said
 
 
+def test_a_buffer_of_automatic_size(train, tmp_path):
+    """6 steps of 2 moves of 64 chains, 2 moves a slot: 384 slots. Its config keeps the word, its checkpoints the size,
+    which a resume finds again and which more steps would change."""
+    auto = {"buffer__size": "auto", "buffer__age": 2, "checkpoint__every": 3}
+    code, said = train("run", **auto, train__time_limit=0.001)
+    assert code == 75 and "384 persistent chains (buffer.size=auto): up to 2 steps at the end of the run" in said
+    assert "\n  size: auto\n  age: 2\n" in (tmp_path / "run/config.yaml").read_text()
+    assert train("run", **auto)[0] == 0 and train("fixed", buffer__size=384)[0] == 0
+    assert final_hashes(tmp_path / "run") == final_hashes(tmp_path / "fixed")
+    newest = max((tmp_path / "run/checkpoints").glob("step_????????"))
+    assert len(load_file(newest / "stream_0000.safetensors")["age"]) == 384 // 4
+    assert main(["sample", str(tmp_path / "run"), "--num", "384", "--init", "buffer", "--out", str(tmp_path / "x.npy"),
+                 "--steps", "0"]) == 0  # fmt: skip
+    code, said = train("run", **auto, train__steps=12, train__extend="true")
+    assert code == 2 and "buffer.size: 384 there, 768 now" in said and "give buffer.size=384" in said
+    assert train("run", buffer__size=384, train__steps=12, train__extend="true")[0] == 0
+    assert history(tmp_path / "run")[0]["changed"] == {"train.steps": [6, 12]}
+
+
 def test_a_config_binds_from_the_first_step_on(train, tmp_path):
     """A start that failed, or got to no checkpoint, leaves nothing that refuses the corrected command."""
     code, said = train("run", data__shape="3,8,8")
