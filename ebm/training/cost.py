@@ -24,7 +24,7 @@ from ebm.energies import FoldedEnergy, build_energy
 from ebm.energies.factory import chain_dtype
 from ebm.errors import ConfigError
 from ebm.inference.images import strongly_augmented
-from ebm.losses import loss_of
+from ebm.losses import field_of, loss_of
 from ebm.runtime.distributed import World, choose_device
 from ebm.samplers.base import evaluate
 from ebm.samplers.factory import chain_shape, negative_states, sampler_of, with_replicas
@@ -301,7 +301,8 @@ def loss_cost(config: Config, energy: torch.nn.Module, x: Tensor, labels: Tensor
 def loss_cost_of(
     section: LossConfig, config: Config, energy: torch.nn.Module, x: Tensor, labels: Tensor | None, step: int
 ) -> tuple[int, int]:
-    objective = Objective(energy.train(), loss_of(section, strongly_augmented), of_scores=section.of_scores)
+    field = field_of(section, config.energy, config.data.shape, torch.device("cpu"))
+    objective = Objective(energy.train(), loss_of(section, strongly_augmented, field), of_scores=section.of_scores)
     chains = with_replicas(config.sampler, x.clone())
     x_neg = negative_states(config.sampler, chains) if section.negatives_at(step) is not None else None
     y_neg = labels if section.conditional_chains else None

@@ -35,6 +35,7 @@ def begin(state: TrainState, run: RunDirectory) -> None:
     path, divergence = run.resume_point()
     if path is not None:
         check_data(state, run, path)
+        check_field(state, run, path)
         load(state, path, divergence)
         log.info(f"resuming {run.path} at step {state.step}")
     elif state.config.run.init is not None:
@@ -63,6 +64,21 @@ def check_data(state: TrainState, run: RunDirectory, path: Path) -> None:
             "another run.dir; or go on with the new data by data.allow_change=true"
         )
     run.record_change(checkpoint.step_of(path), {"data": (str(before), str(now))})
+
+
+def check_field(state: TrainState, run: RunDirectory, path: Path) -> None:
+    """Raises ConfigError where the file of loss.field has changed since a checkpoint, unless train.extend is set: then
+    the change is recorded."""
+    before, now, config = checkpoint.read_state(path).field_sha256, state.field_sha256, state.config
+    if before is None or now is None or before == now:  # another key is refused, or recorded, with the config
+        return
+    if not config.train.extend:
+        raise ConfigError(
+            f"loss.field={config.loss.trained_field} holds another field than {run.path} was trained with: sha256 "
+            f"{before[:12]} until step {checkpoint.step_of(path)}, {now[:12]} now. Give the file it was trained with; "
+            "choose another run.dir; or go on with the new field by train.extend=true"
+        )
+    run.record_change(checkpoint.step_of(path), {"loss.field": (before, now)})
 
 
 def warm_start(state: TrainState, init: str) -> None:

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_step import VARIANTS, new_state  # noqa: F401 - a fixture
 
 from ebm.config import load_config
-from ebm.training.cost import FlopCounter, chain_ages, estimate, measure_cost, oldest_chains
+from ebm.energies import UNetEnergyFunction
+from ebm.training.cost import FlopCounter, chain_ages, estimate, flops, measure_cost, oldest_chains
 from ebm.training.step import train_step
 
 KINDS = {
@@ -27,6 +29,21 @@ def test_a_step_costs_what_it_is_said_to(new_state, kind):  # noqa: F811
     assert (cost.chain + cost.loss) * 16 == pytest.approx(counter.total, rel=0.05)
     assert (cost.chain > 0) == (state.buffer is not None or kind == "recovery")
     assert "(0% in the chain)" in estimate(state.config)["step"] or cost.chain
+
+
+def test_a_field_costs_its_forward(new_state, tmp_path):  # noqa: F811
+    """On a datum each; the real step counts the same."""
+    field = UNetEnergyFunction(1, 8, 8, (4, 8))
+    save_file(field.state_dict(), tmp_path / "field.safetensors")
+    settings = ["energy.kind=unet", "energy.features=[4,8]", "loss.kind=equilibrium", "train.batch_size=16"]
+    plain = measure_cost(new_state(*settings).config)
+    state = new_state(*settings, f"loss.field={tmp_path}/field.safetensors")
+    cost = measure_cost(state.config)
+    assert cost.loss - plain.loss == pytest.approx(flops(lambda: field.field(torch.zeros(1, 1, 8, 8))), rel=0.01)
+    batch = next(state.reader)
+    with FlopCounter() as counter:
+        train_step(state, batch)
+    assert cost.loss * 16 == pytest.approx(counter.total, rel=0.05)
 
 
 def test_the_age_of_chains_is_told(new_state):  # noqa: F811
