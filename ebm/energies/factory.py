@@ -411,11 +411,10 @@ def import_named(path: str) -> object:
 
 def _imported(config: sections.ImportConfig, key: str) -> BaseEnergyFunction:
     """An instance of the class that `config.path` names."""
-    module, name = config.path.split(":")
     where = f"{key}.path={config.path!r} with {key}.settings={config.settings}"
     try:
         with _working_directory_first():  # also while the class is made: its constructor may import more
-            energy = _energy_class(getattr(importlib.import_module(module), name), where)(**config.settings)
+            energy = _energy_class(import_named(config.path), where)(**config.settings)
     except (ImportError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"{where}: {error}; the module must be importable: installed, or in the directory where the command runs"
