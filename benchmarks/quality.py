@@ -130,7 +130,7 @@ def theirs(recipe: dict, budget: float, judge: Judge) -> list[dict]:
     model, sampler = Model(), config.sampler
     langevin = LangevinDynamics(model, step_size=sampler.step_size, noise_scale=sampler.noise_scale, clamp=(-1.0, 1.0))
     loss = ContrastiveDivergence(model, langevin, k_steps=recipe["steps"], persistent=True,
-                                 buffer_size=config.buffer.size, new_sample_ratio=0.05, init_steps=0,
+                                 buffer_size=config.buffer_size, new_sample_ratio=0.05, init_steps=0,
                                  energy_reg_weight=recipe["l2"])  # fmt: skip
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe["lr"], betas=config.optim.betas)
     images = judge.sets["train"][0].float() / 127.5 - 1

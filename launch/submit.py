@@ -242,8 +242,10 @@ def check_divisible(config: Config, nodes: int, ranks: int) -> None:
     streams = -(-streams // world) * world
     part = streams * config.train.accumulate
     wanted = {"data.streams": streams, "train.batch_size": -(-batch // part) * part,
-              "buffer.size": -(-config.buffer.size // streams) * streams}  # fmt: skip
-    now = {"data.streams": config.data.streams, "train.batch_size": batch, "buffer.size": config.buffer.size}
+              "buffer.size": -(-config.buffer_size // streams) * streams}  # fmt: skip
+    now = {"data.streams": config.data.streams, "train.batch_size": batch, "buffer.size": config.buffer_size}
+    if config.buffer.size == "auto":  # it follows the others
+        wanted.pop("buffer.size")
     change = " ".join(f"{key}={value}" for key, value in wanted.items() if value != now[key])
     raise ConfigError(
         f"data.streams={config.data.streams} is not divisible by {nodes} nodes x {ranks} ranks = {world}; set all that "

@@ -177,7 +177,8 @@ def _type_name(annotation: Any) -> str:
     return "null" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))
 
 
-# Keys that may differ when a run is resumed: they move, observe or stop the run but do not change what it computes.
+# Keys that may differ when a run is resumed: they move, observe or stop the run but do not change what it computes
+# (buffer.age does so by the buffer's size alone, which is compared).
 FREE_TO_CHANGE = (
     "run.dir",
     "data.shards",
@@ -192,6 +193,7 @@ FREE_TO_CHANGE = (
     "data.cache_bytes",
     "data.retries",
     "data.timeout",
+    "buffer.age",
     "train.extend",
     "train.time_limit",
     "train.collective_timeout",
@@ -239,8 +241,9 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """The keys that decide what a run computes and differ between two configs: {key: (old, new)}."""
-    a, b = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
+    """The keys that decide what a run computes and differ between two configs: {key: (old, new)}. buffer.size=auto is
+    the number that it comes to."""
+    a, b = (flatten(each.model_dump(mode="json")) | {"buffer.size": each.buffer_size} for each in (old, new))
     keys = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and not k.startswith(FREE_TO_CHANGE)]
     return {key: (a.get(key), b.get(key)) for key in keys}
 
@@ -274,6 +277,11 @@ def check_same_run(old: Config, new: Config, where: str) -> dict[str, tuple[Any,
         remedy = f"train.extend=true can't change what a run stores ({', '.join(stored)}): "
     else:
         remedy = "" if stored else "to go on with the new values, which its history records, add train.extend=true; or "
+    if "buffer.size" in changed and new.buffer.size == "auto":
+        remedy += (
+            "buffer.size=auto follows train.steps, train.batch_size, sampler.num_steps and buffer.age: give "
+            f"buffer.size={old.buffer_size} to keep the run's chains, with train.extend=true for what else changes; or "
+        )
     raise ConfigError(
         f"{where} was made with a different config:\n{lines}\n{remedy}"
         "choose another run.dir for a new run, or use the values it was made with to resume it"

@@ -1,14 +1,25 @@
 """loss.*: one section for each kind of objective."""
 
+import re
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from ebm.config.samplers import AnnealedConfig, FlowConfig, LangevinConfig, NesterovConfig, OwnSampler, SamplerConfig
-from ebm.config.section import Section, kind_by_default
+from ebm.config.section import Section, UserPath, kind_by_default
 
 OWN_SAMPLER = "sampler of fresh chains; null: as in training, by the section sampler"
 Negatives = Literal["persistent", "data", "noise", "recovery"]  # where the chains of a step start
+
+
+def check_field(path: str) -> str:
+    """Raises ValueError for what is neither module:function nor the name of a safetensors file."""
+    if not re.fullmatch(r"[\w.]+:\w+|.+\.safetensors", path):
+        raise ValueError("must be module:function, a velocity v(x, t), or FILE.safetensors, the weights of a U-Net")
+    return path
+
+
+FieldPath = Annotated[UserPath, AfterValidator(check_field)]
 
 
 class ObjectiveConfig(Section):
@@ -34,6 +45,11 @@ class ObjectiveConfig(Section):
     @property
     def own_sampler(self) -> OwnSampler | None:
         """The sampler of fresh chains that the objective's paper has; None: the run's sampler."""
+        return None
+
+    @property
+    def trained_field(self) -> str | None:
+        """What names a trained velocity for the loss, as loss.field does; None: the loss takes none."""
         return None
 
     def ema_decay_at(self, step: int, decay: float) -> float:
@@ -139,6 +155,11 @@ class EnergyMatchingConfig(ObjectiveConfig):
     negatives: ClassVar[Negatives] = "noise"
     warmup_steps: int = Field(10_000, ge=0, description="steps of the flow alone, before chains are run")
     flow_weight: float = Field(1.0, ge=0, description="weight of the flow's loss, a mean over components")
+    field: FieldPath | None = Field(
+        None,
+        description="a trained velocity v(x, t), from noise at t = 0 to data at t = 1, that takes the place of data "
+        "minus noise until chains are run: module:function, or FILE.safetensors of a U-Net with the energy's sizes",
+    )
     contrastive_weight: float = Field(1e-3, ge=0, description="weight of E(x_pos) - E(x_neg)")
     floor: float | None = Field(0.02, gt=0, description="the weighted contrast counts down to minus this; null: no end")
     trim: float = Field(0.1, ge=0, lt=1, description="share of a stream's chains of highest energy that is left out")
@@ -159,6 +180,11 @@ class EnergyMatchingConfig(ObjectiveConfig):
         return self.from_data
 
     @property
+    def trained_field(self) -> str | None:
+        """The velocity that the flow's loss is given until chains are run."""
+        return self.field
+
+    @property
     def own_sampler(self) -> FlowConfig | None:
         """The flow, by Heun's method, beyond the time of the data (Balcerak et al. 2025)."""
         return self.sampler
@@ -172,7 +198,13 @@ class EnergyMatchingConfig(ObjectiveConfig):
         return decay if step <= self.warmup_steps or self.second_ema_decay is None else self.second_ema_decay
 
     def check(self, sampler: SamplerConfig, share: int) -> None:
-        """Raises ValueError for chains that are no flow from N(0, I), and for a share that has no halves."""
+        """Raises ValueError for chains that are no flow from N(0, I), for a share that has no halves, and for a field
+        that is never used."""
+        if self.field is not None and not (self.warmup_steps and self.flow_weight):
+            raise ValueError(
+                f"loss.field={self.field} is for the flow before chains are run, and there is none: set "
+                "loss.warmup_steps and loss.flow_weight above 0, or loss.field=null"
+            )
         flows = isinstance(sampler, LangevinConfig) and sampler.schedule == "flow" and sampler.start == "normal"
         if not flows:
             raise ValueError(
@@ -260,7 +292,17 @@ class EquilibriumConfig(WithoutChains):
     decay_start: float = Field(
         0.8, ge=0, lt=1, description="share of the way from noise to data after which the gradient falls to 0"
     )
+    field: FieldPath | None = Field(
+        None,
+        description="a trained velocity v(x, t), from noise at t = 0 to data at t = 1, that takes the place of data "
+        "minus noise: module:function, or FILE.safetensors of a U-Net with the energy's sizes",
+    )
     sampler: NesterovConfig | None = Field(NesterovConfig(), description=OWN_SAMPLER)
+
+    @property
+    def trained_field(self) -> str | None:
+        """The velocity whose multiple the gradient is drawn to."""
+        return self.field
 
     @property
     def own_sampler(self) -> NesterovConfig | None:

@@ -2,9 +2,9 @@
 optim, train, health. Each key is stated once, with its type, range, default and meaning."""
 
 import math
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, field_validator, model_validator
 
 from ebm.config.energies import EnergyConfig, NetworkConfig, ResNetConfig
 from ebm.config.losses import ContrastiveConfig, LossConfig
@@ -137,7 +137,17 @@ class DataConfig(Section):
 
 
 class BufferConfig(Section):
-    size: int = Field(8192, ge=1, description="number of persistent chains over all ranks; divisible by data.streams")
+    size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        8192,
+        description="number of persistent chains over all ranks; divisible by data.streams. auto: as many as each move "
+        "buffer.age steps in the run, and never fewer than train.batch_size",
+    )
+    age: int = Field(
+        10_000,
+        ge=1,
+        description="size=auto: steps that each slot's chain has moved by the end of training if it never restarts; "
+        "with a number as size it is not used",
+    )
     dtype: Literal["float32", "float16"] = Field(
         "float32",
         description="type in which chains are stored; float16 halves the memory, with a precision of .0005 near 1",
@@ -160,6 +170,17 @@ class BufferConfig(Section):
     augment_crop: int = Field(
         0, ge=0, description="shift each drawn chain by up to this many pixels at random; edges are repeated"
     )
+
+    @field_validator("size", mode="wrap")
+    @classmethod
+    def _size(cls, value: object, validated: ValidatorFunctionWrapHandler) -> object:
+        try:
+            return validated(value)
+        except ValidationError as error:  # one message in place of one for each type that it may have
+            raise ValueError(
+                "must be a number of chains, 1 or more, or auto, which takes it from buffer.age; use auto, or a "
+                "multiple of data.streams"
+            ) from error
 
     @model_validator(mode="after")
     def _largest_probability(self) -> Self:
@@ -345,6 +366,24 @@ class Config(Section):
         return self.energy.num_classes if self.loss.conditional_chains else None
 
     @property
+    def chain_steps(self) -> int:
+        """Steps of all persistent chains together in the whole run; 0 where there are none."""
+        if self.loss.negatives != "persistent":
+            return 0
+        without = self.loss.warmup_steps if self.loss.kind == "dual_score_matching" else 0
+        return max(0, self.train.steps - without) * self.sampler.num_steps * self.train.batch_size
+
+    @property
+    def buffer_size(self) -> int:
+        """The number of persistent chains over all ranks. buffer.size=auto is `chain_steps` / buffer.age, in slices of
+        the streams that are equal and hold their share of a batch and a chain of each class."""
+        if isinstance(self.buffer.size, int):
+            return self.buffer.size
+        streams = self.data.streams
+        slots = (2 * self.chain_steps + self.buffer.age * streams) // (2 * self.buffer.age * streams)  # rounded
+        return streams * max(slots, -(-self.train.batch_size // streams), self.classes_of_chains or 1)
+
+    @property
     def fresh_sampler(self) -> FreshConfig:
         """The sampler of fresh chains: the objective's own where the run's is Langevin, the run's otherwise."""
         own = self.loss.own_sampler
@@ -366,6 +405,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _divisible(self) -> Self:
         streams, batch, parts = self.data.streams, self.train.batch_size, self.train.accumulate
+        size = self.buffer_size
         problems = []
         if batch % (streams * parts):
             below = batch // (streams * parts) * streams * parts
@@ -373,24 +413,22 @@ class Config(Section):
                 f"train.batch_size={batch} is not divisible by data.streams={streams} times train.accumulate={parts}; "
                 f"use {f'{below} or ' if below else ''}{below + streams * parts}, or other streams"
             )
-        if self.buffer.size % streams:
+        if size % streams:
             problems.append(
-                f"buffer.size={self.buffer.size} is not divisible by data.streams={streams}; use "
-                f"{-(-self.buffer.size // streams) * streams}"
+                f"buffer.size={size} is not divisible by data.streams={streams}; use {-(-size // streams) * streams}"
             )
         if problems:
             raise ValueError("; ".join(problems))
         classes = self.classes_of_chains
-        if self.loss.negatives == "persistent" and classes and self.buffer.size // streams < classes:
+        if self.loss.negatives == "persistent" and classes and size // streams < classes:
             raise ValueError(
-                f"buffer.size={self.buffer.size} is {self.buffer.size // streams} chains for each of "
-                f"data.streams={streams}, fewer than energy.num_classes={classes}: raise buffer.size to "
-                f"{streams * classes} or more"
+                f"buffer.size={size} is {size // streams} chains for each of data.streams={streams}, fewer than "
+                f"energy.num_classes={classes}: raise buffer.size to {streams * classes} or more"
             )
-        if self.loss.negatives == "persistent" and self.buffer.size < batch:
+        if self.loss.negatives == "persistent" and size < batch:
             raise ValueError(
-                f"buffer.size={self.buffer.size} is below train.batch_size={batch}: a step draws a whole "
-                "batch of different chains; raise buffer.size"
+                f"buffer.size={size} is below train.batch_size={batch}: a step draws a whole batch of different "
+                "chains; raise buffer.size"
             )
         return self
 

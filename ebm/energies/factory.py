@@ -10,6 +10,7 @@ from itertools import product
 from typing import Any, cast
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
@@ -366,16 +367,54 @@ def _graph(
         raise ConfigError(f"{where}: {key}.{error}") from error
 
 
-# Classes of the user (energy.kind=import)
+class UNetField(nn.Module):
+    """v(x, t) of images (B, C, H, W) and times (B,): the output of a U-Net of x, and of a plane of t behind it if the
+    U-Net has an input channel more."""
+
+    def __init__(self, network: UNetEnergyFunction):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        if self.network.shape[0] > x.shape[1]:
+            x = torch.cat([x, t.to(x.dtype).view(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])], 1)
+        return self.network.field(x)
+
+
+def read_field(file: str, config: EnergyConfig, shape: tuple[int, ...]) -> UNetField:
+    """The field of a safetensors file: the `state_dict` of a `UNetEnergyFunction` with the sizes of `config`, whose
+    `field` points at data from images of `shape` (C, H, W), or also knows the time, as `UNetField` has it.
+
+    Raises ValueError for another energy and for weights of other sizes, OSError and SafetensorError for the file.
+    """
+    if not isinstance(config, sections.UNetConfig):
+        raise ValueError(f"the weights of a file are those of a U-Net, and energy.kind={config.kind}")
+    tensors = load_file(file)
+    timed = int(any(w.shape[1] > shape[0] for name, w in tensors.items() if name.startswith("stem.") and w.ndim == 4))
+    plain = config.model_copy(update=dict.fromkeys(("num_classes", "latent", "noise_conditional")) | {"head": "dot"})
+    with torch.random.fork_rng(devices=[]):  # its initial weights, which are replaced
+        network = _network(plain, (shape[0] + timed, *shape[1:]), "energy", timed)
+    assert isinstance(network, UNetEnergyFunction)
+    network.load_field(tensors)
+    return UNetField(network)
+
+
+# Classes and functions of the user (energy.kind=import, loss.field)
+
+
+def import_named(path: str) -> object:
+    """What `path`, module:name, names. Raises what the import raises, and AttributeError."""
+    module, name = path.split(":")
+    with _working_directory_first():
+        return getattr(importlib.import_module(module), name)
 
 
 def _imported(config: sections.ImportConfig, key: str) -> BaseEnergyFunction:
     """An instance of the class that `config.path` names."""
-    module, name = config.path.split(":")
     where = f"{key}.path={config.path!r} with {key}.settings={config.settings}"
     try:
         with _working_directory_first():  # also while the class is made: its constructor may import more
-            energy = _energy_class(getattr(importlib.import_module(module), name), where)(**config.settings)
+            energy = _energy_class(import_named(config.path), where)(**config.settings)
     except (ImportError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"{where}: {error}; the module must be importable: installed, or in the directory where the command runs"

@@ -369,7 +369,7 @@ def _persistent(config: Config, path: Path) -> PersistentChains | None:
     """Open the chains that the config says there are: one file a stream. Raises DataError where one is missing."""
     if config.loss.negatives != "persistent":
         return None
-    slots = config.buffer.size // config.data.streams
+    slots = config.buffer_size // config.data.streams
     expected = [slots, *chain_shape(config.sampler, config.data.shape)]
     names = [str(path / f"stream_{stream:04d}.safetensors") for stream in range(config.data.streams)]
     with ExitStack() as opened:

@@ -14,7 +14,7 @@ from ebm.losses.contrastive import (
     recovery_likelihood,
     tilted,
 )
-from ebm.losses.factory import loss_of
+from ebm.losses.factory import field_of, loss_of
 from ebm.losses.flow_matching import energy_matching, equilibrium_matching
 from ebm.losses.output import LossOutput, energy_l2, gradient_penalty, interpolate
 from ebm.losses.score_matching import (
@@ -41,6 +41,7 @@ __all__ = [
     "energy_l2",
     "energy_matching",
     "equilibrium_matching",
+    "field_of",
     "gradient_penalty",
     "implicit_score_matching",
     "improved_contrastive_divergence",

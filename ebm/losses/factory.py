@@ -1,12 +1,19 @@
-"""Makes the loss that a config asks for."""
+"""Makes the loss that a config asks for, and the trained velocity that it may be distilled from."""
 
+import copy
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from ebm.config import losses as kinds
+from ebm.config.energies import EnergyConfig
+from ebm.energies.factory import import_named, read_field
+from ebm.errors import ConfigError
 from ebm.losses.contrastive import (
     GaussianNoise,
     UniformNoise,
@@ -19,7 +26,7 @@ from ebm.losses.contrastive import (
     noise_contrastive,
     recovery_likelihood,
 )
-from ebm.losses.flow_matching import energy_matching, equilibrium_matching
+from ebm.losses.flow_matching import Field, energy_matching, equilibrium_matching, velocity
 from ebm.losses.output import LossOutput, gradient_penalty, interpolate
 from ebm.losses.score_matching import (
     denoising_score_matching,
@@ -31,16 +38,22 @@ from ebm.losses.score_matching import (
 from ebm.streams import Generators
 
 Views = Callable[[Tensor, Generators], Tensor]
+# What a field that can't be found, read or computed raises.
+FIELD_ERRORS = (ImportError, AttributeError, TypeError, ValueError, LookupError, RuntimeError, OSError, SafetensorError)
 
 
-def loss_of(config: kinds.LossConfig, views: Views | None = None) -> Callable[..., LossOutput]:
+def loss_of(
+    config: kinds.LossConfig, views: Views | None = None, field: Field | None = None
+) -> Callable[..., LossOutput]:
     """The function of a section `LossConfig`: loss(energy, x_pos, x_neg, *, step, y_pos, y_neg, generator, chain).
 
     `x_neg` are chains that started where `config.negatives_at(step)` says; None where it says None. `chain` has the
     settings they ran with (`ebm.samplers.settings_of`), with which improved contrastive divergence continues them.
-    `views` draws another view of each of (B, C, H, W) images, which contrastive_latent needs.
+    `views` draws another view of each of (B, C, H, W) images, which contrastive_latent needs. `field`: what `field_of`
+    made of loss.field.
     """
-    objective = objective_of(config, views)
+    assert (field is None) == (config.trained_field is None), "the trainer makes the field that the config names"
+    objective = objective_of(config, views, field)
     at_interpolates = isinstance(config, kinds.ContrastiveFamily) and config.gradient_penalty_at == "interpolates"
 
     def loss(
@@ -73,7 +86,9 @@ def loss_of(config: kinds.LossConfig, views: Views | None = None) -> Callable[..
     return loss
 
 
-def objective_of(config: kinds.LossConfig, views: Views | None = None) -> Callable[..., LossOutput]:
+def objective_of(
+    config: kinds.LossConfig, views: Views | None = None, field: Field | None = None
+) -> Callable[..., LossOutput]:
     """The loss function of `config`, with the settings that only this kind has."""
     match config:
         case kinds.ContrastiveConfig():
@@ -89,11 +104,10 @@ def objective_of(config: kinds.LossConfig, views: Views | None = None) -> Callab
         case kinds.RecoveryConfig():
             return recovery_likelihood
         case kinds.EnergyMatchingConfig():
-            return _with(
-                energy_matching, config, "flow_weight", "contrastive_weight", "floor", "trim", "separate_batch"
-            )
+            function = partial(energy_matching, field=field)
+            return _with(function, config, "flow_weight", "contrastive_weight", "floor", "trim", "separate_batch")
         case kinds.EquilibriumConfig():
-            return _with(equilibrium_matching, config, "gradient_scale", "decay_start")
+            return _with(partial(equilibrium_matching, field=field), config, "gradient_scale", "decay_start")
         case kinds.ScoreMatchingConfig(method="sliced"):
             names = ("num_projections", "variance_reduction", "temperature")
             return _with(sliced_score_matching, config, *names)
@@ -110,6 +124,44 @@ def objective_of(config: kinds.LossConfig, views: Views | None = None) -> Callab
             return _with(partial(noise_contrastive, noise=_noise(config)), config, "ratio")
         case kinds.EnergyDiscrepancyConfig():
             return _with(energy_discrepancy, config, "time", "num_samples", "stabiliser")
+
+
+def field_of(
+    config: kinds.LossConfig, energy: EnergyConfig, shape: tuple[int, ...], device: torch.device
+) -> Field | None:
+    """The velocity v(x (B, *shape), t (B,)) that loss.field names, on `device`; None without any.
+
+    A file holds a U-Net with the sizes of `energy`. A module of the user's is copied; both are frozen, in evaluation
+    mode. The field is tried on two states. Raises ConfigError where it can't be found or computed, or where its values
+    have another shape or are not finite, and for an energy with classes, which a field does not know.
+    """
+    path = config.trained_field
+    if path is None:
+        return None
+    if energy.num_classes:
+        raise ConfigError(
+            f"loss.field={path} knows no classes, and energy.num_classes={energy.num_classes}: set one of them to null"
+        )
+    try:
+        found = read_field(path, energy, shape) if path.endswith(".safetensors") else import_named(path)
+        if isinstance(found, type) or not callable(found):
+            kind = "a class" if isinstance(found, type) else f"of type {type(found).__name__}"
+            raise ValueError(f"it is {kind}, not a function")
+        if isinstance(found, nn.Module):
+            found = copy.deepcopy(found).eval().requires_grad_(False).to(device)
+        x = torch.linspace(-1, 1, 2 * math.prod(shape), device=device).view(2, *shape)
+        v = velocity(found, x, torch.tensor([0.25, 0.75], device=device))
+        if v.shape != x.shape:
+            raise ValueError(f"it takes x {list(x.shape)} and t [2] to {list(v.shape)}")
+        if not torch.isfinite(v).all():
+            raise ValueError("its values are not finite")
+    except FIELD_ERRORS as error:
+        raise ConfigError(
+            f"loss.field={path}: {error}; give module:function, installed or in the directory where the command runs, "
+            "that takes x (B, *data.shape) and t (B,) to v(x, t) of x's shape, or FILE.safetensors with the state_dict "
+            "of a U-Net that has this energy's sizes"
+        ) from error
+    return found
 
 
 def _with(function: Callable[..., LossOutput], config: kinds.ObjectiveConfig, *names: str) -> Callable[..., LossOutput]:

@@ -1,5 +1,7 @@
 """Potentials whose gradient carries noise to data: energy matching, whose Boltzmann density is then trained near the
-data (Balcerak et al. 2025), and equilibrium matching (Wang & Du 2025)."""
+data (Balcerak et al. 2025), and equilibrium matching (Wang & Du 2025). Both may be distilled from a trained field."""
+
+from collections.abc import Callable
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -16,6 +18,8 @@ from ebm.losses.output import (
 )
 from ebm.streams import Generators, normal_, num_parts, uniform_
 
+Field = Callable[[Tensor, Tensor], Tensor]  # v(x (B, *shape), t (B,)) -> dx/dt (B, *shape); noise at t = 0, data at 1
+
 
 def energy_matching(
     energy: Energy,
@@ -27,6 +31,7 @@ def energy_matching(
     floor: float | None = 0.02,
     trim: float = 0.1,
     separate_batch: bool = False,
+    field: Field | None = None,
     l2: float = 0.0,
     y_pos: Tensor | None = None,
     y_neg: Tensor | None = None,
@@ -41,6 +46,7 @@ def energy_matching(
     the density is exp(-E / epsilon), as far as the flow's term allows: flow_weight = 0 with trim = 0 is consistent.
     Pairing, floor and trim apply to each generator's part of the batch by itself. `separate_batch`: with chains the
     flow's data are the first half of each part, and those of the contrast the second, as their code has another batch.
+    `field`: a trained velocity v(x, t), which takes the place of x1 - x0 as long as there are no chains (`flow_loss`).
 
     The pairing runs on the host and so waits for the device; no other loss does.
     """
@@ -50,7 +56,7 @@ def energy_matching(
         x_flow, x_pos = halves(x_pos, parts)
         y_flow, y_pos = (None, None) if y_pos is None else halves(y_pos, parts)
     if flow_weight:
-        terms["flow"] = flow_loss(energy, x_flow, y_flow, generator)
+        terms["flow"] = flow_loss(energy, x_flow, y_flow, generator, field if x_neg is None else None)
         loss = loss + flow_weight * terms["flow"]
     if x_neg is None:
         return output(loss, **terms)
@@ -73,14 +79,27 @@ def halves(x: Tensor, parts: int = 1) -> tuple[Tensor, Tensor]:
     return first.flatten(0, 1), second.flatten(0, 1)
 
 
-def flow_loss(energy: Energy, x1: Tensor, y: Tensor | None = None, generator: Generators = None) -> Tensor:
-    """mean |-dE/dx(x_t) - (x1 - x0)|**2 / D: the first term of `energy_matching`."""
+def flow_loss(
+    energy: Energy, x1: Tensor, y: Tensor | None = None, generator: Generators = None, field: Field | None = None
+) -> Tensor:
+    """mean |-dE/dx(x_t) - (x1 - x0)|**2 / D: the first term of `energy_matching`.
+
+    With a trained `field`, x1 - x0 is replaced by its mean at x_t, v(x_t, t). The expected gradient is the same where
+    v is exact, and estimates of it vary less. -dE/dx becomes v's mean over t, as far as that is a gradient.
+    """
     x0 = normal_(torch.empty_like(x1), generator)
     x0 = x0[pairing(x0, x1, num_parts(generator))]
-    t = per_state(uniform_(x1.new_empty(len(x1)), generator), x1)
-    x_t = torch.lerp(x0, x1, t).detach().requires_grad_(True)
+    t = uniform_(x1.new_empty(len(x1)), generator)
+    x_t = torch.lerp(x0, x1, per_state(t, x1)).detach().requires_grad_(True)
     _, gradient = energy_and_gradient(energy, x_t, y)
-    return (-gradient - (x1 - x0)).square().mean()
+    target = x1 - x0 if field is None else velocity(field, x_t, t)
+    return (-gradient - target).square().mean()
+
+
+@torch.no_grad()
+def velocity(field: Field, x: Tensor, t: Tensor) -> Tensor:
+    """v(x, t), (B, *shape), in x's type, at states (B, *shape) and times (B,) in [0, 1)."""
+    return field(x.detach(), t).to(x.dtype)
 
 
 def pairing(x0: Tensor, x1: Tensor, parts: int = 1) -> Tensor:
@@ -100,6 +119,7 @@ def equilibrium_matching(
     *,
     gradient_scale: float = 4.0,
     decay_start: float = 0.8,
+    field: Field | None = None,
     l2: float = 0.0,
     y_pos: Tensor | None = None,
     y_neg: Tensor | None = None,
@@ -110,14 +130,17 @@ def equilibrium_matching(
     Equilibrium matching (Wang & Du 2025, arXiv 2510.02300, with their truncated decay): c(t) = gradient_scale until
     t = decay_start, and then falls linearly to 0 at t = 1, so that the gradient vanishes at the data and gradient
     descent on E, from anywhere, ends there. E knows no time. It has its minima at the data, but exp(-E) is not their
-    density. `x_neg` and `y_neg` are not used.
+    density. A trained velocity `field` v(x, t) takes the place of x1 - x0, whose mean at x_t it is (`flow_loss`).
+    `x_neg` and `y_neg` are not used.
     """
     x0 = normal_(torch.empty_like(x_pos), generator)
-    t = per_state(uniform_(x_pos.new_empty(len(x_pos)), generator), x_pos)
+    time = uniform_(x_pos.new_empty(len(x_pos)), generator)
+    t = per_state(time, x_pos)
     x_t = torch.lerp(x0, x_pos, t).detach().requires_grad_(True)
     e, gradient = energy_and_gradient(energy, x_t, y_pos)
     scale = gradient_scale * ((1 - t) / (1 - decay_start)).clamp_max(1)
-    loss = (gradient + scale * (x_pos - x0)).square().mean()
+    target = x_pos - x0 if field is None else velocity(field, x_t, time)
+    loss = (gradient + scale * target).square().mean()
     if l2:
         loss = loss + l2 * energy_l2(e)
     return output(loss)

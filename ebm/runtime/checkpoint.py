@@ -65,6 +65,7 @@ class SavedState(BaseModel):
     ] = None
     scaler: dict[str, FiniteFloat] | None
     data: DataIdentity | None = None  # None: of a version before 0.2
+    field_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None  # of the file that loss.field names
 
     @field_validator("divergence")
     @classmethod

@@ -24,12 +24,12 @@ from ebm.energies import FoldedEnergy, build_energy
 from ebm.energies.factory import chain_dtype
 from ebm.errors import ConfigError
 from ebm.inference.images import strongly_augmented
-from ebm.losses import loss_of
+from ebm.losses import field_of, loss_of
 from ebm.runtime.distributed import World, choose_device
 from ebm.samplers.base import evaluate
 from ebm.samplers.factory import chain_shape, negative_states, sampler_of, with_replicas
 from ebm.streams import generator, uniform_
-from ebm.training.negatives import chain_energy
+from ebm.training.negatives import chain_energy, reinit_probabilities
 from ebm.training.state import Objective, TrainState
 
 log = logging.getLogger(__name__)
@@ -51,9 +51,11 @@ def check_memory(config: Config, world: World) -> None:
     for key, value, size in demands(config, world.size):
         if size > available:
             fits = f"; at most {int(value * available / size)} fits" if value > 1 else ""
+            auto = key == "buffer.size" and config.buffer.size == "auto"
             raise ConfigError(
-                f"{key}={value} takes {size / 1e9:.3g} GB on each rank, and there are {available / 1e9:.3g} GB{fits}: "
-                f"lower {key}, or use more ranks"
+                f"{key}={f'auto, which is {value},' if auto else value} takes {size / 1e9:.3g} GB on each rank, and "
+                f"there are {available / 1e9:.3g} GB{fits}: {'raise buffer.age' if auto else f'lower {key}'}, or use "
+                "more ranks"
             )
 
 
@@ -67,7 +69,7 @@ def demands(config: Config, ranks: int) -> list[Demand]:
     if config.loss.negatives == "persistent":
         itemsize = getattr(torch, config.buffer.dtype).itemsize
         chain = math.prod(chain_shape(config.sampler, config.data.shape)) * itemsize + 4  # and its age
-        found.append(Demand("buffer.size", config.buffer.size, config.buffer.size // ranks * chain))
+        found.append(Demand("buffer.size", config.buffer_size, config.buffer_size // ranks * chain))
     return found
 
 
@@ -201,15 +203,15 @@ def estimate(config: Config) -> dict[str, str]:
     persistent, step = config.loss.negatives == "persistent", cost.chain + cost.loss
     itemsize = getattr(torch, config.buffer.dtype).itemsize
     state = torch.Size(chain_shape(config.sampler, config.data.shape)).numel() * itemsize + 4  # and its age
-    memory = f"{_human(config.buffer.size * state, 'B')} over all processes" if persistent else "none"
+    chains = f"{config.buffer_size:,} chains, {_human(config.buffer_size * state, 'B')} over all processes"
     return {
         "parameters": f"{cost.parameters:,}",
         "forward": f"{_human(cost.forward, 'FLOP')} an image",
         "step": f"{_human(step * batch, 'FLOP')} ({cost.chain / step:.0%} in the chain)",
         "weights and optimizer": f"{_human(cost.parameters * 24, 'B')} a process (weights, gradient, Adam, EMA, chain)",
         "activations": f"about {_human(cost.saved * halved * batch / config.train.accumulate, 'B')} over all processes",
-        "replay buffer": memory,
-        "age of its chains": f"up to {oldest_chains(config):,} steps at the end of the run" if persistent else "none",
+        "replay buffer": chains if persistent else "none",
+        "age of its chains": chain_ages(config) if persistent else "none",
         "data reader": f"at most {_human(reader_memory(config), 'B')} (one process; data.window bounds it)",
     }
 
@@ -217,8 +219,21 @@ def estimate(config: Config) -> dict[str, str]:
 def oldest_chains(config: Config) -> int:
     """Steps that a chain of the replay buffer has taken by the end of the run if it never restarts: an energy is
     trained for chains up to this age, however rarely they restart."""
-    steps = sum(config.loss.negatives_at(step) is not None for step in range(1, config.train.steps + 1))
-    return steps * config.sampler.num_steps * config.train.batch_size // config.buffer.size
+    return config.chain_steps // config.buffer_size
+
+
+def chain_ages(config: Config) -> str:
+    """The age of `oldest_chains`, and after how many steps a chain restarts on average where that is sooner: num_steps
+    / reinit_prob, from the slot that restarts most to the one that restarts least where they differ."""
+    oldest, buffer, steps = oldest_chains(config), config.buffer, config.sampler.num_steps
+    told = f"up to {oldest:,} steps at the end of the run"
+    if buffer.reinit_prob * oldest <= steps:
+        return told
+    slots = config.buffer_size // config.data.streams
+    likely = reinit_probabilities(buffer.reinit_prob, buffer.reinit_spread, slots)
+    first, last = (f"{steps / probability:,.0f}" for probability in likely[[0, -1]].tolist())
+    lives = first if buffer.reinit_spread == 1 else f"{first} (first slot) to {last} (last)"
+    return f"{told}; a chain restarts after {lives} on average"
 
 
 def reader_memory(config: Config) -> int:
@@ -286,7 +301,8 @@ def loss_cost(config: Config, energy: torch.nn.Module, x: Tensor, labels: Tensor
 def loss_cost_of(
     section: LossConfig, config: Config, energy: torch.nn.Module, x: Tensor, labels: Tensor | None, step: int
 ) -> tuple[int, int]:
-    objective = Objective(energy.train(), loss_of(section, strongly_augmented), of_scores=section.of_scores)
+    field = field_of(section, config.energy, config.data.shape, torch.device("cpu"))
+    objective = Objective(energy.train(), loss_of(section, strongly_augmented, field), of_scores=section.of_scores)
     chains = with_replicas(config.sampler, x.clone())
     x_neg = negative_states(config.sampler, chains) if section.negatives_at(step) is not None else None
     y_neg = labels if section.conditional_chains else None

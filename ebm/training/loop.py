@@ -20,7 +20,7 @@ from ebm.runtime.process import leave_code
 from ebm.runtime.run_directory import RunDirectory
 from ebm.runtime.stopping import StopRequest, Watchdog
 from ebm.tracking import Tracker
-from ebm.training.cost import run_facts
+from ebm.training.cost import chain_ages, run_facts
 from ebm.training.divergence import FreshReading, fresh_signs, judged_after
 from ebm.training.readings import Heldout, Interval, measure, panels, read_health, read_heldout, trace
 from ebm.training.state import TrainState, build_state, load, snapshot
@@ -35,6 +35,7 @@ def begin(state: TrainState, run: RunDirectory) -> None:
     path, divergence = run.resume_point()
     if path is not None:
         check_data(state, run, path)
+        check_field(state, run, path)
         load(state, path, divergence)
         log.info(f"resuming {run.path} at step {state.step}")
     elif state.config.run.init is not None:
@@ -65,6 +66,21 @@ def check_data(state: TrainState, run: RunDirectory, path: Path) -> None:
     run.record_change(checkpoint.step_of(path), {"data": (str(before), str(now))})
 
 
+def check_field(state: TrainState, run: RunDirectory, path: Path) -> None:
+    """Raises ConfigError where the file of loss.field has changed since a checkpoint, unless train.extend is set: then
+    the change is recorded."""
+    before, now, config = checkpoint.read_state(path).field_sha256, state.field_sha256, state.config
+    if before is None or now is None or before == now:  # another key is refused, or recorded, with the config
+        return
+    if not config.train.extend:
+        raise ConfigError(
+            f"loss.field={config.loss.trained_field} holds another field than {run.path} was trained with: sha256 "
+            f"{before[:12]} until step {checkpoint.step_of(path)}, {now[:12]} now. Give the file it was trained with; "
+            "choose another run.dir; or go on with the new field by train.extend=true"
+        )
+    run.record_change(checkpoint.step_of(path), {"loss.field": (before, now)})
+
+
 def warm_start(state: TrainState, init: str) -> None:
     """Take over another run's weights, and what else run.init_* ask for, at step 0. All ranks together."""
     config = state.config.run
@@ -81,7 +97,7 @@ def warm_start(state: TrainState, init: str) -> None:
     except DataError as error:
         raise ConfigError(
             f"run.init={init} does not fit this run: {error}; give the energy (and for run.init_chains=true also "
-            "buffer.size and data.streams) of that run's config.yaml"
+            "data.streams, and as buffer.size the number of chains) of that run's config.yaml"
         ) from error
     log.info(f"starting from the {config.init_weights} weights of {path}")
 
@@ -153,6 +169,8 @@ def run_from(run: RunDirectory, config: Config, world: World, watchdog: Watchdog
     state = build_state(config, world)
     watchdog.beat()
     begin(state, run)
+    if state.buffer is not None:
+        log.info(f"{config.buffer_size:,} persistent chains (buffer.size={config.buffer.size}): {chain_ages(config)}")
     run.begin(state.step, config.health.max_restarts)
     if idle := world.idle_cores():
         log.info(idle)

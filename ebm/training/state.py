@@ -1,6 +1,7 @@
 """The state of a run: all that a step reads and changes, built from the config, taken to and from checkpoints."""
 
 import copy
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +31,7 @@ from ebm.energies import (
 from ebm.errors import DataError
 from ebm.evaluation.sets import read_spread
 from ebm.inference.images import dequantize, strongly_augmented, to_states
-from ebm.losses import LossOutput, loss_of
+from ebm.losses import LossOutput, field_of, loss_of
 from ebm.runtime import checkpoint
 from ebm.runtime.distributed import World
 from ebm.samplers import Engine, adapted, sampler_of
@@ -119,6 +120,7 @@ class TrainState:
     buffer: ReplayBuffer | None
     reader: ShardReader
     data: checkpoint.DataIdentity
+    field_sha256: str | None  # of the file that loss.field names
     mixture: MixtureStart | None  # of sampler.start=mixture
     random: StreamGenerators
     divergence: DivergenceMonitor
@@ -183,7 +185,8 @@ def build_state(config: Config, world: World) -> TrainState:
     # Copies before `prepare`: accelerate replaces the forward of the module it is given.
     ema = copy.deepcopy(energy).requires_grad_(False)
     folded = FoldedEnergy(energy, chain_dtype(world.autocast_dtype(), world.device))
-    loss = loss_of(config.loss, strongly_augmented)
+    field = field_of(config.loss, config.energy, config.data.shape, world.device)
+    loss = loss_of(config.loss, strongly_augmented, field)
     objective = Objective(energy, loss, config.loss.of_scores, energy_of_loss(config, world, energy))
     model = world.prepare(objective)
     zero = torch.zeros((), dtype=torch.int64, device=world.device)
@@ -200,6 +203,7 @@ def build_state(config: Config, world: World) -> TrainState:
         build_buffer(config, world, streams, mixture),
         reader=open_reader(config, world, manifest, streams, {}),
         data=checkpoint.DataIdentity(identity=manifest.identity, name=manifest.title),
+        field_sha256=sha256_of_field(config.loss.trained_field),
         mixture=mixture,
         random=StreamGenerators(config.run.seed, streams, world.device),
         divergence=DivergenceMonitor(config.health),
@@ -208,6 +212,14 @@ def build_state(config: Config, world: World) -> TrainState:
         skipped_in_row=zero,
         reset_chains=zero,
     )
+
+
+def sha256_of_field(path: str | None) -> str | None:
+    """The sha256 of the file that loss.field names; None for a function, and without any field."""
+    if path is None or not path.endswith(".safetensors"):
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def moment_data(config: Config, manifest: Manifest) -> Tensor:
@@ -266,7 +278,7 @@ def build_buffer(config: Config, world: World, streams: list[int], mixture: Mixt
         return None
     return ReplayBuffer(
         chain_shape(config.sampler, config.data.shape),
-        config.buffer.size // config.data.streams,
+        config.buffer_size // config.data.streams,
         streams,
         config.run.seed,
         device=world.device,
@@ -326,6 +338,7 @@ def snapshot(state: TrainState) -> tuple[dict[str, dict[str, Tensor]], dict[str,
         "good": state.step == 0 or state.divergence.good,
         "world_size": state.world.size,
         "data": state.data.model_dump(),
+        "field_sha256": state.field_sha256,
         "scaler": scaler.state_dict() if scaler is not None else None,
     }
 

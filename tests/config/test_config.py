@@ -113,6 +113,9 @@ def test_unknown_keys_are_named_with_the_nearest(config_file, override, nearest)
         ("train.accumulate=3", ("train.batch_size=128", "train.accumulate=3", "120 or 144")),
         ("buffer.size=8193", ("buffer.size=8193", "use 8200")),
         ("buffer.size=64", ("buffer.size=64", "train.batch_size=128", "raise buffer.size")),
+        ("buffer.size=-1", ("buffer.size=-1", "1 or more", "use auto")),
+        ("buffer.size=autoo", ("buffer.size='autoo'", "or auto", "buffer.age", "multiple of data.streams")),
+        ("buffer.age=0", ("buffer.age=0", "greater than or equal to 1")),
     ],
 )
 def test_refusals_name_key_value_and_remedy(config_file, override, words):
@@ -127,6 +130,62 @@ def test_every_problem_is_told_at_once(config_file):
 
 def test_a_small_buffer_is_fine_without_persistent_chains(config_file):
     assert load_config(config_file(""), ["buffer.size=64", "loss.negatives=noise"]).buffer.size == 64
+
+
+DUAL = "loss.kind=dual_score_matching sampler.kind=noise_levels energy.noise_conditional={} data.noise_std=0 "
+
+
+@pytest.mark.parametrize(
+    ("settings", "slots"),
+    [
+        ("train.steps=1000 sampler.num_steps=20 train.batch_size=128 buffer.age=5000", 512),  # 2,560,000 / 5,000
+        ("train.steps=1000 sampler.num_steps=20 train.batch_size=128 buffer.age=5060", 504),  # 505.9: 63 a stream
+        ("train.steps=1000 sampler.num_steps=20 train.batch_size=128 buffer.age=5030", 512),  # 508.9: 64 a stream
+        ("train.steps=1000 sampler.num_steps=20 train.batch_size=128", 256),  # the default age of 10,000
+        ("train.steps=10 sampler.num_steps=1 train.batch_size=128", 128),  # no fewer than the batch
+        ("train.steps=10 sampler.num_steps=1 train.batch_size=96 data.streams=6 train.accumulate=2", 96),
+        ("train.steps=10 train.batch_size=16 energy.num_classes=10", 80),  # a chain of each class in 8 streams
+        ("train.steps=10 train.batch_size=16 loss.kind=jem energy.num_classes=10", 16),  # chains without classes
+        ("train.steps=1000 sampler.num_steps=20 loss.negatives=noise buffer.age=1", 128),  # the buffer is not used
+        (DUAL + "loss.contrastive_weight=.1 loss.warmup_steps=600 train.steps=1000 sampler.num_steps=5 "
+         "buffer.age=500", 512),  # 400 steps with chains
+        (DUAL + "loss.contrastive_weight=.1 loss.warmup_steps=600 train.steps=500", 128),  # none
+        (f"train.steps={10**30} sampler.num_steps=1 train.batch_size=8", 8 * 10**26),  # to the last digit
+    ],
+)  # fmt: skip
+def test_the_size_of_the_buffer_from_the_age_of_its_chains(config_file, settings, slots):
+    config = load_config(config_file(""), ["buffer.size=auto", *settings.split()])
+    assert config.buffer_size == slots and config.buffer_size % config.data.streams == 0
+    assert config.buffer.size == "auto" and "size: auto" in to_yaml(config)
+    assert load_config(config_file(to_yaml(config), "")).buffer_size == slots
+    load_config(config_file(""), [*settings.split(), f"buffer.size={slots}"])  # every check of a number holds
+
+
+@pytest.mark.parametrize("kind", ["contrastive", "jem", "improved_contrastive", "dual"])
+def test_the_steps_of_chains_are_those_of_the_steps_that_have_any(config_file, kind):
+    dual = [*DUAL.split(), "loss.contrastive_weight=.1", "loss.warmup_steps=7"]
+    settings = dual if kind == "dual" else [f"loss.kind={kind}", "energy.num_classes=10"]
+    for steps in (3, 7, 8, 20):
+        config = load_config(config_file(""), [*settings, f"train.steps={steps}", "sampler.num_steps=3"])
+        with_chains = sum(config.loss.negatives_at(step) == "persistent" for step in range(1, steps + 1))
+        assert config.chain_steps == with_chains * 3 * config.train.batch_size
+
+
+def test_an_automatic_size_is_compared_by_what_it_comes_to(config_file):
+    def made(*overrides: str):
+        return load_config(config_file(""), ["train.steps=1000", "sampler.num_steps=20", *overrides])
+
+    auto = made("buffer.size=auto", "buffer.age=5000")
+    assert not check_same_run(auto, made("buffer.size=512"), "runs/a")
+    assert not check_same_run(made("buffer.size=512"), auto, "runs/a")
+    assert not check_same_run(auto, made("buffer.size=auto", "buffer.age=5001"), "runs/a")
+    for other in (["buffer.age=5000", "train.steps=2000", "train.extend=true"], ["buffer.age=2500"]):
+        with pytest.raises(ConfigError) as caught:
+            check_same_run(auto, made("buffer.size=auto", *other), "runs/a")
+        said = str(caught.value)
+        assert "buffer.size: 512 there, 1024 now" in said and "give buffer.size=512" in said and "buffer.age" in said
+    kept = made("train.steps=2000", "train.extend=true", "buffer.size=512")
+    assert check_same_run(auto, kept, "runs/a") == {"train.steps": (1000, 2000)}
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,7 @@ def test_what_the_job_would_find_out_is_refused(monkeypatch, capsys, tmp_path):
     for options, named in (
         ([*hour, "--nodes", "3", "--gpus", "2", fresh], "data.streams=4 is not divisible by 3 nodes x 2 ranks = 6"),
         ([*hour, "--nodes", "3", fresh], "data.streams=6 train.batch_size=132 buffer.size=4098"),
+        ([*hour, "--nodes", "3", fresh, "buffer.size=auto"], "data.streams=6 train.batch_size=132\n"),
         ([*hour, "train.stepz=5"], "did you mean train.steps"),
         ([*hour, "--config", "nowhere.yaml"], "no such file"),
         ([*hour, "run.dir=runs/50%j"], "%"),

@@ -429,6 +429,30 @@ def test_flow_loss_written_out():
     assert set(output.terms) == {"flow"}
 
 
+def turning(x, t):
+    """A velocity that depends on the time, and is no gradient."""
+    return (1 + t[:, None]) * x @ torch.tensor([[0.3, -0.8], [0.5, 0.2]], dtype=x.dtype) - t[:, None] ** 2
+
+
+def test_flow_loss_of_a_field_written_out():
+    """The velocity at the same states and times takes the place of data minus noise, while there are no chains."""
+    energy, x1, x_neg = Network(), normal(6, 2), normal(6, 2, seed=1)
+    g = seeded(7)
+    x0, t = torch.randn(6, 2, dtype=torch.float64, generator=g), torch.empty(6, dtype=torch.float64)
+    t.uniform_(generator=g)
+    x0 = x0[pairing(x0, x1)]
+    x_t = (1 - t[:, None]) * x0 + t[:, None] * x1
+    score, _ = score_and_jacobian(energy, x_t, 1.0)
+    loss = (score - turning(x_t, t)).square().sum(1).mean() / 2
+    found = flow_loss(energy, x1, generator=seeded(7), field=turning)
+    torch.testing.assert_close(found, loss)
+    torch.testing.assert_close(gradients(found, energy), gradients(loss, energy))
+    first = losses.energy_matching(energy, x1, flow_weight=3.0, field=turning, generator=seeded(7))
+    torch.testing.assert_close(first.loss, 3 * loss)
+    later = losses.energy_matching(energy, x1, x_neg, field=turning, generator=seeded(7))
+    torch.testing.assert_close(later.terms["flow"], flow_loss(energy, x1, generator=seeded(7)).detach().float())
+
+
 def test_contrast_of_energy_matching():
     """By parts: the highest chains are left out, and the count stops at the floor."""
     x_pos, x_neg = torch.tensor([[1.0], [2.0], [3.0], [4.0]]), torch.tensor([[9.0], [1.0], [2.0], [7.0]])
@@ -485,6 +509,12 @@ def test_equilibrium_matching_written_out():
     torch.testing.assert_close(output.loss, loss)
     torch.testing.assert_close(gradients(output.loss, energy), gradients(loss, energy))
     assert (output.e_pos, output.e_neg, output.terms) == (None, None, {})
+    distilled = (score - c[:, None] * turning(x_t, t)).square().sum(1).mean() / 2
+    found = losses.equilibrium_matching(
+        energy, x1, gradient_scale=3.0, decay_start=0.6, field=turning, generator=seeded(7)
+    ).loss
+    torch.testing.assert_close(found, distilled)
+    torch.testing.assert_close(gradients(found, energy), gradients(distilled, energy))
 
 
 def test_noise_of_the_flow_s_chain():

@@ -1,18 +1,24 @@
 """What holds for every kind of loss: its config, its labels, its random numbers, its arithmetic."""
 
+import sys
 from typing import get_args
 
 import pytest
 import torch
 from gaussians import Network, seeded
 from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import save_file
 from torch import nn
 
 from ebm import losses
+from ebm.config import MLPConfig
+from ebm.config.energies import UNetConfig
 from ebm.config.losses import LossConfig
-from ebm.energies import MLPEnergyFunction
-from ebm.losses import loss_of
+from ebm.energies import MLPEnergyFunction, UNetEnergyFunction
+from ebm.errors import ConfigError
+from ebm.losses import field_of, loss_of
 from ebm.losses.contrastive import GaussianNoise, UniformNoise
+from ebm.losses.flow_matching import flow_loss
 
 CHAIN = {"step_size": [9.0, 0.1], "noise_scale": [9.0, 0.2], "grad_clamp": 0.5, "bounds": None, "boundary": "clamp"}
 CHAIN |= {"num_steps": 2}
@@ -290,9 +296,128 @@ def test_energy_matching_is_the_flow_alone_at_first():
     assert "contrast" in loss(Network(), x_pos, x_neg, step=5, generator=seeded(1)).terms
 
 
+class Recorded(nn.Module):
+    """A field of two components with weights and dropout, which keeps what it is called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.drop, self.seen = nn.Linear(2, 2), nn.Dropout(0.5), []
+
+    def forward(self, x, t):
+        y = self.linear(x)
+        self.seen.append((x.requires_grad, x.dtype, t.shape, y.dtype, torch.is_grad_enabled()))
+        return self.drop(y)
+
+
+def inward(x, t):
+    return -x
+
+
+wrong_shape, broken, infinite, number = (lambda x, t: t), (lambda x, t: x.nothing), (lambda x, t: x / 0), 3
+recorded = Recorded()
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def importable(monkeypatch):
+    """This file as a module that loss.field can name."""
+    monkeypatch.setitem(sys.modules, "fields_of_mine", sys.modules[__name__])
+
+
+def test_a_field_is_the_flow_s_until_there_are_chains(importable):
+    x_pos, x_neg, _, _ = batch()
+    config = config_of("energy_matching", field="fields_of_mine:inward")
+    loss, plain = loss_of(config, field=field_of(config, MLPConfig(), (2,), CPU)), loss_of(config_of("energy_matching"))
+    expected = 0.5 * flow_loss(Network(), x_pos, generator=seeded(1), field=inward)
+    torch.testing.assert_close(loss(Network(), x_pos, x_neg, step=4, generator=seeded(1)).loss, expected)
+    later = [each(Network(), x_pos, x_neg, step=5, generator=seeded(1)).loss for each in (loss, plain)]
+    torch.testing.assert_close(*later)
+    config = config_of("equilibrium", field="fields_of_mine:inward")
+    found = loss_of(config, field=field_of(config, MLPConfig(), (2,), CPU))(
+        Network(), x_pos, step=9, generator=seeded(1)
+    )
+    settings = {"gradient_scale": 3.0, "decay_start": 0.7, "field": inward}
+    expected = losses.equilibrium_matching(Network(), x_pos, generator=seeded(1), **settings).loss
+    torch.testing.assert_close(found.loss, expected)
+    assert field_of(config_of("equilibrium"), MLPConfig(), (2,), CPU) is None
+
+
+def test_a_module_as_field_is_copied_frozen_and_computes_under_autocast(importable):
+    recorded.seen.clear()
+    config = config_of("equilibrium", field="fields_of_mine:recorded")
+    field = field_of(config, MLPConfig(), (2,), CPU)
+    assert field is not recorded and not any(p.requires_grad for p in field.parameters()) and not field.training
+    assert recorded.training and all(p.requires_grad for p in recorded.parameters())
+    field.seen.clear()
+    energy, x = MLPEnergyFunction(2), torch.randn(8, 2, generator=seeded(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(config, field=field)(energy, x, step=1, generator=seeded(1)).loss
+    loss.backward()
+    assert field.seen == [(False, torch.float32, (8,), torch.bfloat16, False)]
+    assert all(p.grad is None for p in field.parameters()) and any(p.grad is not None for p in energy.parameters())
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("no_module_of_mine:v", "No module named 'no_module_of_mine'"),
+        ("fields_of_mine:missing", "has no attribute 'missing'"),
+        ("fields_of_mine:wrong_shape", r"takes x \[2, 2\] and t \[2\] to \[2\]"),
+        ("fields_of_mine:broken", "give module:function"),
+        ("fields_of_mine:infinite", "not finite"),
+        ("fields_of_mine:number", "of type int, not a function"),
+        ("fields_of_mine:Recorded", "a class, not a function"),
+        ("subprocess:Popen", "a class, not a function"),
+        ("nowhere.safetensors", r"energy\.kind=mlp"),
+    ],
+)
+def test_fields_that_are_refused(importable, field, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        field_of(config_of("equilibrium", field=field), MLPConfig(), (2,), CPU)
+    assert str(caught.value).startswith(f"loss.field={field}") and "or FILE.safetensors" in str(caught.value)
+
+
+def test_a_field_knows_no_classes(importable):
+    with pytest.raises(ConfigError, match=r"energy\.num_classes=3: set one of them to null"):
+        field_of(config_of("equilibrium", field="fields_of_mine:inward"), MLPConfig(num_classes=3), (2,), CPU)
+
+
+@pytest.mark.parametrize("timed", [0, 1])
+@pytest.mark.parametrize("head", ["vit", "quadratic"])
+def test_a_field_of_a_file(tmp_path, timed, head):
+    """The output of a U-Net with the energy's sizes, whatever the energy's head; with a channel more it is given t."""
+    field = UNetEnergyFunction(2 + timed, 8, 8, (4, 8), planes=2)
+    save_file(field.state_dict(), tmp_path / "v.safetensors")
+    config = config_of("equilibrium", field=str(tmp_path / "v.safetensors"))
+    x, t = torch.randn(3, 2, 8, 8, generator=seeded(0)), torch.tensor([0.1, 0.5, 0.9])
+    before = torch.get_rng_state()
+    found = field_of(config, UNetConfig(features=(4, 8), head=head), (2, 8, 8), CPU)
+    assert torch.equal(torch.get_rng_state(), before) and not any(p.requires_grad for p in found.parameters())
+    inputs = torch.cat([x, t.view(3, 1, 1, 1).expand(3, 1, 8, 8)], 1) if timed else x
+    torch.testing.assert_close(found(x, t), field.eval().field(inputs))
+    for sizes, words in (({"features": (4, 4)}, "other weights"), ({"blocks": 2}, "other weights")):
+        with pytest.raises(ConfigError, match=words):
+            field_of(config, UNetConfig(**{"features": (4, 8), "head": head} | sizes), (2, 8, 8), CPU)
+    with pytest.raises(ConfigError, match="other weights"):
+        field_of(config, UNetConfig(features=(4, 8), head=head), (4, 8, 8), CPU)
+
+
+@pytest.mark.parametrize(("content", "words"), [(None, "No such file"), (b"no weights", "header")])
+def test_a_file_that_is_no_field(tmp_path, content, words):
+    file = tmp_path / "v.safetensors"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=words) as caught:
+        field_of(config_of("equilibrium", field=str(file)), UNetConfig(), (1, 8, 8), CPU)
+    assert str(caught.value).startswith(f"loss.field={file}: ")
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"kind": "equilibrium", "field": "field.pt"}, "must be module:function, .* or FILE.safetensors"),
+        ({"kind": "equilibrium", "field": "a:b:c"}, "must be module:function"),
+        ({"kind": "denoising", "field": "a:b"}, "Extra inputs"),
         ({"kind": "denoising", "num_sigmas": 3}, "Extra inputs"),
         ({"kind": "multilevel_denoising", "sigma_min": 0.2}, "must lie between sigma_min=0.2 and sigma_max=1.2"),
         ({"kind": "multilevel_denoising", "sigma": 2.0}, "must lie between sigma_min=0.05 and sigma_max=1.2"),

@@ -10,10 +10,11 @@ import shutil
 import numpy as np
 import pytest
 from runs import TINY, final_hashes, records
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ebm.__main__ import main
 from ebm.data.shards import ensure_shards
+from ebm.energies import UNetEnergyFunction
 
 SMALL = TINY | {"train.steps": 6, "checkpoint.every": 3, "optim.decay_start": 1, "data.trace": "false"}
 
@@ -26,7 +27,7 @@ def train(tmp_path, digits, capsys):
         values = SMALL | {"run.dir": tmp_path / name, "data.shards": digits}
         values |= {key.replace("__", "."): value for key, value in settings.items()}
         capsys.readouterr()
-        code = main(["train", *(f"{key}={value}" for key, value in values.items())])
+        code = main(["train", *(f"{key}={value}" for key, value in values.items() if value is not None)])
         said = capsys.readouterr()
         gc.collect()  # a failed run's lock, which the end of a process would let go
         return code, said.out + said.err
@@ -69,6 +70,25 @@ def test_a_run_is_extended(train, tmp_path):
     assert code == 2 and "at step 12 already" in said
 
 
+def test_a_buffer_of_automatic_size(train, tmp_path):
+    """6 steps of 2 moves of 64 chains, 2 moves a slot: 384 slots. Its config keeps the word, its checkpoints the size,
+    which a resume finds again and which more steps would change."""
+    auto = {"buffer__size": "auto", "buffer__age": 2, "checkpoint__every": 3}
+    code, said = train("run", **auto, train__time_limit=0.001)
+    assert code == 75 and "384 persistent chains (buffer.size=auto): up to 2 steps at the end of the run" in said
+    assert "\n  size: auto\n  age: 2\n" in (tmp_path / "run/config.yaml").read_text()
+    assert train("run", **auto)[0] == 0 and train("fixed", buffer__size=384)[0] == 0
+    assert final_hashes(tmp_path / "run") == final_hashes(tmp_path / "fixed")
+    newest = max((tmp_path / "run/checkpoints").glob("step_????????"))
+    assert len(load_file(newest / "stream_0000.safetensors")["age"]) == 384 // 4
+    assert main(["sample", str(tmp_path / "run"), "--num", "384", "--init", "buffer", "--out", str(tmp_path / "x.npy"),
+                 "--steps", "0"]) == 0  # fmt: skip
+    code, said = train("run", **auto, train__steps=12, train__extend="true")
+    assert code == 2 and "buffer.size: 384 there, 768 now" in said and "give buffer.size=384" in said
+    assert train("run", buffer__size=384, train__steps=12, train__extend="true")[0] == 0
+    assert history(tmp_path / "run")[0]["changed"] == {"train.steps": [6, 12]}
+
+
 def test_a_config_binds_from_the_first_step_on(train, tmp_path):
     """A start that failed, or got to no checkpoint, leaves nothing that refuses the corrected command."""
     code, said = train("run", data__shape="3,8,8")
@@ -102,6 +122,30 @@ def test_a_run_knows_its_data(train, tmp_path, digits, other):
     assert change["changed"]["data"][0].startswith("1437 samples of digits")
     newest = max((tmp_path / "run" / "checkpoints").glob("step_????????"))
     assert json.loads((newest / "state.json").read_text())["data"]["name"].startswith("200 samples")
+
+
+def test_a_run_knows_its_field(train, tmp_path, monkeypatch):
+    """A file may move, with train.extend=true, but not change: another field is refused by name, or recorded. A
+    function comes from a module where the command runs."""
+    field = UNetEnergyFunction(1, 8, 8, (4, 8))
+    save_file(field.state_dict(), tmp_path / "v.safetensors")
+    settings = {"energy__kind": "unet", "energy__features": "[4,8]", "loss__kind": "equilibrium", "data__noise_std": 0}
+    settings |= {"energy__hidden_dim": None, "loss__field": tmp_path / "v.safetensors"}
+    assert train("run", **settings, train__time_limit=0.001)[0] == 75
+    newest = max((tmp_path / "run/checkpoints").glob("step_????????"))
+    assert not any("field" in key for file in newest.glob("*.safetensors") for key in load_file(file))
+    save_file({k: 2 * v for k, v in field.state_dict().items()}, tmp_path / "v.safetensors")
+    code, said = train("run", **settings)
+    assert code == 2 and f"loss.field={tmp_path}/v.safetensors holds another field" in said
+    assert "train.extend=true" in said
+    code, said = train("run", **settings, train__extend="true")
+    assert code == 0 and "loss.field" in history(tmp_path / "run")[0]["changed"], said
+    (tmp_path / "field_where_the_command_runs.py").write_text("def v(x, t):\n    return -x * t.view(-1, 1, 1, 1)\n")
+    monkeypatch.chdir(tmp_path)
+    settings |= {"loss__field": "field_where_the_command_runs:v"}
+    assert train("other", **settings)[0] == 0
+    code, said = train("third", **settings | {"loss__field": "field_where_the_command_runs:w"})
+    assert code == 2 and "loss.field=field_where_the_command_runs:w: " in said and "Traceback" not in said
 
 
 def test_checkpoints_that_do_not_name_their_data_resume(train, tmp_path):

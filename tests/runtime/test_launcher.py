@@ -65,6 +65,7 @@ def test_a_gpu_that_was_asked_for_and_is_not_there_is_missed(digits, tmp_path):
         pytest.param({"ACCELERATE_USE_CPU": "yes"}, {"train__device": "cuda"}, "ACCELERATE_USE_CPU", marks=NO_GPU),
         pytest.param({}, {"train__backend": "nccl"}, "train.backend=nccl", marks=NO_GPU),
         ({}, {"buffer__size": "4e12"}, "buffer.size=4000000000000"),
+        ({}, {"buffer__size": "auto", "train__steps": "4e12"}, "raise buffer.age"),
         ({}, {"train__batch_size": "4e12", "buffer__size": "4e12"}, "train.batch_size=4000000000000"),
         ({}, {"tracking__num_samples": "4e12"}, "tracking.num_samples=4000000000000"),
     ],

@@ -46,6 +46,14 @@ def test_trace_of_a_run_stopped_three_times_on_other_ranks(digits, reference, tm
     assert [r["step"] for r in records(run_dir / "metrics.jsonl")] == list(range(1, 201))
 
 
+def test_an_automatic_size_of_the_buffer_does_not_depend_on_ranks(digits, tmp_path):
+    settings = {"train__steps": 12, "buffer__size": "auto", "buffer__age": 3}
+    for ranks in (1, 2):
+        said = finish(command(ranks, tmp_path / f"run{ranks}", digits, **settings), tmp_path / f"log{ranks}")
+        assert said.count("512 persistent chains (buffer.size=auto): up to 3 steps at the end of the run") == 1
+    assert (tmp_path / "run2/trace.jsonl").read_bytes() == (tmp_path / "run1/trace.jsonl").read_bytes()
+
+
 def test_each_epoch_sees_each_sample_once(reference):
     seen = {}
     for record in records(reference / "trace.jsonl"):

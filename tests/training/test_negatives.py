@@ -103,6 +103,14 @@ def test_half_of_the_chains_of_energy_matching_start_at_data():
                            "sampler.temperature=0.1", "data.streams=2", *odd])  # fmt: skip
 
 
+def test_a_field_that_is_never_used_is_refused():
+    flow = ["loss.kind=energy_matching", "sampler.schedule=flow", "sampler.start=normal", "sampler.temperature=0.1"]
+    assert load_config(None, [*flow, "loss.field=a:b"]).loss.trained_field == "a:b"
+    for unused in ("loss.warmup_steps=0", "loss.flow_weight=0"):
+        with pytest.raises(ConfigError, match=r"loss\.field=a:b is for the flow .* or loss\.field=null"):
+            load_config(None, [*flow, "loss.field=a:b", unused])
+
+
 def test_the_second_phase_has_averages_of_its_own():
     loss = load_config(None, ["loss.kind=energy_matching", "loss.warmup_steps=3", "sampler.schedule=flow",
                               "sampler.start=normal", "sampler.temperature=0.1"]).loss  # fmt: skip

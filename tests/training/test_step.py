@@ -1,5 +1,6 @@
 """The step itself, in this process: every variant trains, resumes exactly, and survives a NaN."""
 
+import hashlib
 import os
 from types import SimpleNamespace
 
@@ -7,8 +8,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from runs import TINY
+from safetensors.torch import save_file
 
 from ebm.config import load_config
+from ebm.energies import UNetEnergyFunction
 from ebm.runtime.checkpoint import Saver
 from ebm.runtime.distributed import World
 from ebm.runtime.run_directory import RunDirectory
@@ -151,6 +154,21 @@ def assert_trains_and_resumes_exactly(new_state, settings: list[str], steps: int
 def test_variants_train_and_resume_exactly(new_state, variant):
     whole = assert_trains_and_resumes_exactly(new_state, VARIANTS[variant])
     assert int(whole.skipped_steps) == 0
+
+
+def test_a_distilled_energy_trains_and_resumes_exactly(new_state, tmp_path):
+    """With the field of a file: it is in no checkpoint, and none of its numbers moves."""
+    file = tmp_path / "field.safetensors"
+    save_file(UNetEnergyFunction(2, 8, 8, (4, 8), planes=1).state_dict(), file)
+    before = file.read_bytes()
+    network = ["energy.kind=unet", "energy.features=[4,8]"]
+    matching = ["loss.kind=energy_matching", "loss.warmup_steps=4", f"loss.field={file}", *FLOW]
+    whole = assert_trains_and_resumes_exactly(new_state, [*network, *matching])
+    plain = advance(new_state(*network, *[s for s in matching if "field" not in s]), 1)
+    assert list(whole.model.state_dict()) == list(plain.model.state_dict()) and file.read_bytes() == before
+    assert snapshot(whole)[1]["field_sha256"] == hashlib.sha256(before).hexdigest()
+    assert snapshot(plain)[1]["field_sha256"] is None
+    assert differing(everything(advance(new_state(*network, *matching), 1)), everything(plain))
 
 
 def test_parts_of_a_batch_add_up_to_the_whole(new_state):
