@@ -31,6 +31,7 @@ def energy_matching(
     y_pos: Tensor | None = None,
     y_neg: Tensor | None = None,
     generator: Generators = None,
+    pairs: Tensor | None = None,
 ) -> LossOutput:
     """flow_weight * mean |-dE/dx(x_t) - (x1 - x0)|**2 / D, and with chains `x_neg` the contrastive term as well.
 
@@ -42,7 +43,8 @@ def energy_matching(
     Pairing, floor and trim apply to each generator's part of the batch by itself. `separate_batch`: with chains the
     flow's data are the first half of each part, and those of the contrast the second, as their code has another batch.
 
-    The pairing runs on the host and so waits for the device; no other loss does.
+    The pairing runs on the host and so waits for the device; no other loss does. `pairs`: what `flow_pairs` gave for
+    the same arguments, in place of another pairing.
     """
     loss, terms, parts = x_pos.new_zeros(()), {}, num_parts(generator)
     x_flow, y_flow = x_pos, y_pos
@@ -50,7 +52,7 @@ def energy_matching(
         x_flow, x_pos = halves(x_pos, parts)
         y_flow, y_pos = (None, None) if y_pos is None else halves(y_pos, parts)
     if flow_weight:
-        terms["flow"] = flow_loss(energy, x_flow, y_flow, generator)
+        terms["flow"] = flow_loss(energy, x_flow, y_flow, generator, pairs)
         loss = loss + flow_weight * terms["flow"]
     if x_neg is None:
         return output(loss, **terms)
@@ -73,10 +75,21 @@ def halves(x: Tensor, parts: int = 1) -> tuple[Tensor, Tensor]:
     return first.flatten(0, 1), second.flatten(0, 1)
 
 
-def flow_loss(energy: Energy, x1: Tensor, y: Tensor | None = None, generator: Generators = None) -> Tensor:
+def flow_pairs(
+    x_pos: Tensor, x_neg: Tensor | None = None, generator: Generators = None, *, separate_batch: bool = False
+) -> Tensor:
+    """The `pairing` in `energy_matching` of the same arguments, which begins with the draw that this takes."""
+    parts = num_parts(generator)
+    x1 = halves(x_pos, parts)[0] if separate_batch and x_neg is not None else x_pos
+    return pairing(normal_(torch.empty_like(x1), generator), x1, parts)
+
+
+def flow_loss(
+    energy: Energy, x1: Tensor, y: Tensor | None = None, generator: Generators = None, pairs: Tensor | None = None
+) -> Tensor:
     """mean |-dE/dx(x_t) - (x1 - x0)|**2 / D: the first term of `energy_matching`."""
     x0 = normal_(torch.empty_like(x1), generator)
-    x0 = x0[pairing(x0, x1, num_parts(generator))]
+    x0 = x0[pairing(x0, x1, num_parts(generator)) if pairs is None else pairs]
     t = per_state(uniform_(x1.new_empty(len(x1)), generator), x1)
     x_t = torch.lerp(x0, x1, t).detach().requires_grad_(True)
     _, gradient = energy_and_gradient(energy, x_t, y)
