@@ -4,6 +4,7 @@ import copy
 import importlib
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import product
@@ -63,10 +64,12 @@ class FoldedEnergy:
         self.module.requires_grad_(False)
         own: dict[str, Tensor] = dict(self.module.named_parameters(remove_duplicate=False))  # tied weights: many paths
         own |= dict(self.module.named_buffers(remove_duplicate=False))
-        self._sources = [(layer, name) for layer, name, _ in _tensors(energy)]
-        self._targets = [own[path] for _, _, path in _tensors(energy)]
+        targets = {(layer, name): own[path] for layer, name, path in _tensors(energy)}
+        assert {id(t) for t in targets.values()} == {id(t) for t in own.values()}, "the copy holds other tensors"
+        self._norms = SpectralNorms(energy)
+        self._normalised = [targets.pop(place) for place in self._norms.places]
+        self._targets = targets  # the others, by layer and name in `energy`
         self._parametrisations = [m for m in energy.modules() if isinstance(m, parametrize.ParametrizationList)]
-        assert {id(t) for t in self._targets} == {id(t) for t in own.values()}, "the copy holds other tensors"
 
     @torch.no_grad()
     def refresh(self) -> "FoldedEnergy":
@@ -75,10 +78,15 @@ class FoldedEnergy:
         norms = [norm for p in self._parametrisations for norm in p]
         for norm in norms:
             norm.training = False
-        if self._targets:  # an energy may have none
-            torch._foreach_copy_(self._targets, [getattr(layer, name) for layer, name in self._sources])
+        alike: defaultdict[tuple[object, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for (layer, name), target in self._targets.items():
+            source = getattr(layer, name)
+            alike[target.dtype, source.dtype, target.stride() == source.stride()].append((target, source))
+        for pairs in alike.values():  # one kernel for all of a group; torch copies a mixed list one by one
+            torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
         for norm, training in zip(norms, was, strict=True):
             norm.training = training
+        self._norms.write(self._normalised)
         return self
 
     def __call__(self, x: Tensor, *labels: Tensor) -> Tensor:
@@ -121,7 +129,7 @@ class SpectralNorms:
     def __init__(self, energy: nn.Module):
         self._norms: list[_SpectralNorm] = []
         self._weights: list[nn.Parameter] = []  # before they are normalised
-        self._layers: list[tuple[nn.Module, str]] = []
+        self.places: list[tuple[nn.Module, str]] = []  # layer and name of each normalised weight
         for layer in energy.modules():
             for name in _parametrised(layer):
                 chain = cast(nn.ModuleDict, layer.parametrizations)[name]
@@ -133,7 +141,7 @@ class SpectralNorms:
                 if isinstance(weight, nn.Parameter) and weight.ndim > 1:
                     self._norms.append(first)
                     self._weights.append(weight)
-                    self._layers.append((layer, name))
+                    self.places.append((layer, name))
 
     @contextmanager
     def computed(self) -> Iterator[None]:
@@ -147,13 +155,21 @@ class SpectralNorms:
                     for device in devices:
                         stack.enter_context(torch.autocast(device, enabled=False))
                     self._iterate()
-                    for norm, (layer, name) in zip(self._norms, self._layers, strict=True):
+                    for norm, (layer, name) in zip(self._norms, self.places, strict=True):
                         norm.training = False
                         getattr(layer, name)  # which the cache keeps
             finally:
                 for norm, training in zip(self._norms, was, strict=True):
                     norm.training = training
             yield
+
+    @torch.no_grad()
+    def write(self, targets: Sequence[Tensor]) -> None:
+        """Writes the normalised weights as they are, without a power iteration, into `targets`, one for each of
+        `places`, whose type and memory format may be others. They are what `_SpectralNorm.forward` computes."""
+        for norm, weight, target in zip(self._norms, self._weights, targets, strict=True):
+            size = torch.vdot(norm._u, torch.mv(norm._reshape_weight_to_matrix(weight), norm._v))
+            torch.div(weight, size, out=target)
 
     @torch.no_grad()
     def _iterate(self) -> None:

@@ -36,6 +36,7 @@ def energy_matching(
     y_pos: Tensor | None = None,
     y_neg: Tensor | None = None,
     generator: Generators = None,
+    pairs: Tensor | None = None,
 ) -> LossOutput:
     """flow_weight * mean |-dE/dx(x_t) - (x1 - x0)|**2 / D, and with chains `x_neg` the contrastive term as well.
 
@@ -48,7 +49,8 @@ def energy_matching(
     flow's data are the first half of each part, and those of the contrast the second, as their code has another batch.
     `field`: a trained velocity v(x, t), which takes the place of x1 - x0 as long as there are no chains (`flow_loss`).
 
-    The pairing runs on the host and so waits for the device; no other loss does.
+    The pairing runs on the host and so waits for the device; no other loss does. `pairs`: what `flow_pairs` gave for
+    the same arguments, in place of another pairing.
     """
     loss, terms, parts = x_pos.new_zeros(()), {}, num_parts(generator)
     x_flow, y_flow = x_pos, y_pos
@@ -56,7 +58,7 @@ def energy_matching(
         x_flow, x_pos = halves(x_pos, parts)
         y_flow, y_pos = (None, None) if y_pos is None else halves(y_pos, parts)
     if flow_weight:
-        terms["flow"] = flow_loss(energy, x_flow, y_flow, generator, field if x_neg is None else None)
+        terms["flow"] = flow_loss(energy, x_flow, y_flow, generator, field if x_neg is None else None, pairs)
         loss = loss + flow_weight * terms["flow"]
     if x_neg is None:
         return output(loss, **terms)
@@ -79,8 +81,22 @@ def halves(x: Tensor, parts: int = 1) -> tuple[Tensor, Tensor]:
     return first.flatten(0, 1), second.flatten(0, 1)
 
 
+def flow_pairs(
+    x_pos: Tensor, x_neg: Tensor | None = None, generator: Generators = None, *, separate_batch: bool = False
+) -> Tensor:
+    """The `pairing` in `energy_matching` of the same arguments, which begins with the draw that this takes."""
+    parts = num_parts(generator)
+    x1 = halves(x_pos, parts)[0] if separate_batch and x_neg is not None else x_pos
+    return pairing(normal_(torch.empty_like(x1), generator), x1, parts)
+
+
 def flow_loss(
-    energy: Energy, x1: Tensor, y: Tensor | None = None, generator: Generators = None, field: Field | None = None
+    energy: Energy,
+    x1: Tensor,
+    y: Tensor | None = None,
+    generator: Generators = None,
+    field: Field | None = None,
+    pairs: Tensor | None = None,
 ) -> Tensor:
     """mean |-dE/dx(x_t) - (x1 - x0)|**2 / D: the first term of `energy_matching`.
 
@@ -88,7 +104,7 @@ def flow_loss(
     v is exact, and estimates of it vary less. -dE/dx becomes v's mean over t, as far as that is a gradient.
     """
     x0 = normal_(torch.empty_like(x1), generator)
-    x0 = x0[pairing(x0, x1, num_parts(generator))]
+    x0 = x0[pairing(x0, x1, num_parts(generator)) if pairs is None else pairs]
     t = uniform_(x1.new_empty(len(x1)), generator)
     x_t = torch.lerp(x0, x1, per_state(t, x1)).detach().requires_grad_(True)
     _, gradient = energy_and_gradient(energy, x_t, y)

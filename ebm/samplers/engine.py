@@ -94,11 +94,11 @@ class Engine:
         graph in place of the old one; tensors among them (a step size that adapts) are inputs of the graph."""
         key = (sampler, x.shape, len(labels), type(generator), len(generator))
         captured = self._graphs.get(key)
-        if captured is None or captured.settings != _numbers(settings):
+        if captured is None or captured.settings != numbers_of(settings):
             self._graphs.pop(key, None)
             try:
                 captured = self._graphs[key] = _Captured(energy, sampler, x, labels, generator, settings)
-            except _CaptureError as error:
+            except CaptureError as error:
                 self.capture = False
                 self._graphs.clear()
                 # As text: a handler may keep its records, and the error's frames hold the memory of the capture.
@@ -180,12 +180,12 @@ def _seconds(
         try:
             captured = _Captured(energy, sampler, x, labels, source, settings)
             run = partial(captured, x, labels, source, settings)
-        except _CaptureError:  # said where the chain itself is captured
+        except CaptureError:  # said where the chain itself is captured
             run = plain
     return best_seconds(run, x.device)
 
 
-def _numbers(settings: dict[str, Any]) -> dict[str, Any]:
+def numbers_of(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings without the tensors among them."""
     return {name: value for name, value in settings.items() if not isinstance(value, Tensor)}
 
@@ -206,67 +206,59 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return pool
 
 
-class _CaptureError(RuntimeError):
-    """A chain that can't be captured; the message is the reason."""
+class CaptureError(RuntimeError):
+    """What can't be captured as a CUDA graph; the message is the reason."""
 
 
-class _Captured:
-    """A chain as a CUDA graph with static inputs; a call copies inputs in, replays, and copies outputs out.
+class CapturedFunction:
+    """`function(sources)`, a function of static tensors and of random numbers from `sources`, as a CUDA graph. `replay`
+    computes it again: the tensors that it returned at the capture, `results`, then hold the new values.
+
+    `function` runs twice before it is captured, since libraries choose algorithms and allocate at first calls, which
+    can't be captured. What it changes in place it has changed twice then, and the results hold no values yet.
 
     A capture that fails leaves every generator registered with its graph unusable in some releases of torch (2.11:
     "Offset increment outside graph capture encountered unexpectedly"), and torch registers the device's default
     generator with each. Therefore the graph has generators of its own, also in the place of the default one while it is
     captured. A replay gives them the state of the caller's and hands the advanced state back, without device memory.
     A `Philox` needs no registration: its seeds and the number of its first draw are inputs of the graph.
+
+    Args:
+        generator: sources of the kind and number that replays will be given. It is not drawn from.
+
+    Raises CaptureError where `function` can't be captured, and torch.OutOfMemoryError. Streams, generators and memory
+    pools are then as they were before.
     """
 
-    def __init__(
-        self,
-        energy: Callable[..., Tensor],
-        sampler: Callable[..., tuple[Tensor, Any]],
-        x: Tensor,
-        labels: Sequence[Tensor],
-        generator: StreamSources,
-        settings: dict[str, Any],
-    ):
-        self.settings = _numbers(settings)
-        self.x, self.labels = x.clone(), tuple(y.clone() for y in labels)
-        self.tensors = {name: value.clone() for name, value in settings.items() if isinstance(value, Tensor)}
-        self.counter = Philox([0] * len(generator), x.device) if isinstance(generator, Philox) else None
-        self.default = torch.cuda.default_generators[x.device.index]
+    def __init__(self, function: Callable[[StreamSources], Any], generator: StreamSources, device: torch.device):
+        self.counter = Philox([0] * len(generator), device) if isinstance(generator, Philox) else None
+        self.default = torch.cuda.default_generators[device.index]
         registered = 0 if self.counter is not None else len(generator)
-        self.own = [torch.Generator(x.device).manual_seed(0) for _ in range(registered + 1)]  # the last: the default's
+        self.own = [torch.Generator(device).manual_seed(0) for _ in range(registered + 1)]  # the last: the default's
         sources = self.own[:-1] if self.counter is None else self.counter
         self.graph = torch.cuda.CUDAGraph()
 
-        def chain() -> tuple[Tensor, Any]:
-            closed = _of_states(energy, self.labels)
-            return sampler(closed, self.x, generator=sources, **settings | self.tensors)
-
-        side = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]  # torch does not annotate it
-        current = torch.cuda.current_stream(x.device)
+        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch does not annotate it
+        current, state = torch.cuda.current_stream(device), self.default.get_state()
         side.wait_stream(current)
-        with torch.cuda.stream(side):
-            for _ in range(2):  # libraries choose algorithms and allocate at first calls, which can't be captured
-                chain()
-        current.wait_stream(side)
+        try:
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    function(sources)
+        finally:
+            current.wait_stream(side)
+            self.default.set_state(state)
         for one in self.own[:-1]:
             self.graph.register_generator_state(one)
         if self.counter is not None:
-            self.counter.draws = 0  # the warm-up has drawn
+            self.counter.draws = 0  # the first runs have drawn
         with _default_generator(self.default, self.own[-1]):
-            self.out, self.info = _capture(self.graph, chain, side)
+            self.results = _capture(self.graph, partial(function, sources), side)
 
-    def __call__(
-        self, x: Tensor, labels: Sequence[Tensor], generator: StreamSources, settings: dict[str, Any]
-    ) -> tuple[Tensor, Any]:
-        self.x.copy_(x)
-        for static, value in zip(self.labels, labels, strict=True):
-            static.copy_(value)
-        for name, static in self.tensors.items():
-            static.copy_(settings[name])
+    def replay(self, generator: StreamSources) -> None:
+        """Computes the function with random numbers from `generator`, which is advanced as by a call."""
         if isinstance(generator, Philox):
-            assert self.counter is not None  # the engine has a graph for each kind of source
+            assert self.counter is not None  # there is a graph for each kind of source
             self.counter.seeds.copy_(generator.seeds)
             torch.add(generator.first, generator.draws, out=self.counter.first)
             generator.draws += self.counter.draws
@@ -278,7 +270,41 @@ class _Captured:
         self.graph.replay()
         for own, one in zip(self.own, callers, strict=True):
             one.set_state(own.get_state())
-        return self.out.clone(), type(self.info)(*(value.clone() for value in self.info))
+
+
+class _Captured:
+    """A chain as a CUDA graph with static inputs; a call copies inputs in, replays, and copies outputs out."""
+
+    def __init__(
+        self,
+        energy: Callable[..., Tensor],
+        sampler: Callable[..., tuple[Tensor, Any]],
+        x: Tensor,
+        labels: Sequence[Tensor],
+        generator: StreamSources,
+        settings: dict[str, Any],
+    ):
+        self.settings = numbers_of(settings)
+        self.x, self.labels = x.clone(), tuple(y.clone() for y in labels)
+        self.tensors = {name: value.clone() for name, value in settings.items() if isinstance(value, Tensor)}
+
+        def chain(sources: StreamSources) -> tuple[Tensor, Any]:
+            closed = _of_states(energy, self.labels)
+            return sampler(closed, self.x, generator=sources, **settings | self.tensors)
+
+        self.function = CapturedFunction(chain, generator, x.device)
+
+    def __call__(
+        self, x: Tensor, labels: Sequence[Tensor], generator: StreamSources, settings: dict[str, Any]
+    ) -> tuple[Tensor, Any]:
+        self.x.copy_(x)
+        for static, value in zip(self.labels, labels, strict=True):
+            static.copy_(value)
+        for name, static in self.tensors.items():
+            static.copy_(settings[name])
+        self.function.replay(generator)
+        out, info = self.function.results
+        return out.clone(), type(info)(*(value.clone() for value in info))
 
 
 @contextmanager
@@ -292,9 +318,9 @@ def _default_generator(default: torch.Generator, stand_in: torch.Generator) -> I
         default.graphsafe_set_state(state)
 
 
-def _capture(graph: torch.cuda.CUDAGraph, chain: Callable[[], Any], stream: torch.cuda.Stream) -> Any:
-    """Captures `chain()` on `stream` and returns its outputs. Raises _CaptureError where it can't be captured, with the
-    current stream and the memory pools as they were before."""
+def _capture(graph: torch.cuda.CUDAGraph, function: Callable[[], Any], stream: torch.cuda.Stream) -> Any:
+    """Captures `function()` on `stream` and returns its outputs. Raises CaptureError where it can't be captured, with
+    the current stream and the memory pools as they were before."""
     pool = torch.cuda.graph_pool_handle()
     # torch.cuda.graph does not go back to the caller's stream after a capture that fails; the outer context does.
     # Thread-local, as other threads go on meanwhile: the one that writes checkpoints may copy from the device.
@@ -303,13 +329,13 @@ def _capture(graph: torch.cuda.CUDAGraph, chain: Callable[[], Any], stream: torc
             torch.cuda.stream(stream),
             torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
         ):
-            return chain()
+            return function()
     except RuntimeError as error:
         cause = error
         while isinstance(cause.__context__, RuntimeError):  # what ended the capture comes before what its end raised
             cause = cause.__context__
         _release(graph, pool, stream.device)
-        raise _CaptureError(str(cause).partition("\n")[0]) from error
+        raise CaptureError(str(cause).partition("\n")[0]) from error
 
 
 def _release(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], device: torch.device) -> None:

@@ -114,10 +114,11 @@ class ReplayBuffer:
 
         A chain that is `broken` (bool, (S * n,)) restarts from noise in either case.
         """
-        age = torch.where(draw.fresh, 0, self.age[draw.rows]) + num_steps
+        was = self.age[draw.rows]
+        age = torch.where(draw.fresh, 0, was) + num_steps
         x = torch.where(ok, x, self.x[draw.rows].float())
         self.x[draw.rows] = torch.where(broken.view(-1, *[1] * (x.ndim - 1)), draw.noise, x).to(self.x.dtype)
-        self.age[draw.rows] = torch.where(broken, 0, torch.where(ok, age, self.age[draw.rows])).to(torch.int32)
+        self.age[draw.rows] = torch.where(broken, 0, torch.where(ok, age, was)).to(torch.int32)
         if self.labels is not None and draw.labels is not None:
             self.labels[draw.rows] = torch.where(ok | broken, draw.labels, self.labels[draw.rows])
 

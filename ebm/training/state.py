@@ -32,11 +32,13 @@ from ebm.errors import DataError
 from ebm.evaluation.sets import read_spread
 from ebm.inference.images import dequantize, strongly_augmented, to_states
 from ebm.losses import LossOutput, field_of, loss_of
+from ebm.losses.factory import StepLoss, pairs_of
 from ebm.runtime import checkpoint
 from ebm.runtime.distributed import World
 from ebm.samplers import Engine, adapted, sampler_of
 from ebm.samplers.base import MixtureStart
 from ebm.samplers.compiled import TOLERANCE, Compiler, EnergyOfLoss
+from ebm.samplers.engine import CapturedFunction
 from ebm.samplers.factory import chain_shape, sampler_in_use, start_of
 from ebm.streams import StreamGenerators, derive_seed, owned_streams
 from ebm.training.divergence import DivergenceMonitor
@@ -105,14 +107,15 @@ class Meters:
 class TrainState:
     """All that a step reads and changes.
 
-    `energy` is the bare module, `model` the wrapped `Objective` around it; `ema` holds the averages of its weights and
-    `folded` the frozen copy that chains move on.
+    `energy` is the bare module, `model` the wrapped `Objective` around it, which `loss` runs; `ema` holds the averages
+    of the weights and `folded` the frozen copy that chains move on.
     """
 
     config: Config
     world: World
     energy: BaseEnergyFunction
     model: nn.Module
+    loss: StepLoss
     optimizer: torch.optim.Optimizer
     ema: BaseEnergyFunction
     folded: FoldedEnergy
@@ -196,6 +199,7 @@ def build_state(config: Config, world: World) -> TrainState:
         world,
         energy,
         model,
+        build_loss(config, world, model),
         build_optimizer(config.optim, energy),
         ema,
         folded,
@@ -264,13 +268,33 @@ def compiler_of(config: Config, world: World, dtype: torch.dtype) -> Compiler | 
 def energy_of_loss(config: Config, world: World, energy: BaseEnergyFunction) -> EnergyOfLoss | None:
     """What the loss calls where it may be compiled: a loss of energies alone, as torch.compile has no double backward,
     and a network of the project's, as a class of the user's may change its buffers in training."""
-    networks = [config.energy] + ([config.energy.network] if isinstance(config.energy, HybridConfig) else [])
-    if not config.loss.of_energies or config.loss.gradient_penalty:
-        return None
-    if any(isinstance(network, ImportConfig) for network in networks):
+    if not config.loss.of_energies or config.loss.gradient_penalty or has_users_code(config):
         return None
     compiler = compiler_of(config, world, world.autocast_dtype())
     return None if compiler is None else EnergyOfLoss(energy, world.autocast_dtype(), compiler)
+
+
+def build_loss(config: Config, world: World, model: nn.Module) -> StepLoss:
+    """The loss of a step. On a GPU it is captured as a graph, unless gradients are scaled, or summed over ranks or over
+    parts of a batch, which is outside of the graph, or code of the user's is in it, which may keep state that a graph
+    does not see."""
+    alone = isinstance(model, Objective) and world.size == 1 and config.train.accumulate == 1 and world.scaler is None
+    captures = alone and world.device.type == "cuda" and not has_users_code(config)
+    return StepLoss(
+        model,
+        world.backward,
+        config.loss.negatives_at,
+        CapturedFunction if captures else None,
+        TOLERANCE[world.autocast_dtype()],
+        pairs_of(config.loss),
+    )
+
+
+def has_users_code(config: Config) -> bool:
+    """Whether the energy, or the network of a hybrid, is a class of the user's (energy.kind=import), or the loss takes
+    a function of the user's (loss.field)."""
+    networks = [config.energy] + ([config.energy.network] if isinstance(config.energy, HybridConfig) else [])
+    return config.loss.trained_field is not None or any(isinstance(network, ImportConfig) for network in networks)
 
 
 def build_buffer(config: Config, world: World, streams: list[int], mixture: MixtureStart | None) -> ReplayBuffer | None:

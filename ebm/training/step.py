@@ -12,6 +12,7 @@ from ebm.config import Config
 from ebm.data import Batch
 from ebm.inference import images
 from ebm.losses import LossOutput
+from ebm.losses.factory import LossInputs
 from ebm.runtime.distributed import World
 from ebm.runtime.process import one_thread, to_device
 from ebm.samplers.base import mean_info, saturated
@@ -55,10 +56,9 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
             x_neg, y_neg = negative_states(config.sampler, x), optional(take, start.labels)
             chains.append(x)
             infos.append(info)
-        labels = {"y_pos": optional(take, y_pos), "y_neg": y_neg}
+        inputs = LossInputs(take(x_pos), x_neg, optional(take, y_pos), y_neg, step, settings)
         with world.accumulating(state.model, last=part == parts.number - 1):
-            outputs.append(state.model(take(x_pos), x_neg, **labels, generator=loss_noise, step=step, chain=settings))
-            world.backward(outputs[-1].loss / parts.number)
+            outputs.append(state.loss(inputs, loss_noise, parts.number))
     e_pos, e_neg = parts.join_if_any([o.e_pos for o in outputs]), parts.join_if_any([o.e_neg for o in outputs])
 
     # Update, or none where the gradient is not finite: averaged over the ranks, its norm tells all of them alike.

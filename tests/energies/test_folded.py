@@ -65,6 +65,19 @@ def test_folded_is_the_module_and_follows_it(make):
 
 
 @pytest.mark.parametrize("make", list(folded_cases()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_folded_weights_are_the_modules_to_the_last_bit(make, dtype):
+    """As the module has them in evaluation mode, whose spectral norms torch computes."""
+    energy = make().train()
+    folded = FoldedEnergy(energy, dtype).refresh()
+    energy.eval()
+    layers = dict(energy.named_modules())
+    for path, tensor in (*folded.module.named_parameters(), *folded.module.named_buffers()):
+        place, _, name = path.rpartition(".")
+        assert torch.equal(tensor, getattr(layers[place], name).to(tensor.dtype))
+
+
+@pytest.mark.parametrize("make", list(folded_cases()))
 def test_folded_is_frozen_plain_and_separate(make):
     energy, x = make().train(), images(4, (3, 8, 8))
     state = {name: tensor.clone() for name, tensor in energy.state_dict().items()}

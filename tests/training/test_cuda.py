@@ -1,11 +1,19 @@
 """What only a GPU can show: every precision trains and resumes exactly, compiled too; a captured chain is the plain
-one; batches are copied beside the computation. (test_step_host_reads: no step waits.)"""
+one, a captured loss the eager one; batches are copied beside the computation. (test_step_host_reads: no step waits.)"""
 
 import pytest
 import torch
-from test_step import assert_trains_and_resumes_exactly, new_state  # noqa: F401 - a fixture
+from test_step import (
+    VARIANTS,
+    advance,
+    assert_trains_and_resumes_exactly,
+    differing,
+    everything,
+    new_state,  # noqa: F401 - a fixture
+)
 
 from ebm.runtime.process import _copy_stream, to_device
+from ebm.samplers.engine import CapturedFunction
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 RESNET = ["energy.kind=resnet", "energy.features=[8,8]", "energy.blocks=1", "energy.spectral_norm=true"]
@@ -78,3 +86,87 @@ def test_the_fused_update_on_the_device():
         for move, state in ((move_, a), (fused, b)):
             move(state, grad, z, 0.7, 0.4, 0.3, bounds, boundary)
         assert torch.allclose(a, b, atol=1e-6)
+
+
+NARROW = [*RESNET, "train.mixed_precision=bf16", "sampler.num_steps=4"]
+LEVELS = ["loss.kind=dual_score_matching", "data.noise_std=0", "energy.noise_conditional.sigma_min=0.1"]
+EXACT = {
+    "contrastive": NARROW,
+    "compiled": [*NARROW, "train.compile=true"],
+    "conditional": ["energy.num_classes=10", "optim.grad_clip=0.1"],
+    "denoising": [*RESNET, "loss.kind=denoising"],
+    "dual_score_matching": [*LEVELS, "energy.spectral_norm=true"],
+    **{name: VARIANTS[name] for name in ("noise_levels", "energy_matching", "equilibrium")},
+}
+NEAR = {"fastest": [*NARROW, "train.deterministic=false"]}
+NEAR |= {name: VARIANTS[name] for name in ("improved", "contrastive_latent", "jem", "unet")}
+LOSSES = EXACT | NEAR
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_captured_loss_trains_as_the_eager_one(new_state, loss, caplog):  # noqa: F811
+    """20 steps, to the last bit: weights, averages, optimizer, chains and what the log says. Where an operation has no
+    deterministic algorithm, a graph is near enough to be used."""
+    captured, eager = new_state(*LOSSES[loss]), new_state(*LOSSES[loss])
+    assert captured.loss.capture is CapturedFunction
+    eager.loss.capture = None
+    for state in (captured, eager):
+        advance(state, 20)
+    assert captured.loss.captured is not None and eager.loss.captured is None
+    assert not [record for record in caplog.records if "loss" in record.message and record.levelname == "WARNING"]
+    if loss in EXACT:
+        assert differing(everything(captured), everything(eager)) == []
+        assert captured.meters.read(captured.world) == eager.meters.read(eager.world)
+
+
+@pytest.mark.parametrize("loss", ["contrastive", "dual_score_matching", "energy_matching"])
+def test_a_run_with_a_captured_loss_resumes_exactly(new_state, loss):  # noqa: F811
+    whole = assert_trains_and_resumes_exactly(new_state, LOSSES[loss], steps=4)
+    assert whole.loss.captured is not None
+
+
+def reads_the_host(output):
+    output.loss.item()
+    return output
+
+
+def copies_from_the_host(output):
+    return output._replace(loss=output.loss * torch.tensor(1.0, device=output.loss.device))
+
+
+def runs_out_of_memory(output):
+    if torch.cuda.is_current_stream_capturing():
+        torch.empty(1 << 50, device="cuda", dtype=torch.uint8)
+    return output
+
+
+@pytest.mark.parametrize("fault", [reads_the_host, copies_from_the_host, runs_out_of_memory])
+def test_a_loss_that_can_not_be_captured_leaves_all_as_it_was(new_state, fault, caplog):  # noqa: F811
+    settings = LOSSES["contrastive"]
+    captured, eager = new_state(*settings), new_state(*settings)
+    eager.loss.capture = None
+    loss = captured.model.loss
+    captured.model.loss = lambda *args, **kwargs: fault(loss(*args, **kwargs))
+    torch.cuda.manual_seed(7)
+    default, stream = torch.cuda.get_rng_state(), torch.cuda.current_stream()
+    for state in (captured, eager):
+        advance(state, 3)
+    assert captured.loss.captured is None and captured.loss.capture is None
+    assert caplog.text.count("the loss runs operation by operation: it can't be captured") == 1
+    assert differing(everything(captured), everything(eager)) == []
+    assert torch.equal(torch.cuda.get_rng_state(), default) and torch.cuda.current_stream() == stream
+
+    other = advance(new_state(*settings), 3)  # and another loss is captured after it
+    assert other.loss.captured is not None and differing(everything(other), everything(eager)) == []
+
+
+def test_a_captured_loss_gives_its_memory_back(new_state):  # noqa: F811
+    state = new_state(*VARIANTS["improved"])
+    advance(state, 2)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for scale in (0.9, 0.8, 0.7):  # other settings of the chain: a graph in place of the one before, of chain and loss
+        state.divergence.step_scale = scale
+        advance(state, 2)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() < 1.2 * before
