@@ -38,7 +38,7 @@ DIGITS = {  # a config, and overrides
     "dual_score_matching, chains": ("digits_density", []),
 }  # fmt: skip
 SMALL = ["train.batch_size=64", "train.mixed_precision=no", "train.log_every=20"]  # for a core
-IMAGES = [*SMALL, *MATCHING, "energy.features=[16,32,32]", "energy.spectral_norm=false", "train.steps=1200"]
+IMAGES = [*SMALL, *MATCHING, "energy.features=[16,32,32]", "energy.spectral_norm=false", "train.steps=800"]
 FASHION = {
     "contrastive": ("fashion_mnist", [*SMALL, "energy.features=[16,32,32]", "buffer.size=4096", "train.steps=1000"]),
     "energy_matching": ("fashion_mnist", ["loss.kind=energy_matching", "loss.warmup_steps=100000", *IMAGES, *FLOW,
