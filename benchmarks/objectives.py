@@ -42,7 +42,7 @@ IMAGES = [*SMALL, *MATCHING, "energy.features=[16,32,32]", "energy.spectral_norm
 FASHION = {
     "contrastive": ("fashion_mnist", [*SMALL, "energy.features=[16,32,32]", "buffer.size=4096", "train.steps=1000"]),
     "energy_matching": ("fashion_mnist", ["loss.kind=energy_matching", "loss.warmup_steps=100000", *IMAGES, *FLOW,
-                                          "sampler.noise_scale=0", "energy.head=dot"]),
+                                          "sampler.noise_scale=null", "energy.head=dot"]),
     "multilevel_denoising": ("fashion_mnist", ["loss.kind=multilevel_denoising", *IMAGES, "energy.head=norm"]),
     "dual_score_matching": ("fashion_mnist_dual", []),
     "dual_score_matching, chains": ("fashion_mnist_density", []),
