@@ -22,6 +22,8 @@ MATCHING = ["data.noise_std=0", "optim.lr=2e-3", "optim.betas=[0.9,0.99]", "opti
             "energy.features=[16,32]", "energy.blocks=1"]  # fmt: skip
 FLOW = ["sampler.start=normal", "sampler.schedule=flow", "sampler.num_steps=100", "sampler.step_size=0.01",
         "sampler.temperature=0.01", "sampler.grad_clamp=null", "sampler.boundary=end"]  # fmt: skip
+RECOVERY = ["loss.kind=recovery", "loss.levels=6", "sampler.kind=mala", "sampler.bounds=null",
+            "sampler.step_size=0.002", "sampler.num_steps=15", "train.steps=5000"]  # fmt: skip
 METHODS = {  # a config, and overrides
     "contrastive": ("digits", []),
     "jem": ("digits_jem", []),
@@ -33,6 +35,7 @@ METHODS = {  # a config, and overrides
                                         "train.steps=2500"]),
     "dual_score_matching": ("digits_density", ["loss.contrastive_weight=0", "train.steps=2000"]),
     "dual_score_matching, chains": ("digits_density", []),
+    "recovery, levels": ("digits_density", RECOVERY),
 }  # fmt: skip
 
 

@@ -37,7 +37,8 @@ def loss_of(config: kinds.LossConfig, views: Views | None = None) -> Callable[..
     """The function of a section `LossConfig`: loss(energy, x_pos, x_neg, *, step, y_pos, y_neg, generator, chain).
 
     `x_neg` are chains that started where `config.negatives_at(step)` says; None where it says None. `chain` has the
-    settings they ran with (`ebm.samplers.settings_of`), with which improved contrastive divergence continues them.
+    settings they ran with (`ebm.samplers.settings_of`), with which improved contrastive divergence continues them, and
+    where recovery likelihood has an initialiser what it started from.
     `views` draws another view of each of (B, C, H, W) images, which contrastive_latent needs.
     """
     objective = objective_of(config, views)
@@ -61,6 +62,8 @@ def loss_of(config: kinds.LossConfig, views: Views | None = None) -> Callable[..
             settings |= _last_step(chain)
         if isinstance(config, kinds.DualScoreMatchingConfig) and chain is not None:
             settings |= {name: chain[name] for name in ("log_variances", "lowest_share")}
+        if isinstance(config, kinds.RecoveryConfig) and chain is not None:
+            settings |= {name: chain[name] for name in ("centres", "spacing") if name in chain}
         plain = objective(energy, x_pos, x_neg, **settings)
         if not config.gradient_penalty:
             return plain

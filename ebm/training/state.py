@@ -255,6 +255,8 @@ def energy_of_loss(config: Config, world: World, energy: BaseEnergyFunction) -> 
     networks = [config.energy] + ([config.energy.network] if isinstance(config.energy, HybridConfig) else [])
     if not config.loss.of_energies or config.loss.gradient_penalty:
         return None
+    if config.noise_range is not None and config.noise_range.initialiser is not None:  # which the loss calls besides
+        return None
     if any(isinstance(network, ImportConfig) for network in networks):
         return None
     compiler = compiler_of(config, world, world.autocast_dtype())
