@@ -23,7 +23,8 @@ MATCHING = ["data.noise_std=0", "optim.lr=2e-3", "optim.betas=[0.9,0.99]", "opti
 FLOW = ["sampler.start=normal", "sampler.schedule=flow", "sampler.num_steps=100", "sampler.step_size=0.01",
         "sampler.temperature=0.01", "sampler.grad_clamp=null", "sampler.boundary=end"]  # fmt: skip
 RECOVERY = ["loss.kind=recovery", "loss.levels=6", "sampler.kind=mala", "sampler.bounds=null",
-            "sampler.step_size=0.002", "sampler.num_steps=15", "train.steps=5000"]  # fmt: skip
+            "sampler.step_size=0.002", "sampler.target_acceptance=0.8", "sampler.num_steps=12",
+            "train.steps=3000"]  # fmt: skip
 METHODS = {  # a config, and overrides
     "contrastive": ("digits", []),
     "jem": ("digits_jem", []),

@@ -156,18 +156,18 @@ def descent(kind, *overrides):
     ).fresh_sampler  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "each", "steps"), [("mala", 40, 200), ("mala", 40, 320), ("langevin", 120, 500)])
+@pytest.mark.parametrize(("kind", "each", "steps"), [("mala", 40, 200), ("mala", 40, 320), ("langevin", 160, 700)])
 def test_fresh_chains_reach_the_lowest_level_with_its_moments(kind, each, steps):
     """Exact energies at all five levels; with more steps they go on at the lowest, where none crosses."""
-    config, n = descent(kind, f"loss.sampler.steps_a_level={each}"), 4096
+    small = ["sampler.step_size=0.005"] if kind == "langevin" else []  # whose bias is in proportion to the step
+    config, n = descent(kind, f"loss.sampler.steps_a_level={each}", *small), 4096
     assert config.length == 5 * each
     x, _ = fresh_chains(Mixture(), config, (1,), n, steps, seed=3, block=n)
     high = x[x > 0]
     assert len(high) / n == pytest.approx(0.7, abs=4 * math.sqrt(0.21 / n))
     variance = Mixture.STD**2 + 0.04
     assert high.mean().item() == pytest.approx(2, abs=4.5 * math.sqrt(variance / len(high)))
-    bias = 0 if kind == "mala" else 0.5 * 0.02 / variance  # of unadjusted steps on a Gaussian: 1 / (1 - h / 2 v)
-    assert high.var().item() == pytest.approx(variance * (1 + bias), rel=0.08)
+    assert high.var().item() == pytest.approx(variance, rel=0.1)
 
 
 def test_fresh_chains_of_classes_and_of_several_lengths():
