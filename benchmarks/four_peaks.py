@@ -34,6 +34,9 @@ MALA = ["sampler.kind=mala", "sampler.bounds=null", "sampler.start=[-4,4]"]
 HMC = ["sampler.kind=hmc", "sampler.bounds=null", "sampler.start=[-4,4]", "sampler.num_steps=4"]
 LEVELS = ["energy.noise_conditional={sigma_min: 0.2, sigma_max: 10, data_std: 2}", "sampler.kind=noise_levels",
           "sampler.bounds=null", "sampler.step_size=0.008", "buffer.reinit_prob=0"]  # fmt: skip
+RECOVERY = ["loss.kind=recovery", "loss.levels=3", LEVELS[0], "sampler.kind=mala", "sampler.bounds=null",
+            "sampler.step_size=0.03", "sampler.target_acceptance=0.7", "sampler.num_steps=20",
+            "optim.grad_clip=1", "train.steps=2000"]  # fmt: skip
 TEMPERING = ["sampler.kind=tempering", "sampler.bounds=null", "sampler.start=[-4,4]", "sampler.num_steps=5"]
 FLOW = ["sampler.start=normal", "sampler.schedule=flow", "sampler.num_steps=80", "sampler.step_size=0.1"]
 METHODS = {
@@ -61,6 +64,8 @@ METHODS = {
     "energy_discrepancy": ["loss.kind=energy_discrepancy", "loss.time=1", *WITHOUT_CHAINS],
     "recovery, MALA": ["loss.kind=recovery", "loss.sigma=1.5", *MALA, "sampler.step_size=0.5", "sampler.num_steps=15",
                        "train.steps=8000"],
+    "recovery, levels": RECOVERY,
+    "recovery, levels and initialiser": [*RECOVERY, "energy.noise_conditional.initialiser={}", "sampler.num_steps=10"],
     "energy_matching": ["loss.kind=energy_matching", "loss.warmup_steps=500", "loss.contrastive_weight=1",
                         "loss.flow_weight=0.001", "loss.trim=0", "loss.floor=null", "loss.from_data=false",
                         "loss.separate_batch=false", "loss.second_ema_decay=null", *FLOW],
@@ -116,8 +121,11 @@ def measure(name: str, out: Path) -> dict:
 
 def groups(names: list[str]) -> list[list[str]]:
     """The methods whose energies have one architecture."""
-    levels = [name for name in names if any("noise_conditional" in setting for setting in METHODS[name])]
-    return [group for group in ([name for name in names if name not in levels], levels) if group]
+    kinds: dict[tuple[bool, ...], list[str]] = {}
+    for name in names:
+        has = tuple(any(key in setting for setting in METHODS[name]) for key in ("noise_conditional", "initialiser"))
+        kinds.setdefault(has, []).append(name)
+    return list(kinds.values())
 
 
 def drifts(runs: list[Path], steps: int) -> list[float]:

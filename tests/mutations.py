@@ -20,7 +20,15 @@ ROOT = Path(__file__).parent.parent
 TESTS = (
     *(
         f"tests/losses/test_{name}.py"
-        for name in ("contrastive", "losses_exact", "losses_kinds", "losses_device", "dual", "noise_levels_loss")
+        for name in (
+            "contrastive",
+            "losses_exact",
+            "losses_kinds",
+            "losses_device",
+            "dual",
+            "noise_levels_loss",
+            "over_levels",
+        )
     ),
     "tests/samplers/test_own_samplers.py",
     "tests/energies/test_unet.py",
@@ -132,7 +140,7 @@ LOSSES = {
     ),
     "multilevel_denoising": Loss(
         "score_matching",
-        ("multilevel_denoising", "spread_levels"),
+        ("multilevel_denoising", "spread_levels", "spread"),
         "multilevel or spread",
         [
             ("z - sigma**2 / level", "z + sigma**2 / level"),
@@ -203,6 +211,80 @@ LOSSES = {
             ("(2 * sigma**2)", "(2 * sigma)"),
             ("x + sigma * normal_", "x + sigma**2 * normal_"),
             ("(energy, x_pos, x_neg, l2=l2", "(energy, x_neg, x_pos, l2=l2"),
+        ],
+    ),
+    "recovery, levels": Loss(
+        "contrastive",
+        ("noisy_pairs", "recovery_likelihood"),
+        "pairs_of_neighbouring or gradient_is_that or teach_the_initialiser",
+        [
+            ("len(log_variances) - 1", "len(log_variances)"),
+            ("spread(x, generator)", "spread(x, None)"),
+            ("spread(x, generator) * count", "spread(x, generator)"),
+            ("(level / 2).exp()", "level.exp()"),
+            ("x_s = x + scale", "x_s = x + 2 * scale"),
+            ("x_t = x_s + scale", "x_t = x + scale"),
+            ("math.sqrt(math.expm1(spacing))", "math.expm1(spacing)"),
+            ("math.expm1(spacing)", "math.exp(spacing)"),
+            ("(energy, x_pos, x_neg, l2=l2", "(energy, x_neg, x_pos, l2=l2"),
+            ("x_neg.detach()", "x_neg"),
+            ("* -math.expm1(-spacing)", "* math.exp(-spacing)"),
+            ("level.exp() *", "(level / 2).exp() *"),
+            (".mean(1) / variance", ".sum(1) / variance"),
+            (".mean() / 2", ".mean()"),
+            ("plain.loss + fit", "plain.loss - fit"),
+        ],
+    ),
+    "tied chains": Loss(
+        "../samplers/levels",
+        ("tied", "untied", "tied_start", "_unit"),
+        "tied_chains or perfect_proposal",
+        [
+            ("math.exp(-low - spacing)", "math.exp(-low)"),
+            ("math.exp(-low - spacing)", "math.exp(low - spacing)"),
+            ("e + stiffness / 2", "e - stiffness / 2"),
+            ("e + stiffness / 2", "e + stiffness"),
+            ("centre + along", "centre - along"),
+            ("_unit(level, log_variances), u) * u", "_unit(level, log_variances), u) / u"),
+            ("(mean - centre) / along", "(mean + centre) / along"),
+            ("(mean - centre) / along", "(mean - centre) * along"),
+            ("math.exp(low / 2) * noise", "math.exp(low) * noise"),
+            ("math.exp(low / 2) * noise", "0 * noise"),
+            ("((level - low) / 2).exp()", "(level - low).exp()"),
+            ("math.sqrt(-math.expm1(-spacing))", "math.sqrt(math.expm1(spacing))"),
+        ],
+    ),
+    "descent": Loss(
+        "../samplers/factory",
+        ("descended",),
+        "mala-40-200 or steps_that_it_is_given",
+        [
+            ("[count - 1 - number]", "[number]"),
+            ("[count - 1 - number]", "[count - number]"),
+            ("len(config.log_variances) - 1", "len(config.log_variances) - 2"),
+            ("x = untied(u, x, level, config.log_variances)", "x = u"),
+            ("num_steps * (number + 1) // count - num_steps * number // count", "num_steps // count"),
+        ],
+    ),
+    "proposals": Loss(
+        "../energies/base",
+        ("NoiseConditionalEnergy",),
+        "proposed_for_gaussian or start_of_fresh or networks_of_initialisers",
+        [
+            ("level + spacing\n", "level\n"),
+            ("self.mean + kept * centred", "self.mean - kept * centred"),
+            ("+ scale * self.initialiser", "- scale * self.initialiser"),
+            ("kept.sqrt() * (upper / 2)", "kept * (upper / 2)"),
+            ("(self.data_variance / total).view", "(1 - self.data_variance / total).view"),
+            ("torch.lerp(clean, x, math.exp(-spacing))", "torch.lerp(x, clean, math.exp(-spacing))"),
+            ("torch.lerp(clean, x, math.exp(-spacing))", "clean"),
+            (
+                "(self.variances + math.exp(self.log_variances[1])).sqrt()",
+                "(self.variances + math.exp(self.log_variances[1]))",
+            ),
+            ("math.exp(self.log_variances[1])", "math.exp(self.log_variances[0])"),
+            ("along @ self.basis.T", "along @ self.basis"),
+            ("return self.mean + (along", "return (along"),
         ],
     ),
     "energy_matching": Loss(

@@ -10,12 +10,27 @@ from ebm.config.section import Section, kind_by_default
 SPECTRAL_NORM = "constrain the largest singular value of every layer's weight to 1 (Miyato et al. 2018)"
 
 
+class InitialiserConfig(Section):
+    """A network beside the energy that proposes where recovery chains start (CDRL, Zhu et al. 2023): a U-Net for
+    images, a multilayer perceptron for vectors."""
+
+    features: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (16, 32), min_length=1, description="images: channels of each level; height and width are halved in between"
+    )
+    blocks: int = Field(1, ge=1, description="images: residual blocks at each level, on the way down and up")
+    hidden_dim: int = Field(64, ge=1, description="vectors: width of the hidden layers")
+    num_layers: int = Field(2, ge=1, description="vectors: number of hidden layers")
+
+
 class NoiseRangeConfig(Section):
     """The noise levels of an energy E(x, t) of data with noise; the lowest is the one that is scored and sampled."""
 
     sigma_min: float = Field(0.1, gt=0, description="standard deviation of the least noise, in units of x")
     sigma_max: float = Field(3.0, gt=0, description="of the most: above the spread of the data, which it must cover")
     data_std: float = Field(0.7, gt=0, description="about the standard deviation of the data")
+    initialiser: InitialiserConfig | None = Field(
+        None, description="learn where chains of loss.kind=recovery start; null: at the noisier state they are tied to"
+    )
 
     @model_validator(mode="after")
     def _ascending(self) -> Self:

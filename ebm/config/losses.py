@@ -5,7 +5,22 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from ebm.config.samplers import AnnealedConfig, FlowConfig, LangevinConfig, NesterovConfig, OwnSampler, SamplerConfig
+from ebm.config.energies import EnergyConfig, NetworkConfig, NoiseRangeConfig
+from ebm.config.samplers import (
+    AnnealedConfig,
+    DescentConfig,
+    DescentOfRun,
+    FlowConfig,
+    FreshConfig,
+    HMCConfig,
+    LangevinConfig,
+    MALAConfig,
+    NesterovConfig,
+    NoiseLevelsConfig,
+    OwnSampler,
+    SamplerConfig,
+    spaced_log_variances,
+)
 from ebm.config.section import Section, UserPath, kind_by_default
 
 OWN_SAMPLER = "sampler of fresh chains; null: as in training, by the section sampler"
@@ -51,6 +66,12 @@ class ObjectiveConfig(Section):
     def trained_field(self) -> str | None:
         """What names a trained velocity for the loss, as loss.field does; None: the loss takes none."""
         return None
+
+    def fresh_sampler(self, sampler: SamplerConfig, noise: NoiseRangeConfig | None) -> FreshConfig:
+        """The sampler of fresh chains: the objective's own where the run's `sampler` is Langevin, `sampler` otherwise.
+        `noise`: the levels of the energy, if it has any."""
+        own = self.own_sampler
+        return sampler if own is None or sampler.kind != "langevin" else own.within(sampler.bounds)
 
     def ema_decay_at(self, step: int, decay: float) -> float:
         """The decay of the weights' averages at a step, where optim.ema_decay is `decay`."""
@@ -125,12 +146,20 @@ class JEMConfig(ContrastiveFamily):
 
 
 class RecoveryConfig(ObjectiveConfig):
-    """Recovery likelihood (Gao et al. 2021); needs chains at temperature 1."""
+    """Recovery likelihood (Gao et al. 2021); needs chains at temperature 1. With energy.noise_conditional it goes over
+    levels of noise, which it adds itself; sampler.step_size is then that of the lowest level."""
 
     of_energies: ClassVar[bool] = True
     kind: Literal["recovery"] = "recovery"
     negatives: ClassVar[Negatives] = "recovery"  # at a noisy copy of the data, to which they are tied
     sigma: float = Field(0.3, gt=0, description="noise of the copy that each chain starts from and is tied to")
+    levels: int | None = Field(
+        None,
+        ge=1,
+        description="levels of noise at which the energy is learned, evenly spaced in log from sigma_min of "
+        "energy.noise_conditional; chains of each are tied to the next, the last to sigma_max; null: sigma alone",
+    )
+    sampler: DescentConfig | None = Field(DescentConfig(), description=f"with levels: {OWN_SAMPLER}")
 
     def check(self, sampler: SamplerConfig, share: int) -> None:
         """Raises ValueError for chains that are not at temperature 1."""
@@ -139,6 +168,18 @@ class RecoveryConfig(ObjectiveConfig):
                 "loss.kind=recovery ties chains to noisy data at temperature 1: set sampler.temperature=1 and "
                 "sampler.kind=langevin, mala or hmc"
             )
+
+    def log_variances(self, noise: NoiseRangeConfig) -> tuple[float, ...]:
+        """The levels and, last, the one to which chains of the highest are tied; ascending and evenly spaced."""
+        assert self.levels is not None, "there are levels where the energy has a range of them"
+        return spaced_log_variances(noise.sigma_min, noise.sigma_max, self.levels + 1)
+
+    def fresh_sampler(self, sampler: SamplerConfig, noise: NoiseRangeConfig | None) -> FreshConfig:
+        """The run's chains, level by level down to the lowest; without levels, those of `sampler`."""
+        if noise is None or self.sampler is None or not isinstance(sampler, LangevinConfig | MALAConfig | HMCConfig):
+            return sampler
+        levels = self.log_variances(noise)
+        return DescentOfRun(chain=sampler, log_variances=levels, steps_a_level=self.sampler.steps_a_level)
 
     def negatives_at(self, step: int) -> Negatives | None:
         """Where the chains of a step start."""
@@ -385,3 +426,69 @@ LossConfig = Annotated[
     ],
     kind_by_default("contrastive"),
 ]
+
+
+def check_noise_levels(loss: LossConfig, energy: EnergyConfig, sampler: SamplerConfig, noise_std: float) -> None:
+    """Raises ValueError unless all that knows of noise levels, or nothing, is there. `noise_std`: data.noise_std."""
+    levels = energy.noise_conditional if isinstance(energy, NetworkConfig) else None
+    if isinstance(loss, RecoveryConfig) and (levels is not None or loss.levels is not None):
+        _check_recovery_levels(loss, levels, sampler, noise_std)
+        return
+    parts = (levels is not None, isinstance(sampler, NoiseLevelsConfig), loss.kind == "dual_score_matching")
+    if any(parts) and not all(parts):
+        raise ValueError(
+            "energy.noise_conditional, sampler.kind=noise_levels and loss.kind=dual_score_matching go together: "
+            f"energy.kind={energy.kind} with noise_conditional={levels}, sampler.kind={sampler.kind} and "
+            f"loss.kind={loss.kind}; set all three, or none"
+        )
+    if levels is None or not isinstance(sampler, NoiseLevelsConfig):
+        return
+    if levels.initialiser is not None:
+        raise ValueError(
+            f"energy.noise_conditional.initialiser with loss.kind={loss.kind}, which does not train it: set it to "
+            "null, or use loss.kind=recovery"
+        )
+    ours, theirs = (levels.sigma_min, levels.sigma_max), (sampler.sigma_min, sampler.sigma_max)
+    if ours != theirs:
+        raise ValueError(
+            f"the energy has noise of {ours} (energy.noise_conditional.sigma_min, sigma_max) and the sampler of "
+            f"{theirs}; set sampler.sigma_min and sigma_max to the energy's"
+        )
+    if noise_std:
+        raise ValueError(
+            f"data.noise_std={noise_std:g} beside loss.kind=dual_score_matching, which adds the noise of "
+            "its levels itself; set data.noise_std=0"
+        )
+
+
+def _check_recovery_levels(
+    loss: RecoveryConfig, noise: NoiseRangeConfig | None, sampler: SamplerConfig, noise_std: float
+) -> None:
+    """Raises ValueError, with all that is wrong, where recovery likelihood can't go over levels of noise."""
+    if noise is None or loss.levels is None:
+        raise ValueError(
+            f"loss.kind=recovery with loss.levels={loss.levels or 'null'} and energy.noise_conditional="
+            f"{'null' if noise is None else '{...}'}: set loss.levels to a number such as 6 and "
+            "energy.noise_conditional={} for levels of noise, or both to null for one"
+        )
+    wrong = []
+    if not isinstance(sampler, LangevinConfig | MALAConfig | HMCConfig):
+        wrong.append(f"sampler.kind={sampler.kind}: set langevin, mala or hmc")
+    elif sampler.last_step_size > noise.sigma_min**2:
+        size = f"sampler.step_size={sampler.step_size:g}"
+        most = noise.sigma_min**2 if sampler.kind != "hmc" else 2**0.5 * noise.sigma_min
+        wrong.append(
+            f"{size} overshoots what is as narrow as the noise of the lowest level: set it to {most:g} or less"
+        )
+    if sampler.bounds is not None:
+        wrong.append(f"sampler.bounds={list(sampler.bounds)} would cut off noisy states: set null")
+    if isinstance(sampler, LangevinConfig) and sampler.grad_clamp is not None:
+        wrong.append(f"sampler.grad_clamp={sampler.grad_clamp:g} would change the chains' density: set null")
+    if isinstance(sampler, LangevinConfig) and sampler.schedule != "constant":
+        wrong.append(f"sampler.schedule={sampler.schedule}: step sizes follow the levels; set constant")
+    if noise_std:
+        wrong.append(f"data.noise_std={noise_std:g} beside the noise of the levels: set 0")
+    if loss.gradient_penalty:
+        wrong.append(f"loss.gradient_penalty={loss.gradient_penalty:g} knows no levels: set 0")
+    if wrong:
+        raise ValueError(f"loss.kind=recovery with loss.levels={loss.levels}: {'; '.join(wrong)}")

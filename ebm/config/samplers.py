@@ -19,6 +19,12 @@ def temperature_of(step_size: float, noise_scale: float) -> float:
     return noise_scale**2 / (2 * step_size)
 
 
+def spaced_log_variances(sigma_min: float, sigma_max: float, num: int) -> tuple[float, ...]:
+    """`num` log variances, ascending and evenly spaced, of noise from `sigma_min` to `sigma_max`."""
+    low, high = 2 * math.log(sigma_min), 2 * math.log(sigma_max)
+    return tuple(low + (high - low) * k / (num - 1) for k in range(num))
+
+
 def check_interval(name: str, interval: tuple[float, float]) -> None:
     """Raises ValueError where `interval` is empty."""
     if not interval[0] < interval[1]:
@@ -302,8 +308,7 @@ class NoiseLevelsConfig(ChainConfig):
     @property
     def log_variances(self) -> tuple[float, ...]:
         """The levels, ascending and evenly spaced."""
-        low, high = 2 * math.log(self.sigma_min), 2 * math.log(self.sigma_max)
-        return tuple(low + (high - low) * k / (self.num_levels - 1) for k in range(self.num_levels))
+        return spaced_log_variances(self.sigma_min, self.sigma_max, self.num_levels)
 
 
 class OwnSamplerConfig(ChainConfig):
@@ -367,6 +372,28 @@ class AnnealedConfig(OwnSamplerConfig):
         return self.denoise
 
 
+class DescentConfig(OwnSamplerConfig):
+    """From the highest level of noise to the lowest, at each level by a chain tied to the state of the level above, as
+    in training. Further steps are of the run's sampler at the lowest level."""
+
+    kind: Literal["descent"] = Field("descent", description="descent is the only one here")
+    bounds: None = Field(None, description="noisy states are free")
+    start: Literal["normal"] = Field("normal", description="the data's Gaussian with the noise of the highest level")
+    steps_a_level: int | None = Field(None, ge=1, description="chain steps at each level; null: sampler.num_steps")
+
+
+class DescentOfRun(DescentConfig):
+    """A descent with what it takes from its run: how chains move, and the levels, ascending and evenly spaced."""
+
+    chain: LangevinConfig | MALAConfig | HMCConfig
+    log_variances: tuple[float, ...]
+
+    @property
+    def length(self) -> int:
+        """Chain steps from the highest level to the lowest."""
+        return (len(self.log_variances) - 1) * (self.steps_a_level or self.chain.num_steps)
+
+
 OwnSampler = FlowConfig | NesterovConfig | AnnealedConfig
 SamplerConfig = Annotated[
     Annotated[
@@ -374,4 +401,4 @@ SamplerConfig = Annotated[
     ],
     kind_by_default("langevin"),
 ]
-FreshConfig = SamplerConfig | OwnSampler  # of fresh chains
+FreshConfig = SamplerConfig | OwnSampler | DescentOfRun  # of fresh chains

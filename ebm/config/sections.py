@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, field_validator, model_validator
 
-from ebm.config.energies import EnergyConfig, NetworkConfig, ResNetConfig
-from ebm.config.losses import ContrastiveConfig, LossConfig
-from ebm.config.samplers import FreshConfig, LangevinConfig, NoiseLevelsConfig, SamplerConfig
+from ebm.config.energies import EnergyConfig, NetworkConfig, NoiseRangeConfig, ResNetConfig
+from ebm.config.losses import ContrastiveConfig, LossConfig, RecoveryConfig, check_noise_levels
+from ebm.config.samplers import FreshConfig, LangevinConfig, SamplerConfig
 from ebm.config.section import CheckpointConfig, EvaluateConfig, Section, TrackingConfig, UserPath
 
 
@@ -385,9 +385,19 @@ class Config(Section):
 
     @property
     def fresh_sampler(self) -> FreshConfig:
-        """The sampler of fresh chains: the objective's own where the run's is Langevin, the run's otherwise."""
-        own = self.loss.own_sampler
-        return self.sampler if own is None or self.sampler.kind != "langevin" else own.within(self.sampler.bounds)
+        """The sampler of fresh chains: the objective's own or the run's."""
+        return self.loss.fresh_sampler(self.sampler, self.noise_range)
+
+    @property
+    def noise_range(self) -> NoiseRangeConfig | None:
+        """The range of noise of an energy E(x, t); None of an energy E(x)."""
+        return self.energy.noise_conditional if isinstance(self.energy, NetworkConfig) else None
+
+    @property
+    def recovery_levels(self) -> tuple[float, ...]:
+        """The log variances of recovery likelihood over levels of noise, as `RecoveryConfig.log_variances`; else ()."""
+        noise, loss = self.noise_range, self.loss
+        return () if noise is None or not isinstance(loss, RecoveryConfig) else loss.log_variances(noise)
 
     @model_validator(mode="before")
     @classmethod
@@ -432,31 +442,6 @@ class Config(Section):
             )
         return self
 
-    def _check_noise_levels(self) -> None:
-        """Raises ValueError unless all that knows of noise levels, or nothing, is there."""
-        levels = self.energy.noise_conditional if isinstance(self.energy, NetworkConfig) else None
-        sampler = self.sampler
-        parts = (levels is not None, isinstance(sampler, NoiseLevelsConfig), self.loss.kind == "dual_score_matching")
-        if any(parts) and not all(parts):
-            raise ValueError(
-                "energy.noise_conditional, sampler.kind=noise_levels and loss.kind=dual_score_matching go together: "
-                f"energy.kind={self.energy.kind} with noise_conditional={levels}, sampler.kind={sampler.kind} and "
-                f"loss.kind={self.loss.kind}; set all three, or none"
-            )
-        if levels is None or not isinstance(sampler, NoiseLevelsConfig):
-            return
-        ours, theirs = (levels.sigma_min, levels.sigma_max), (sampler.sigma_min, sampler.sigma_max)
-        if ours != theirs:
-            raise ValueError(
-                f"the energy has noise of {ours} (energy.noise_conditional.sigma_min, sigma_max) and the sampler of "
-                f"{theirs}; set sampler.sigma_min and sigma_max to the energy's"
-            )
-        if self.data.noise_std:
-            raise ValueError(
-                f"data.noise_std={self.data.noise_std:g} beside loss.kind=dual_score_matching, which adds the noise of "
-                "its levels itself; set data.noise_std=0"
-            )
-
     @model_validator(mode="after")
     def _kinds_go_together(self) -> Self:
         loss, sampler = self.loss, self.sampler
@@ -477,7 +462,7 @@ class Config(Section):
             raise ValueError("loss.kind=jem trains a classifier: set energy.num_classes to the number of classes")
         if loss.kind in ("improved_contrastive", "energy_matching") and sampler.kind != "langevin":
             raise ValueError(f"loss.kind={loss.kind} goes with sampler.kind=langevin, not {sampler.kind}")
-        self._check_noise_levels()
+        check_noise_levels(loss, self.energy, sampler, self.data.noise_std)
         kept = loss.negatives == "persistent" and self.classes_of_chains and not self.buffer.reinit_prob
         if kept and loss.kind != "dual_score_matching":  # which compares data with chains of their class
             raise ValueError(

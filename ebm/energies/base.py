@@ -233,6 +233,7 @@ class NoiseConditionalEnergy(BaseEnergyFunction):
         shape: of a state without its level.
         sigma_min, sigma_max: range of the noise's standard deviation, in units of x.
         data_std: s, about the standard deviation of the data.
+        initialiser: what `propose` asks, (B, C + PLANES + num_classes, H, W) -> (B, C, H, W), or the same of vectors.
     """
 
     frequencies: Tensor
@@ -247,8 +248,10 @@ class NoiseConditionalEnergy(BaseEnergyFunction):
         sigma_min: float = 0.1,
         sigma_max: float = 3.0,
         data_std: float = 0.7,
+        initialiser: nn.Module | None = None,
     ):
         super().__init__()
+        self.initialiser = initialiser
         self.network, self.num_classes, self.planes = network, network.num_classes, shape[0]
         self.log_variances = (2 * math.log(sigma_min), 2 * math.log(sigma_max))
         self.data_variance, self.dim = data_std**2, math.prod(shape)
@@ -290,13 +293,47 @@ class NoiseConditionalEnergy(BaseEnergyFunction):
         gaussian = (along.square() / spread + (2 * math.pi * spread).log()).sum(1) / 2
         total = level.exp() + self.data_variance
         scale = (self.dim * self.data_variance / 4) ** 0.5 * (-level / 2).exp()
-        over = [1] * (x.ndim - 1)
+        return gaussian, scale, self._seen(centred, level, total)
+
+    def _seen(self, centred: Tensor, level: Tensor, total: Tensor) -> Tensor:
+        """A network's input: states less their mean, divided by the root of their variance `total`, and waves of their
+        level."""
+        over = [1] * (centred.ndim - 1)
         angles = level[:, None] * self.frequencies
-        waves = torch.cat([angles.sin(), angles.cos()], 1).view(-1, PLANES, *over[1:]).expand(-1, -1, *x.shape[2:])
-        return gaussian, scale, torch.cat([centred / total.sqrt().view(-1, *over), waves.to(x.dtype)], 1)
+        waves = torch.cat([angles.sin(), angles.cos()], 1).view(-1, PLANES, *over[1:])
+        waves = waves.expand(-1, -1, *centred.shape[2:])
+        return torch.cat([centred / total.sqrt().view(-1, *over), waves.to(centred.dtype)], 1)
+
+    def noisiest(self, z: Tensor) -> Tensor:
+        """Draws of the Gaussian term at the highest level, N(m, C + sigma_max^2 I), from `z` (B, *shape) of N(0, I)."""
+        along = z.flatten(1) * (self.variances + math.exp(self.log_variances[1])).sqrt()
+        return self.mean + (along @ self.basis.T if len(self.basis) else along).view_as(z)
+
+    def propose(self, x: Tensor, level: Tensor, spacing: float, y: Tensor | None = None) -> Tensor:
+        """The mean, (B, *shape), of the initialiser's states at log variances `level` (B,), given states `x` that have
+        the log variances `level + spacing` (CDRL, Zhu et al. 2023). A class-conditional energy needs labels `y` (B,).
+
+        A datum a and its noisier state x leave N((1 - r) a + r x, (1 - r) s I) for the state in between, with
+        s = exp(level) and r = exp(-spacing). The initialiser says what a is: a = m + v / (t + v) (x - m) +
+        sqrt(v t / (t + v)) g, with the data's variance v and t = s / r, so that a g of order 1 does at every level
+        (Karras et al. 2022, table 1) and g = 0 is right for Gaussian data.
+        """
+        assert self.initialiser is not None, "the config asks for it"
+        over = [1] * (x.ndim - 1)
+        centred, upper = x - self.mean, level + spacing
+        total = upper.exp() + self.data_variance
+        seen = self._seen(centred, upper, total)
+        if self.num_classes:
+            assert y is not None, "chains of classes have labels"
+            one_hot = torch.nn.functional.one_hot(y, self.num_classes).to(x.dtype)
+            seen = torch.cat([seen, one_hot.view(len(x), -1, *over[1:]).expand(-1, -1, *x.shape[2:])], 1)
+        kept = (self.data_variance / total).view(-1, *over)
+        scale = kept.sqrt() * (upper / 2).exp().view(-1, *over)
+        clean = self.mean + kept * centred + scale * self.initialiser(seen)
+        return torch.lerp(clean, x, math.exp(-spacing))
 
 
-def conditioned_on_noise(energy: nn.Module) -> NoiseConditionalEnergy:
+def conditioned_on_noise(energy: Callable[..., Tensor]) -> NoiseConditionalEnergy:
     """`energy`, which must be conditional on the noise level. Raises ValueError for any other."""
     if not isinstance(energy, NoiseConditionalEnergy):
         raise ValueError(f"{type(energy).__name__} does not take a noise level: set energy.noise_conditional={{}}")

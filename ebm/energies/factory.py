@@ -7,7 +7,8 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import product
+from functools import partial
+from itertools import pairwise, product
 from typing import Any, cast
 
 import torch
@@ -31,7 +32,7 @@ from ebm.energies.networks import (
     NetworkEnergy,
     TransformerEnergyFunction,
 )
-from ebm.energies.resnet import ResNetEnergyFunction, UNetEnergyFunction, WideResNetEnergyFunction
+from ebm.energies.resnet import ResNetEnergyFunction, UNetEnergyFunction, UNetField, WideResNetEnergyFunction
 from ebm.errors import ConfigError
 from ebm.streams import derive_seed
 
@@ -96,9 +97,16 @@ class FoldedEnergy:
         """E(x, y) of every class y, (B, num_classes) float32."""
         return self._compute(self.module.class_energies, x)
 
-    def _compute(self, function: Callable[..., Tensor], x: Tensor, *labels: Tensor) -> Tensor:
+    @property
+    def proposal(self) -> Callable[..., Tensor] | None:
+        """`NoiseConditionalEnergy.propose` with the copied weights; None for an energy without an initialiser."""
+        if not isinstance(self.module, NoiseConditionalEnergy) or self.module.initialiser is None:
+            return None
+        return torch.no_grad()(partial(self._compute, self.module.propose))
+
+    def _compute(self, function: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:
         with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            return function(x, *labels).float()
+            return function(x, *others).float()
 
 
 class EnergyOfTensors:
@@ -339,7 +347,10 @@ def _network(config: Network, shape: tuple[int, ...], key: str, levels: int = 0)
     if config.noise_conditional is not None:
         plain = config.model_copy(update={"noise_conditional": None})
         network = _network(plain, (shape[0] + PLANES, *shape[1:]), key, PLANES)
-        return NoiseConditionalEnergy(network, shape, **config.noise_conditional.model_dump())
+        settings = config.noise_conditional.model_dump(exclude={"initialiser"})
+        proposes = config.noise_conditional.initialiser
+        initialiser = None if proposes is None else _initialiser(proposes, shape, config.num_classes or 0)
+        return NoiseConditionalEnergy(network, shape, **settings, initialiser=initialiser)
     if config.latent is not None:
         plain = config.model_copy(update={"latent": None})
         network, encoder = (_network(plain, shape, key) for _ in range(2))
@@ -357,6 +368,20 @@ def _network(config: Network, shape: tuple[int, ...], key: str, levels: int = 0)
     if isinstance(config, sections.UNetConfig):
         settings["planes"] = channels - levels
     return IMAGE_NETWORKS[config.kind](channels=channels, height=height, width=width, **settings)
+
+
+def _initialiser(config: sections.InitialiserConfig, shape: tuple[int, ...], classes: int) -> nn.Module:
+    """The network of `NoiseConditionalEnergy.propose`. Its output is 0 at first: it proposes as for Gaussian data."""
+    inputs = shape[0] + PLANES + classes
+    if len(shape) == 3:
+        channels, height, width = shape
+        sizes = (config.features, config.blocks)
+        return UNetField(UNetEnergyFunction(inputs, height, width, *sizes, head="norm", planes=channels))
+    dims = [inputs] + [config.hidden_dim] * config.num_layers
+    last = nn.Linear(config.hidden_dim, shape[0])
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(*(m for a, b in pairwise(dims) for m in (nn.Linear(a, b), nn.SiLU())), last)
 
 
 def _gaussian(
@@ -383,7 +408,7 @@ def _graph(
         raise ConfigError(f"{where}: {key}.{error}") from error
 
 
-class UNetField(nn.Module):
+class UNetVelocity(nn.Module):
     """v(x, t) of images (B, C, H, W) and times (B,): the output of a U-Net of x, and of a plane of t behind it if the
     U-Net has an input channel more."""
 
@@ -397,9 +422,9 @@ class UNetField(nn.Module):
         return self.network.field(x)
 
 
-def read_field(file: str, config: EnergyConfig, shape: tuple[int, ...]) -> UNetField:
+def read_field(file: str, config: EnergyConfig, shape: tuple[int, ...]) -> UNetVelocity:
     """The field of a safetensors file: the `state_dict` of a `UNetEnergyFunction` with the sizes of `config`, whose
-    `field` points at data from images of `shape` (C, H, W), or also knows the time, as `UNetField` has it.
+    `field` points at data from images of `shape` (C, H, W), or also knows the time, as `UNetVelocity` has it.
 
     Raises ValueError for another energy and for weights of other sizes, OSError and SafetensorError for the file.
     """
@@ -412,7 +437,7 @@ def read_field(file: str, config: EnergyConfig, shape: tuple[int, ...]) -> UNetF
         network = _network(plain, (shape[0] + timed, *shape[1:]), "energy", timed)
     assert isinstance(network, UNetEnergyFunction)
     network.load_field(tensors)
-    return UNetField(network)
+    return UNetVelocity(network)
 
 
 # Classes and functions of the user (energy.kind=import, loss.field)

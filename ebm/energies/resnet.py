@@ -339,5 +339,19 @@ class UNetEnergyFunction(NetworkEnergy):
         return last
 
 
+class UNetField(nn.Module):
+    """The field f(x) of a U-Net, 0 at first, as a module of its own: (B, channels, H, W) -> (B, planes, H, W)."""
+
+    def __init__(self, unet: UNetEnergyFunction):
+        super().__init__()
+        assert unet.out is not None and unet.out.bias is not None, "a head that has a field"
+        nn.init.zeros_(unet.out.weight)
+        nn.init.zeros_(unet.out.bias)
+        self.unet = unet
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.unet.field(x)
+
+
 def _mean_over_space(h: Tensor) -> Tensor:
     return sum_over(h, (2, 3)) / (h.shape[2] * h.shape[3])

@@ -79,9 +79,9 @@ class TrainedRun:
     def data_noise(self) -> float:
         """Standard deviation of the noise whose convolution with the data the energy learns: data.noise_std, with the
         noise of a denoising objective, or the lowest noise level of energy.noise_conditional."""
-        loss, sampler, own = self.config.loss, self.config.sampler, self.config.data.noise_std
-        if isinstance(sampler, NoiseLevelsConfig):
-            return math.hypot(own, sampler.sigma_min)
+        loss, own = self.config.loss, self.config.data.noise_std
+        if self.config.noise_range is not None:
+            return math.hypot(own, self.config.noise_range.sigma_min)
         return math.hypot(own, loss.sigma) if isinstance(loss, DenoisingConfig | MultilevelDenoisingConfig) else own
 
     @property

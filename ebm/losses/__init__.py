@@ -11,6 +11,7 @@ from ebm.losses.contrastive import (
     marginal,
     noise_contrastive,
     noisy,
+    noisy_pairs,
     recovery_likelihood,
     tilted,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "multilevel_denoising",
     "noise_contrastive",
     "noisy",
+    "noisy_pairs",
     "recovery_likelihood",
     "refuse_piecewise_linear",
     "sliced_score_matching",

@@ -2,7 +2,7 @@
 and JEM. Of a known distribution: noise contrastive estimation and energy discrepancy."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, softplus
 
 from ebm.energies import LatentEnergy, marginal_energy
+from ebm.energies.base import conditioned_on_noise, split_noise_level
 from ebm.losses.output import (
     Energy,
     LossOutput,
@@ -18,8 +19,10 @@ from ebm.losses.output import (
     energy_and_gradient,
     energy_l2,
     output,
+    per_state,
     squared_norm,
 )
+from ebm.losses.score_matching import spread
 from ebm.samplers.base import inside
 from ebm.streams import Generators, normal_, num_parts, uniform_
 
@@ -181,7 +184,8 @@ def noisy(x: Tensor, sigma: float, generator: Generators = None) -> Tensor:
 
 def tilted(energy: Energy, sigma: float) -> Callable[..., Tensor]:
     """The energy of x given its noisy copy `centre`: the function (x, centre, *labels) -> E(x, *labels) +
-    |x - centre|**2 / (2 sigma**2) (Gao et al. 2021, eq. 5), at temperature 1."""
+    |x - centre|**2 / (2 sigma**2) (Gao et al. 2021, eq. 5), at temperature 1. Over levels: `ebm.samplers.levels.tied`.
+    """
 
     def conditional(x: Tensor, centre: Tensor, *labels: Tensor) -> Tensor:
         (e,) = energies(energy, [x], labels or (None,))
@@ -190,11 +194,30 @@ def tilted(energy: Energy, sigma: float) -> Callable[..., Tensor]:
     return conditional
 
 
+def noisy_pairs(
+    x: Tensor, log_variances: Sequence[float], generator: Generators = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x_s = x + sqrt(s) z and x_t = x_s + sqrt(t - s) z', (B, *shape), and log s, (B,), for data `x`: the states of a
+    level and of the next, which is what recovery likelihood over levels learns from.
+
+    `log_variances` ascend evenly; s is one of all but the last and t the one above it. In each generator's part of the
+    batch the levels ascend, each with an equal share of the data (`spread`).
+    """
+    low, spacing, count = log_variances[0], log_variances[1] - log_variances[0], len(log_variances) - 1
+    level = low + spacing * (spread(x, generator) * count).floor().clamp(max=count - 1)
+    scale = per_state((level / 2).exp(), x)
+    x_s = x + scale * normal_(torch.empty_like(x), generator)
+    x_t = x_s + scale * math.sqrt(math.expm1(spacing)) * normal_(torch.empty_like(x), generator)
+    return x_s, x_t, level
+
+
 def recovery_likelihood(
     energy: Energy,
     x_pos: Tensor,
     x_neg: Tensor,
     *,
+    centres: Tensor | None = None,
+    spacing: float = 0.0,
     l2: float = 0.0,
     y_pos: Tensor | None = None,
     y_neg: Tensor | None = None,
@@ -205,8 +228,24 @@ def recovery_likelihood(
     `x_neg` are chains at temperature 1 of `tilted(energy, sigma)`, centred and started at `noisy(x_pos, sigma)`. The
     tilt has no weights, so it drops out of the gradient. The loss is consistent at every sigma if the chains reach
     equilibrium. With a smaller sigma they do so sooner, but a pair of states says less about the energy.
+
+    Over levels of noise `x_pos` are the x_s of `noisy_pairs` and `x_neg` chains that are `tied` to their x_t. Both
+    carry their level, at each of which the energy becomes that of the data with its noise, up to a constant of its own.
+
+    `centres`: the x_t of chains whose start an initialiser proposes (CDRL, Zhu et al. 2023, eq. 9), with the `spacing`
+    of the log variances. Added is then minus the log-likelihood of the chains' ends under the proposal, a mean over
+    components and without its constant: |x_neg - g|**2 / (2 (1 - s/t) s) with g = `energy.propose(centres, ...)`. The
+    chains are constants: they teach the initialiser, which never reaches the energy.
     """
-    return contrastive_divergence(energy, x_pos, x_neg, l2=l2, y_pos=y_pos, y_neg=y_neg)
+    plain = contrastive_divergence(energy, x_pos, x_neg, l2=l2, y_pos=y_pos, y_neg=y_neg)
+    if centres is None:
+        return plain
+    end, level = split_noise_level(x_neg.detach())
+    labels = () if y_neg is None else (y_neg,)
+    mean = at_least_float32(conditioned_on_noise(energy).propose(centres, level, spacing, *labels))
+    variance = level.exp() * -math.expm1(-spacing)
+    fit = ((end - mean).square().flatten(1).mean(1) / variance).mean() / 2
+    return output(plain.loss + fit, plain.e_pos, plain.e_neg, initialiser=fit)
 
 
 def marginal(energy: HasClasses) -> Callable[[Tensor], Tensor]:

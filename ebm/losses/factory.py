@@ -56,9 +56,10 @@ def loss_of(
     pairs).
 
     `x_neg` are chains that started where `config.negatives_at(step)` says; None where it says None. `chain` has the
-    settings they ran with (`ebm.samplers.settings_of`), with which improved contrastive divergence continues them.
-    `views` draws another view of each of (B, C, H, W) images, which contrastive_latent needs. `field`: what `field_of`
-    made of loss.field. `pairs`: of `pairs_of`, where the loss shall not compute them itself.
+    settings they ran with (`ebm.samplers.settings_of`), with which improved contrastive divergence continues them, and
+    where recovery likelihood has an initialiser what it started from. `views` draws another view of each of (B, C, H,
+    W) images, which contrastive_latent needs. `field`: what `field_of` made of loss.field. `pairs`: of `pairs_of`,
+    where the loss shall not compute them itself.
     """
     assert (field is None) == (config.trained_field is None), "the trainer makes the field that the config names"
     objective = objective_of(config, views, field)
@@ -83,6 +84,8 @@ def loss_of(
             settings |= _last_step(chain)
         if isinstance(config, kinds.DualScoreMatchingConfig) and chain is not None:
             settings |= {name: chain[name] for name in ("log_variances", "lowest_share") if "lowest_share" in chain}
+        if isinstance(config, kinds.RecoveryConfig) and chain is not None:
+            settings |= {name: chain[name] for name in ("centres", "spacing") if name in chain}
         if pairs is not None:
             settings["pairs"] = pairs
         plain = objective(energy, x_pos, x_neg, **settings)

@@ -195,12 +195,16 @@ def multilevel_denoising(
 
 
 def spread_levels(x: Tensor, low: float, high: float, generator: Generators = None) -> Tensor:
-    """A level in [low, high] for each state of `x`, (B,). In each generator's part of n states the i-th is drawn
-    log-uniformly from the i-th of n equal intervals of [log low, log high]."""
+    """A level in [low, high] for each state of `x`, (B,), log-uniform as `spread` has it."""
+    return low * torch.exp(spread(x, generator) * math.log(high / low))
+
+
+def spread(x: Tensor, generator: Generators = None) -> Tensor:
+    """A number for each state of `x`, (B,). In each generator's part of n states the i-th is drawn uniformly from the
+    i-th of n equal intervals of [0, 1]."""
     size = len(x) // num_parts(generator)
     interval = torch.arange(len(x), device=x.device) % size
-    share = (interval + uniform_(x.new_empty(len(x)), generator)) / size
-    return low * torch.exp(share * math.log(high / low))
+    return (interval + uniform_(x.new_empty(len(x)), generator)) / size
 
 
 def dual_score_matching(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from ebm.config import LangevinConfig, NoiseLevelsConfig, SamplerConfig
 from ebm.config.samplers import (
     AnnealedConfig,
+    DescentOfRun,
     FlowConfig,
     FreshConfig,
     NesterovConfig,
@@ -17,11 +19,22 @@ from ebm.config.samplers import (
     OwnSamplerConfig,
     noise_scale_of,
 )
-from ebm.energies.base import split_noise_level, with_noise_level
+from ebm.energies.base import conditioned_on_noise, split_noise_level, with_noise_level
+from ebm.energies.factory import FoldedEnergy
 from ebm.samplers.base import ChainInfo, MixtureStart, Start, initial_
 from ebm.samplers.engine import Engine
 from ebm.samplers.langevin import flow, langevin, nesterov
-from ebm.samplers.levels import NoiseLevelsInfo, TemperingInfo, annealed, noise_levels, tempering
+from ebm.samplers.levels import (
+    NoiseLevelsInfo,
+    Proposal,
+    TemperingInfo,
+    annealed,
+    noise_levels,
+    tempering,
+    tied,
+    tied_start,
+    untied,
+)
 from ebm.samplers.metropolis import MetropolisInfo, hmc, mala
 from ebm.streams import StreamSources, stream_sources
 
@@ -41,6 +54,8 @@ def sampler_of(
     """
     if isinstance(config, OwnSamplerConfig):
         assert num_steps is not None and step_size is None, "the steps of an objective's own sampler are asked for"
+        if isinstance(config, DescentOfRun):
+            return sampler_of(config.chain, num_steps)
         return _own_sampler_of(config, num_steps)
     if config.kind == "langevin":
         assert not isinstance(step_size, Tensor), "Langevin's noise follows its step size, which must be a number"
@@ -179,13 +194,39 @@ def advance(
     generator: StreamSources,
 ) -> Tensor:
     """States (B, *shape) after `num_steps` steps from `x` (B, *shape). With `tempering` all replicas of a chain start
-    at `x`, and the states of the cold ones are returned. With `noise_levels` it is MALA at the lowest level."""
+    at `x`, and the states of the cold ones are returned. With `noise_levels` it is MALA at the lowest level, and of a
+    descent what follows it there."""
     if isinstance(config, NoiseLevelsConfig):
         steps = {"num_steps": num_steps, "step_size": config.step_size}
         return engine(mala, x, *labels, generator=generator, **steps)[0]
     sampler, settings = sampler_of(config, num_steps)
     states, _ = engine(sampler, with_replicas(config, x), *labels, generator=generator, **settings)
     return cold_states(config, states)
+
+
+def descended(
+    engine: Engine,
+    config: DescentOfRun,
+    x: Tensor,
+    *labels: Tensor,
+    num_steps: int,
+    generator: StreamSources,
+    proposal: Proposal | None = None,
+) -> Tensor:
+    """States (B, *shape) of the lowest level from states `x` of the highest: at each level a chain of `engine`, whose
+    energy is `tied`, that starts as `tied_start` says (Gao et al. 2021, algorithm 2). `num_steps`: in all, spread
+    evenly over the levels; a level without a step is passed over."""
+    count = len(config.log_variances) - 1
+    for number in range(count):
+        steps = num_steps * (number + 1) // count - num_steps * number // count
+        if not steps:
+            continue
+        level = x.new_full((len(x),), config.log_variances[count - 1 - number])
+        start = tied_start(x, level, config.log_variances, proposal, labels, generator)
+        sampler, settings = sampler_of(config.chain, steps)
+        u, _ = engine(sampler, start, x, level, *labels, generator=generator, **settings)
+        x = untied(u, x, level, config.log_variances)
+    return x
 
 
 def fresh_chains(
@@ -244,18 +285,19 @@ def chains_of_lengths(
         padding = torch.arange(len(groups) * group, device=device) % num_classes
         labels = padding if labels is None else torch.cat([labels.to(padding), padding[len(labels) :]])
     where = start_of(config, mixture)
+    begin = partial(_start, once, config, shape, group=group, seed=seed, device=device, where=where)
     states: dict[int, list[Tensor]] = {length: [] for length in lengths}
     for first in range(0, len(groups), at_once):
         numbers = groups[first : first + at_once]
         y = () if labels is None else (labels[first * group : (first + len(numbers)) * group],)
-        x, noise = _start(once, config, shape, y, numbers, group, seed, device, where)
-        done = 0
+        done = None
         for length in lengths:
-            if done and not can_be_continued(config):
-                x, noise = _start(once, config, shape, y, numbers, group, seed, device, where)
-                done = 0
+            if done is None or not can_be_continued(config, done):
+                x, noise, done = begin(y, numbers, num_steps=length)
+                if done and moved is not None:
+                    moved(done * len(x))
             while done < length:
-                steps = min(length - done, STRETCH) if can_be_continued(config) else length
+                steps = min(length - done, STRETCH) if can_be_continued(config, done) else length
                 x = advance(engine if steps == STRETCH else once, config, x, *y, num_steps=steps, generator=noise)
                 done += steps
                 if moved is not None:
@@ -265,9 +307,12 @@ def chains_of_lengths(
     return kept, None if labels is None else labels[:num]
 
 
-def can_be_continued(config: FreshConfig) -> bool:
+def can_be_continued(config: FreshConfig, steps: int | None = None) -> bool:
     """Whether n steps and then m more give the chain of n + m steps. They do not where a schedule spans the whole
-    chain, nor in tempering, whose hot replicas are dropped at the end of a call, nor in an objective's own sampler."""
+    chain, nor in tempering, whose hot replicas are dropped at the end of a call, nor in an objective's own sampler. A
+    descent can be continued from its end on, after the given number of `steps`."""
+    if isinstance(config, DescentOfRun):
+        return steps is not None and steps >= config.length
     if isinstance(config, OwnSamplerConfig):
         return False
     return config.levels == 1 and not (isinstance(config, LangevinConfig) and config.schedule != "constant")
@@ -288,23 +333,34 @@ def _start(
     shape: Sequence[int],
     labels: Sequence[Tensor],
     numbers: Sequence[int],
+    *,
+    num_steps: int,
     group: int,
     seed: int,
     device: torch.device | str,
     where: Start,
-) -> tuple[Tensor, StreamSources]:
-    """The initial states of the groups `numbers` of fresh chains, and what draws their noise. Those of `noise_levels`
-    are annealed through the levels, in `anneal_steps` that do not count as the chain's."""
+) -> tuple[Tensor, StreamSources, int]:
+    """The initial states of the groups `numbers` of fresh chains of `num_steps` steps, what draws their noise, and how
+    many of the steps are done. Those of `noise_levels` are annealed through the levels, in `anneal_steps` that do not
+    count as the chain's; a descent is done, and counts."""
     start, noise = (stream_sources(seed, purpose, numbers, device=device) for purpose in ("start", "chain"))
     x = torch.empty(len(numbers) * group, *shape, device=device)
     x = initial_(x, start, where, labels[0] if labels else None)
+    if isinstance(config, DescentOfRun):
+        energy, done = engine.energy, min(num_steps, config.length)
+        proposal = energy.proposal if isinstance(energy, FoldedEnergy) else None
+        module = energy.module if isinstance(energy, FoldedEnergy) else energy
+        x = conditioned_on_noise(module).noisiest(x)
+        chains = Engine(tied(energy, config.log_variances), capture=False)
+        x = descended(chains, config, x, *labels, num_steps=done, generator=noise, proposal=proposal)
+        return x, noise, done
     if isinstance(config, NoiseLevelsConfig):
         settings = {name: getattr(config, name) for name in ("step_size", "log_variances", "anneal_steps")}
         z, _ = engine(
             annealed, at_highest_level(config, x), *labels, generator=noise, num_steps=config.anneal_steps, **settings
         )
         x = cold_states(config, z)
-    return x, noise
+    return x, noise, 0
 
 
 def at_highest_level(config: NoiseLevelsConfig, x: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Chains over levels, which cross between modes where the density is smoother. Parallel tempering: replicas at higher
-temperatures, and swaps that pass their states down. Noise levels: the level is part of the state."""
+temperatures, and swaps that pass their states down. Noise levels: the level is part of the state. Recovery: chains of
+one level that are tied to a state of the next."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,8 +11,19 @@ from torch import Tensor
 
 from ebm.energies.base import split_noise_level, with_noise_level
 from ebm.samplers.base import Bounds, Energy, check_domain, dense, describe, evaluate
-from ebm.samplers.metropolis import BOUNDARIES, State, along, begin, comes_about, select, transition, walls_of
-from ebm.streams import Generators, uniform_
+from ebm.samplers.metropolis import (
+    BOUNDARIES,
+    State,
+    along,
+    begin,
+    comes_about,
+    select,
+    transition,
+    walls_of,
+)
+from ebm.streams import Generators, normal_, uniform_
+
+Proposal = Callable[..., Tensor]  # as `NoiseConditionalEnergy.propose`
 
 
 class TemperingInfo(NamedTuple):
@@ -259,3 +271,66 @@ def _move(
         generator=generator,
         tested=None if below is None else below == level,
     )
+
+
+def tied(energy: Callable[..., Tensor], log_variances: Sequence[float]) -> Callable[..., Tensor]:
+    """The energy of recovery chains at a level of noise, given their state at the next: the function (u, x_t, log s,
+    *labels) -> E(x_s, s) + |x_s - x_t|^2 / (2 (t - s)), x_s = `untied(u, x_t, log s)`, at temperature 1 (Gao et al.
+    2021, eq. 5, for x_t = x_s + sqrt(t - s) z).
+
+    It is a function of u, the displacement in units of the level, so that one step size does at all of them. The
+    density of data with noise of variance s has no curvature -d^2 log p / dx^2 above 1 / s, as its score is that of a
+    mixture of N(a, s I) over data a. Tied, it has none above 1 / s + 1 / (t - s), and the unit c is such that this is
+    c^2 (1 / s + 1 / (t - s)) = 1 / v in u, with v the variance of the lowest level: as it is at most for chains of the
+    lowest level that are not tied. A step h in u is one of h c^2 = (h / v) (t - s) s / t in x; levels evenly spaced in
+    log have one s / t, so that it is in proportion to t - s.
+
+    Args:
+        energy: E of states that carry their levels, and labels, float32 (B,).
+        log_variances: the levels, ascending and evenly spaced; t is the one above s.
+    """
+    low, spacing = _lowest_and_spacing(log_variances)
+    stiffness = math.exp(-low - spacing)  # c^2 / (t - s), the same at all levels
+
+    def conditional(u: Tensor, centre: Tensor, level: Tensor, *labels: Tensor) -> Tensor:
+        e = energy(with_noise_level(untied(u, centre, level, log_variances), level), *labels)
+        return e + stiffness / 2 * u.square().flatten(1).sum(1)
+
+    return conditional
+
+
+def untied(u: Tensor, centre: Tensor, level: Tensor, log_variances: Sequence[float]) -> Tensor:
+    """The states x_s = x_t + c u, (B, *shape), of chains `u` tied to x_t = `centre`, at log s = `level` (B,)."""
+    return centre + along(_unit(level, log_variances), u) * u
+
+
+def tied_start(
+    centre: Tensor,
+    level: Tensor,
+    log_variances: Sequence[float],
+    proposal: Proposal | None = None,
+    labels: Sequence[Tensor] = (),
+    generator: Generators = None,
+) -> Tensor:
+    """Where chains u of `tied` start: 0, which is x_t = `centre`; or the proposal of an initialiser plus noise.
+
+    A datum a and its state x_t leave N(mean, (1 - s/t) s I) for x_s: the least spread that x_s can have given x_t, and
+    all of it where x_t tells the datum. The noise has this variance, which is the lowest level's in u. Where several
+    data are possible the start is between them and too narrow, and the chain does the rest.
+    """
+    if proposal is None:
+        return torch.zeros_like(centre)
+    low, spacing = _lowest_and_spacing(log_variances)
+    mean = proposal(centre, level, spacing, *labels)
+    noise = normal_(torch.empty_like(centre), generator)
+    return (mean - centre) / along(_unit(level, log_variances), centre) + math.exp(low / 2) * noise
+
+
+def _unit(level: Tensor, log_variances: Sequence[float]) -> Tensor:
+    """c = sqrt(s (t - s) / (t v)), (B,)."""
+    low, spacing = _lowest_and_spacing(log_variances)
+    return ((level - low) / 2).exp() * math.sqrt(-math.expm1(-spacing))
+
+
+def _lowest_and_spacing(log_variances: Sequence[float]) -> tuple[float, float]:
+    return log_variances[0], log_variances[1] - log_variances[0]

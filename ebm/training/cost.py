@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from ebm.config import Config, TrainConfig, differences, to_yaml
 from ebm.config.losses import LossConfig, ScoreMatchingConfig
 from ebm.data.reader import reader_bytes
-from ebm.energies import FoldedEnergy, build_energy
+from ebm.energies import BaseEnergyFunction, FoldedEnergy, build_energy
 from ebm.energies.factory import chain_dtype
 from ebm.errors import ConfigError
 from ebm.inference.images import strongly_augmented
@@ -29,7 +29,7 @@ from ebm.runtime.distributed import World, choose_device
 from ebm.samplers.base import evaluate
 from ebm.samplers.factory import chain_shape, negative_states, sampler_of, with_replicas
 from ebm.streams import generator, uniform_
-from ebm.training.negatives import chain_energy, reinit_probabilities
+from ebm.training.negatives import ChainStart, chain_energy, recovery_over_levels, reinit_probabilities
 from ebm.training.state import Objective, TrainState
 
 log = logging.getLogger(__name__)
@@ -258,19 +258,28 @@ def measure_cost(config: Config) -> Cost:
     with torch.no_grad():
         forward = flops(lambda: energy(x, *(() if labels is None else (labels,)))) // FEW
     loss, saved = loss_cost(config, energy, x, labels, step)
+    folded = FoldedEnergy(energy).refresh()
     return Cost(
         parameters=sum(p.numel() for p in energy.parameters()),
         forward=forward,
-        chain=chain_flops(config, FoldedEnergy(energy).refresh(), x, labels) if chains else 0,
+        chain=chain_flops(config, folded, x, labels) if chains else 0,
         loss=loss,
         saved=saved,
     )
 
 
 def chain_flops(config: Config, folded: FoldedEnergy, x: Tensor, labels: Tensor | None) -> int:
-    """FLOPs of one chain: its gradients of the energy, one after the other."""
+    """FLOPs of one chain: its gradients of the energy, one after the other, and what an initialiser proposes."""
     function = _chain_function(config, folded, x, labels)
-    return flops(lambda: evaluate(function, x)) // FEW * config.sampler.evaluations
+    start = flops(lambda: _tied_to_levels(config, folded, x, labels))
+    return (flops(lambda: evaluate(function, x)) * config.sampler.evaluations + start) // FEW
+
+
+def _tied_to_levels(config: Config, folded: FoldedEnergy, x: Tensor, labels: Tensor | None) -> ChainStart | None:
+    """The start of recovery chains over levels of noise for data `x`; None for others."""
+    if not config.recovery_levels:
+        return None
+    return recovery_over_levels(config.recovery_levels, x, labels, [generator(0, "cost")], folded.proposal)
 
 
 def _chain_function(
@@ -278,12 +287,17 @@ def _chain_function(
 ) -> Callable[[Tensor], Tensor]:
     """The energy of a chain's states (B, *shape), whose other inputs are as `x` and `labels`."""
     energy = chain_energy(config, folded)
+    start = _tied_to_levels(config, folded, x, labels)
+    if start is not None:
+        return lambda z: energy(z, *start.extra_inputs)
     extra = [x] if config.loss.negatives == "recovery" else []
     extra += [labels] if labels is not None and config.loss.conditional_chains else []
     return lambda z: energy(z, *extra)
 
 
-def loss_cost(config: Config, energy: torch.nn.Module, x: Tensor, labels: Tensor | None, step: int) -> tuple[int, int]:
+def loss_cost(
+    config: Config, energy: BaseEnergyFunction, x: Tensor, labels: Tensor | None, step: int
+) -> tuple[int, int]:
     """FLOPs and saved bytes of a loss and its gradient, a datum. The trace of exact score matching takes a backward a
     component: those are counted from Hutchinson's estimate, which takes one a projection."""
     section = config.loss
@@ -299,7 +313,7 @@ def loss_cost(config: Config, energy: torch.nn.Module, x: Tensor, labels: Tensor
 
 
 def loss_cost_of(
-    section: LossConfig, config: Config, energy: torch.nn.Module, x: Tensor, labels: Tensor | None, step: int
+    section: LossConfig, config: Config, energy: BaseEnergyFunction, x: Tensor, labels: Tensor | None, step: int
 ) -> tuple[int, int]:
     field = field_of(section, config.energy, config.data.shape, torch.device("cpu"))
     objective = Objective(energy.train(), loss_of(section, strongly_augmented, field), of_scores=section.of_scores)
@@ -307,6 +321,9 @@ def loss_cost_of(
     x_neg = negative_states(config.sampler, chains) if section.negatives_at(step) is not None else None
     y_neg = labels if section.conditional_chains else None
     noise, chain = [generator(0, "cost")], sampler_of(config.sampler)[1]
+    start = _tied_to_levels(config, FoldedEnergy(energy).refresh(), x, labels)
+    if start is not None and start.data is not None:
+        x, x_neg, chain = start.data, start.data.clone(), chain | start.for_initialiser(config)
     saved = 0
 
     def count(tensor: Tensor) -> Tensor:

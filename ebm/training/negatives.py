@@ -4,22 +4,23 @@ section 3.2), where chains start, and the energy that they sample."""
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ebm.config import Config, NoiseLevelsConfig
 from ebm.config.losses import RecoveryConfig
-from ebm.energies import FoldedEnergy
+from ebm.energies import FoldedEnergy, with_noise_level
 from ebm.errors import DataError
 from ebm.evaluation.measures import principal_components
 from ebm.evaluation.metrics import clusters
 from ebm.inference.images import augment, strongly_augmented
-from ebm.losses import at_noise_levels, marginal, noisy, tilted
+from ebm.losses import at_noise_levels, marginal, noisy, noisy_pairs, tilted
 from ebm.runtime.process import to_device
 from ebm.samplers.base import MixtureStart, Start, initial_
-from ebm.samplers.factory import at_highest_level, cold_states, start_of, with_replicas
+from ebm.samplers.factory import at_highest_level, cold_states, negative_states, start_of, with_replicas
+from ebm.samplers.levels import Proposal, tied, tied_start, untied
 from ebm.streams import Generators, StreamGenerators, generator
 
 NO_CLASS = -1  # of a chain that has not been drawn yet
@@ -144,11 +145,31 @@ class ChainStart(NamedTuple):
     labels: Tensor | None = None  # (B,) of a class-conditional energy
     centres: Tensor | None = None  # (B, *shape): the noisy data that recovery chains are tied to
     draw: Draw | None = None  # of persistent chains: the slots they go back to
+    levels: Tensor | None = None  # (B,) log variances of recovery over levels of noise, whose x are `tied`
+    data: Tensor | None = None  # (B, C + 1, H, W) or (B, D + 1): what those chains are compared with, and its levels
 
     @property
     def extra_inputs(self) -> list[Tensor]:
         """The arguments of `chain_energy` after the state."""
-        return [value for value in (self.centres, self.labels) if value is not None]
+        return [value for value in (self.centres, self.levels, self.labels) if value is not None]
+
+    def part(self, take: Callable[[Tensor], Tensor]) -> "ChainStart":
+        """The start of a part of the batch; what goes back to the buffer is of the whole."""
+        taken = {name: take(value) for name, value in self._asdict().items() if isinstance(value, Tensor)}
+        return self._replace(**taken, draw=None)
+
+    def negatives(self, config: Config, x: Tensor) -> Tensor:
+        """The states of the negative phase, of chains `x` (B, *chain_shape) that started here."""
+        if self.levels is None or self.centres is None:
+            return negative_states(config.sampler, x)
+        return with_noise_level(untied(x, self.centres, self.levels, config.recovery_levels), self.levels)
+
+    def for_initialiser(self, config: Config) -> dict[str, Any]:
+        """What the loss of `NoiseConditionalEnergy.propose` takes; nothing where there is no initialiser."""
+        if config.noise_range is None or config.noise_range.initialiser is None:
+            return {}
+        levels = config.recovery_levels
+        return {"centres": self.centres, "spacing": levels[1] - levels[0]}
 
 
 def initial_states(
@@ -159,16 +180,22 @@ def initial_states(
     y_pos: Tensor | None,
     step: int,
     mixture: MixtureStart | None = None,
+    folded: FoldedEnergy | None = None,
 ) -> ChainStart | None:
     """Where the chains of a step start; None for an objective that needs no chains at this step.
 
     Chains of a class-conditional energy have the classes of the data, one chain a datum: the gradient then vanishes
-    where the energy is right, whatever the shares of the classes.
+    where the energy is right, whatever the shares of the classes. `folded`: proposes where recovery chains start, if it
+    has an initialiser.
     """
     loss, negatives = config.loss, config.loss.negatives_at(step)
     if negatives is None:
         return None
     y_pos = y_pos if loss.conditional_chains else None
+    if isinstance(loss, RecoveryConfig) and config.recovery_levels:
+        return recovery_over_levels(
+            config.recovery_levels, x_pos, y_pos, random("start", step), None if folded is None else folded.proposal
+        )
     if isinstance(loss, RecoveryConfig):
         centres = noisy(x_pos, loss.sigma, random("start", step))
         bounds = config.sampler.bounds
@@ -205,6 +232,20 @@ def first_at_levels(config: NoiseLevelsConfig, x_pos: Tensor, noise: Tensor, gen
     return at_noise_levels(x_pos, config.log_variances, config.lowest_share, generators)
 
 
+def recovery_over_levels(
+    log_variances: Sequence[float],
+    x_pos: Tensor,
+    y_pos: Tensor | None,
+    generators: Generators,
+    proposal: Proposal | None = None,
+) -> ChainStart:
+    """Chains that are tied to data with noise, and the states of lower noise that these came from."""
+    x, centres, levels = noisy_pairs(x_pos, log_variances, generators)
+    labels = () if y_pos is None else (y_pos,)
+    start = tied_start(centres, levels, log_variances, proposal, labels, generators)
+    return ChainStart(start, y_pos, centres, levels=levels, data=with_noise_level(x, levels))
+
+
 def restarted(draw: Draw, buffer: ReplayBuffer, generators: Generators, bounds: tuple[float, float] | None) -> Tensor:
     """The chains of a draw, of which those that restart begin in their own states, strongly augmented (Lee et al. 2023,
     CLEL): more different than a step makes them, and nearer to data than noise. The first start is in noise."""
@@ -238,6 +279,8 @@ def fitted_mixture(config: Config, x: Tensor, labels: Tensor) -> MixtureStart:
 
 def chain_energy(config: Config, folded: FoldedEnergy) -> Callable[..., Tensor]:
     """The energy that training's chains sample: a function of states and `ChainStart.extra_inputs`."""
+    if config.recovery_levels:
+        return tied(folded, config.recovery_levels)
     if isinstance(config.loss, RecoveryConfig):
         return tilted(folded, config.loss.sigma)
     unlabelled = config.energy.num_classes and not config.classes_of_chains

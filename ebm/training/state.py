@@ -270,6 +270,8 @@ def energy_of_loss(config: Config, world: World, energy: BaseEnergyFunction) -> 
     and a network of the project's, as a class of the user's may change its buffers in training."""
     if not config.loss.of_energies or config.loss.gradient_penalty or has_users_code(config):
         return None
+    if config.noise_range is not None and config.noise_range.initialiser is not None:  # which the loss calls besides
+        return None
     compiler = compiler_of(config, world, world.autocast_dtype())
     return None if compiler is None else EnergyOfLoss(energy, world.autocast_dtype(), compiler)
 

@@ -16,7 +16,6 @@ from ebm.losses.factory import LossInputs
 from ebm.runtime.distributed import World
 from ebm.runtime.process import one_thread, to_device
 from ebm.samplers.base import mean_info, saturated
-from ebm.samplers.factory import negative_states
 from ebm.streams import StreamGenerators
 from ebm.training.negatives import Draw, initial_states
 from ebm.training.state import TrainState, clip_grad_norm, set_learning_rate, step_if, update_average
@@ -37,12 +36,12 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     config, world, random, step = state.config, state.world, state.random, state.step + 1
 
     # Data in [-1, 1], dequantised, augmented, noised; and the states that chains start from, where the loss needs any.
+    state.folded.refresh()
     with one_thread():
         x_pos, y_pos = positives(config, world, random, batch, step)
-        start = initial_states(config, random, state.buffer, x_pos, y_pos, step, state.mixture)
+        start = initial_states(config, random, state.buffer, x_pos, y_pos, step, state.mixture, state.folded)
 
     # Part by part: chains on the frozen copy, then loss and gradient of both phases by one forward of what is wrapped.
-    state.folded.refresh()
     sampler, settings = state.chain()
     noise, loss_noise = random("chain", step), random("loss", step)
     parts = Parts(config.train.accumulate, len(random.streams))
@@ -50,13 +49,15 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     infos, outputs = [], []
     for part in range(parts.number):
         take = partial(parts.take, part)
-        x_neg = y_neg = None
+        data, x_neg, y_neg, ran = take(x_pos), None, None, settings
         if start is not None:
-            x, info = state.engine(sampler, take(start.x), *map(take, start.extra_inputs), generator=noise, **settings)
-            x_neg, y_neg = negative_states(config.sampler, x), optional(take, start.labels)
+            own = start.part(take)
+            x, info = state.engine(sampler, own.x, *own.extra_inputs, generator=noise, **settings)
+            x_neg, y_neg = own.negatives(config, x), own.labels
+            data, ran = data if own.data is None else own.data, settings | own.for_initialiser(config)
             chains.append(x)
             infos.append(info)
-        inputs = LossInputs(take(x_pos), x_neg, optional(take, y_pos), y_neg, step, settings)
+        inputs = LossInputs(data, x_neg, optional(take, y_pos), y_neg, step, ran)
         with world.accumulating(state.model, last=part == parts.number - 1):
             outputs.append(state.loss(inputs, loss_noise, parts.number))
     e_pos, e_neg = parts.join_if_any([o.e_pos for o in outputs]), parts.join_if_any([o.e_neg for o in outputs])

@@ -15,6 +15,7 @@ from runs import ROOT, command, environment, finish
 import ebm
 from ebm.__main__ import main
 from ebm.config.samplers import LangevinConfig, MALAConfig, TemperingConfig
+from ebm.energies import with_noise_level
 from ebm.errors import ConfigError, DataError
 from ebm.inference.images import to_states
 from ebm.inference.inputs import read_states
@@ -132,6 +133,22 @@ def test_persistent_chains_over_noise_levels_are_sampled_at_the_lowest(tmp_path)
     assert torch.equal(run.persistent.spread(9), chains[[0, 32], :1]) and run.data_noise == pytest.approx(0.1)
     assert run.sample(3, steps=2).shape == (3, 1, 8, 8) and run.energy(run.persistent.spread(9)).shape == (2,)
     torch.testing.assert_close(run.score(chains[:2, :1]), -run.gradient(chains[:2, :1]))
+
+
+def test_a_run_of_recovery_over_levels_is_of_the_lowest(tmp_path):
+    settings = ["energy.noise_conditional.initialiser.features=[4,8]", "energy.features=[4,8]", "energy.num_classes=10"]
+    settings += ["loss.kind=recovery", "loss.levels=3", "sampler.kind=mala", "sampler.bounds=null", "data.noise_std=0"]
+    run = open_run(make_run(tmp_path / "run", *settings, "sampler.num_steps=2", "data.shards=/nowhere"))
+    assert run.data_noise == run.chain_noise == pytest.approx(0.1) and run.temperature == 1
+    assert run.config.fresh_sampler.length == 6
+    states, labels = run.chains(12, [3, 8], labels=7)
+    assert states[3].shape == states[8].shape == (12, 1, 8, 8) and labels.tolist() == [7] * 12
+    x, low = states[8], torch.full((12,), 2 * math.log(0.1))
+    torch.testing.assert_close(run.energy(x, labels), run.network(with_noise_level(x, low), labels))
+    torch.testing.assert_close(run.score(x, labels), -run.gradient(x, labels))
+    assert run.continued(x, 2, labels=labels).shape == x.shape
+    with pytest.raises(ConfigError, match="dual_score_matching"):  # levels have constants of their own
+        run.log_normaliser(x)
 
 
 MEMORY = """
