@@ -45,8 +45,7 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     sampler, settings = state.chain()
     noise, loss_noise = random("chain", step), random("loss", step)
     parts = Parts(config.train.accumulate, len(random.streams))
-    chains: list[Tensor] = []
-    infos, outputs = [], []
+    chains, infos, outputs = [], [], []
     for part in range(parts.number):
         take = partial(parts.take, part)
         data, x_neg, y_neg, ran = take(x_pos), None, None, settings
@@ -57,8 +56,8 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
             data, ran = data if own.data is None else own.data, settings | own.for_initialiser(config)
             chains.append(x)
             infos.append(info)
-        inputs = LossInputs(data, x_neg, optional(take, y_pos), y_neg, step, ran)
         with world.accumulating(state.model, last=part == parts.number - 1):
+            inputs = LossInputs(data, x_neg, optional(take, y_pos), y_neg, step, ran)
             outputs.append(state.loss(inputs, loss_noise, parts.number))
     e_pos, e_neg = parts.join_if_any([o.e_pos for o in outputs]), parts.join_if_any([o.e_neg for o in outputs])
 
