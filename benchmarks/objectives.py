@@ -41,16 +41,15 @@ DIGITS = {  # a config, and overrides
     "dual_score_matching, chains": ("digits_density", []),
     "recovery, levels": ("digits_density", RECOVERY),
 }  # fmt: skip
-SMALL = ["train.batch_size=64", "train.mixed_precision=no", "train.log_every=20"]  # for a core
-IMAGES = [*SMALL, *MATCHING, "energy.features=[16,32,32]", "energy.spectral_norm=false", "train.steps=800"]
+CORE = ["train.batch_size=64", "train.mixed_precision=no", "train.log_every=20", "energy.features=[16,32,32]",
+        "buffer.size=4096", "train.steps=1000"]  # fmt: skip
 FASHION = {
-    "contrastive": ("fashion_mnist", [*SMALL, "energy.features=[16,32,32]", "buffer.size=4096", "train.steps=1000"]),
-    "energy_matching": ("fashion_mnist", ["loss.kind=energy_matching", "loss.warmup_steps=100000", *IMAGES, *FLOW,
-                                          "sampler.noise_scale=null", "energy.head=dot"]),
-    "multilevel_denoising": ("fashion_mnist", ["loss.kind=multilevel_denoising", *IMAGES, "energy.head=norm"]),
+    "contrastive": ("fashion_mnist", CORE),
+    "energy_matching": ("fashion_mnist_energy_matching", []),
+    "multilevel_denoising": ("fashion_mnist_denoising", []),
     "dual_score_matching": ("fashion_mnist_dual", []),
     "dual_score_matching, chains": ("fashion_mnist_density", []),
-}  # fmt: skip
+}
 METHODS = {"digits": DIGITS, "fashion_mnist": FASHION}
 
 
