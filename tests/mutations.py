@@ -344,7 +344,7 @@ LOSSES = {
         "score_matching",
         ("dual_score_matching", "dual_terms", "log_normaliser", "_with_noise", "contrast_of", "beside_chains"),
         "dual_score_matching_written or normaliser_of or contrast_vanishes or contrast_is_within or annealed_chain "
-        "or without_a_datum",
+        "or without_a_datum or datum_beside",
         [
             ("(found * (e_pos - e_neg)).mean()", "(e_pos - e_neg).mean()"),
             ("(found * (e_pos - e_neg)).mean()", "(found * (e_neg - e_pos)).mean()"),

@@ -167,3 +167,17 @@ def test_chains_without_a_datum_of_their_class_do_not_count():
     energy.forward = lambda z, y: forward(z)
     output = dual_score_matching(energy, data[:4], chains, y_pos=labels, y_neg=none, generator=seeded())
     assert output.terms["contrast"] == 0
+
+
+def test_a_datum_beside_a_chain_has_the_class_of_the_chain():
+    """The energies of whole classes get no gradient, whatever the shares of the classes among data and chains."""
+    energy, data = energy_and_data()
+    of_class, forward = torch.randn(3, generator=seeded(7)).requires_grad_(), energy.forward
+    energy.forward = lambda z, y: forward(z) + of_class[y]
+    chains = with_noise_level(data[200:400], torch.full((200,), energy.log_variances[0]))
+    y_pos, y_neg = (torch.randint(high, (200,), generator=seeded(high)) for high in (3, 2))
+    output = dual_score_matching(
+        energy, data[:200], chains, contrastive_weight=1.0, y_pos=y_pos, y_neg=y_neg, generator=seeded()
+    )
+    (gradient,) = torch.autograd.grad(output.loss, of_class)
+    assert gradient.abs().max() < 1e-6
