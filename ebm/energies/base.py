@@ -325,8 +325,8 @@ class NoiseConditionalEnergy(BaseEnergyFunction):
         seen = self._seen(centred, upper, total)
         if self.num_classes:
             assert y is not None, "chains of classes have labels"
-            one_hot = torch.nn.functional.one_hot(y, self.num_classes).to(x.dtype)
-            seen = torch.cat([seen, one_hot.view(len(x), -1, *over[1:]).expand(-1, -1, *x.shape[2:])], 1)
+            of_class = torch.arange(self.num_classes, device=y.device) == y[:, None]  # one_hot() waits for the device
+            seen = torch.cat([seen, of_class.to(x.dtype).view(len(x), -1, *over[1:]).expand(-1, -1, *x.shape[2:])], 1)
         kept = (self.data_variance / total).view(-1, *over)
         scale = kept.sqrt() * (upper / 2).exp().view(-1, *over)
         clean = self.mean + kept * centred + scale * self.initialiser(seen)
