@@ -13,9 +13,8 @@ from test_step import VARIANTS
 ALL = os.environ.get("EBM_KINDS") == "all"
 STEPS = 100 if ALL else 20
 STEEP = ("gaussian", "hybrid", "transformer", "graph", "unet")  # the digits' chain step of 10 spans their domain
-# Weights without a gradient; a warm-up without chains; ladders of replicas and a step size that adapts; no labels;
-# a network beside the energy.
-FEW = ("score_matching", "energy_matching", "tempering", "jem", "noise_levels", "recovery_levels")
+# Weights without a gradient; a warm-up without chains; ladders of replicas and a step size that adapts; no labels.
+FEW = ("score_matching", "energy_matching", "tempering", "jem", "noise_levels")
 
 
 @pytest.mark.slow
