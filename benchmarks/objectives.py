@@ -31,6 +31,7 @@ RECOVERY = ["loss.kind=recovery", "loss.levels=6", "sampler.kind=mala", "sampler
 DIGITS = {  # a config, and overrides
     "contrastive": ("digits", []),
     "jem": ("digits_jem", []),
+    "jem, bounded": ("digits_jem", ["loss.bounded=true"]),
     "contrastive_latent": ("digits", ["loss.kind=contrastive_latent", "energy.latent.dim=64"]),
     "energy_matching": ("digits", ["loss.kind=energy_matching", "loss.warmup_steps=100000", *MATCHING, *FLOW,
                                    "energy.head=dot", "train.steps=2500"]),
