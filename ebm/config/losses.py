@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from ebm.config.energies import EnergyConfig, NetworkConfig, NoiseRangeConfig
+from ebm.config.energies import NoiseRangeConfig
 from ebm.config.samplers import (
     AnnealedConfig,
     DescentConfig,
@@ -428,9 +428,11 @@ LossConfig = Annotated[
 ]
 
 
-def check_noise_levels(loss: LossConfig, energy: EnergyConfig, sampler: SamplerConfig, noise_std: float) -> None:
-    """Raises ValueError unless all that knows of noise levels, or nothing, is there. `noise_std`: data.noise_std."""
-    levels = energy.noise_conditional if isinstance(energy, NetworkConfig) else None
+def check_noise_levels(
+    loss: LossConfig, energy_kind: str, levels: NoiseRangeConfig | None, sampler: SamplerConfig, noise_std: float
+) -> None:
+    """Raises ValueError unless all that knows of noise levels, or nothing, is there. `levels`: the energy's;
+    `noise_std`: data.noise_std."""
     if isinstance(loss, RecoveryConfig) and (levels is not None or loss.levels is not None):
         _check_recovery_levels(loss, levels, sampler, noise_std)
         return
@@ -438,7 +440,7 @@ def check_noise_levels(loss: LossConfig, energy: EnergyConfig, sampler: SamplerC
     if any(parts) and not all(parts):
         raise ValueError(
             "energy.noise_conditional, sampler.kind=noise_levels and loss.kind=dual_score_matching go together: "
-            f"energy.kind={energy.kind} with noise_conditional={levels}, sampler.kind={sampler.kind} and "
+            f"energy.kind={energy_kind} with noise_conditional={levels}, sampler.kind={sampler.kind} and "
             f"loss.kind={loss.kind}; set all three, or none"
         )
     if levels is None or not isinstance(sampler, NoiseLevelsConfig):

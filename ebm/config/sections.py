@@ -462,7 +462,7 @@ class Config(Section):
             raise ValueError("loss.kind=jem trains a classifier: set energy.num_classes to the number of classes")
         if loss.kind in ("improved_contrastive", "energy_matching") and sampler.kind != "langevin":
             raise ValueError(f"loss.kind={loss.kind} goes with sampler.kind=langevin, not {sampler.kind}")
-        check_noise_levels(loss, self.energy, sampler, self.data.noise_std)
+        check_noise_levels(loss, self.energy.kind, self.noise_range, sampler, self.data.noise_std)
         kept = loss.negatives == "persistent" and self.classes_of_chains and not self.buffer.reinit_prob
         if kept and loss.kind != "dual_score_matching":  # which compares data with chains of their class
             raise ValueError(

@@ -82,8 +82,8 @@ def loss_of(
         if isinstance(config, kinds.ImprovedContrastiveConfig):
             assert chain is not None
             settings |= _last_step(chain)
-        if isinstance(config, kinds.DualScoreMatchingConfig) and chain is not None:
-            settings |= {name: chain[name] for name in ("log_variances", "lowest_share") if "lowest_share" in chain}
+        if isinstance(config, kinds.DualScoreMatchingConfig) and chain is not None and "lowest_share" in chain:
+            settings |= {name: chain[name] for name in ("log_variances", "lowest_share")}
         if isinstance(config, kinds.RecoveryConfig) and chain is not None:
             settings |= {name: chain[name] for name in ("centres", "spacing") if name in chain}
         if pairs is not None:

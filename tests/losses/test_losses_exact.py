@@ -412,13 +412,18 @@ def test_pairs_are_the_cheapest():
         assert (found[part] - part.start).tolist() == list(best)
 
 
-def test_flow_loss_written_out():
-    energy, x1 = Network(), normal(6, 2)
+def on_the_way(x1):
+    """The noise, times and states that `flow_loss` draws from `seeded(7)`."""
     g = seeded(7)
     x0, t = torch.randn(6, 2, dtype=torch.float64, generator=g), torch.empty(6, dtype=torch.float64)
     t.uniform_(generator=g)
     x0 = x0[pairing(x0, x1)]
-    x_t = (1 - t[:, None]) * x0 + t[:, None] * x1
+    return x0, t, (1 - t[:, None]) * x0 + t[:, None] * x1
+
+
+def test_flow_loss_written_out():
+    energy, x1 = Network(), normal(6, 2)
+    x0, _, x_t = on_the_way(x1)
     score, _ = score_and_jacobian(energy, x_t, 1.0)
     loss = (score - (x1 - x0)).square().sum(1).mean() / 2  # over the two components
     found = flow_loss(energy, x1, generator=seeded(7))
@@ -437,11 +442,7 @@ def turning(x, t):
 def test_flow_loss_of_a_field_written_out():
     """The velocity at the same states and times takes the place of data minus noise, while there are no chains."""
     energy, x1, x_neg = Network(), normal(6, 2), normal(6, 2, seed=1)
-    g = seeded(7)
-    x0, t = torch.randn(6, 2, dtype=torch.float64, generator=g), torch.empty(6, dtype=torch.float64)
-    t.uniform_(generator=g)
-    x0 = x0[pairing(x0, x1)]
-    x_t = (1 - t[:, None]) * x0 + t[:, None] * x1
+    _, t, x_t = on_the_way(x1)
     score, _ = score_and_jacobian(energy, x_t, 1.0)
     loss = (score - turning(x_t, t)).square().sum(1).mean() / 2
     found = flow_loss(energy, x1, generator=seeded(7), field=turning)
