@@ -199,15 +199,16 @@ def leave_code(code: int, run_dir: Path | None = None) -> bool:
     `run_dir`: only of a run that this process owns. Returns whether the file in it was written."""
     if code == 1:  # a crash, which another start may get over: no file
         return False
-    line = f"{code}\n"
-    if file := os.environ.get("EBM_EXIT_FILE"):
+    line, own = f"{code}\n", None if run_dir is None else run_dir / EXIT_CODE
+    file = os.environ.get("EBM_EXIT_FILE")
+    if file and (own is None or os.path.realpath(file) != os.path.realpath(own)):
         with suppress(OSError):
             Path(file).write_text(line)
-    if run_dir is None:
+    if own is None:
         return False
     try:
-        replace(run_dir / EXIT_CODE, line.encode())  # whole: every rank writes it, and reads it next
-        return (run_dir / EXIT_CODE).read_text() == line
+        replace(own, line.encode())  # whole: every rank writes it, and reads it next
+        return own.read_text() == line
     except OSError:
         return False
 

@@ -138,8 +138,11 @@ print(sum(not leave_code(75, run) for _ in range(500)))
 """
 
 
-def test_every_rank_finds_the_code_that_all_of_them_leave(tmp_path):
-    """All write the one file; a rank that found it cut short by another ended with 75, and was started again."""
+@pytest.mark.parametrize("for_scripts", ["", "exit_code"])
+def test_every_rank_finds_the_code_that_all_of_them_leave(tmp_path, monkeypatch, for_scripts):
+    """All write the one file; a rank that found it cut short by another ended with 75, and was started again. The
+    batch script asks for the code in that very file."""
+    monkeypatch.setenv("EBM_EXIT_FILE", for_scripts and str(tmp_path / for_scripts))
     command = [sys.executable, "-c", MANY_RANKS, str(tmp_path)]
     ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert [rank.communicate(timeout=120)[0] for rank in ranks] == ["0\n"] * 3
