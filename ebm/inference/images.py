@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from ebm.errors import DataError
 from ebm.streams import Generators, normal_, uniform_
@@ -121,6 +120,8 @@ def grid(images: Tensor, columns: int | None = None, min_pixels: int = 256) -> n
 
     The first three channels are shown as colours; where there are fewer, the first as grey.
     """
+    from torchvision.utils import make_grid  # takes a second to load: for those who draw
+
     images = images.detach().float().cpu()
     images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
     columns = columns or max(1, math.ceil(math.sqrt(len(images))))

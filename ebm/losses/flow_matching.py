@@ -4,7 +4,6 @@ data (Balcerak et al. 2025), and equilibrium matching (Wang & Du 2025). Both may
 from collections.abc import Callable
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ebm.losses.output import (
@@ -121,6 +120,8 @@ def velocity(field: Field, x: Tensor, t: Tensor) -> Tensor:
 def pairing(x0: Tensor, x1: Tensor, parts: int = 1) -> Tensor:
     """The permutation of `x0` that minimises the sum of |x0[permutation] - x1|**2, within each of `parts` equal parts.
     It is computed by SciPy on the host."""
+    from scipy.optimize import linear_sum_assignment  # slow to load, and for this alone
+
     size = len(x0) // parts
     a, b = (x.detach().double().reshape(parts, size, -1) for x in (x0, x1))
     cost = torch.cdist(b, a).square().cpu().numpy()

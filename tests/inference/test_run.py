@@ -115,6 +115,13 @@ def test_importing_ebm_is_cheap():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), check=True)
 
 
+def test_a_command_does_not_load_what_few_runs_need():
+    """Together these take as long to load as torch."""
+    slow = "torchvision", "scipy", "sklearn", "wandb"
+    code = f"import sys, ebm.commands.score; assert not {set(slow)} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), check=True)
+
+
 def test_chains_are_read_from_their_files_as_they_are_asked_for(plane):
     run = open_run(plane)
     assert len(run.persistent) == 128 and torch.equal(run.persistent.spread(999)[:, 0] / 2, torch.arange(128.0))
