@@ -90,6 +90,9 @@ class WandbRun:
         # Its telemetry would hold the exit of the process for 20 s where the server does not answer.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         try:
+            # Panels are drawn by it. A first import after the start makes the client call its service, and may block.
+            import torchvision  # noqa: F401
+
             import wandb  # takes a second: only runs that use it wait for it
 
             logging.getLogger("wandb").setLevel(logging.ERROR)
