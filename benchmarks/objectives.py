@@ -25,9 +25,10 @@ MATCHING = ["data.noise_std=0", "optim.lr=2e-3", "optim.betas=[0.9,0.99]", "opti
             "energy.features=[16,32]", "energy.blocks=1"]  # fmt: skip
 FLOW = ["sampler.start=normal", "sampler.schedule=flow", "sampler.num_steps=100", "sampler.step_size=0.01",
         "sampler.temperature=0.01", "sampler.grad_clamp=null", "sampler.boundary=end"]  # fmt: skip
-RECOVERY = ["loss.kind=recovery", "loss.levels=6", "sampler.kind=mala", "sampler.bounds=null",
-            "sampler.step_size=0.002", "sampler.target_acceptance=0.8", "sampler.num_steps=12",
-            "train.steps=3000"]  # fmt: skip
+SMALL = ["energy.noise_conditional.sigma_min=0.1", "sampler.step_size=0.002", "train.batch_size=128",
+         "buffer.size=128", "optim.ema_decay=0.9988"]  # fmt: skip
+RECOVERY = [*SMALL, "loss.kind=recovery", "loss.levels=6", "sampler.kind=mala", "sampler.bounds=null",
+            "sampler.target_acceptance=0.8", "sampler.num_steps=12", "train.steps=3000"]  # fmt: skip
 DIGITS = {  # a config, and overrides
     "contrastive": ("digits", []),
     "jem": ("digits_jem", []),
@@ -38,7 +39,7 @@ DIGITS = {  # a config, and overrides
     "equilibrium": ("digits_equilibrium", ["train.steps=2500"]),
     "multilevel_denoising": ("digits", ["loss.kind=multilevel_denoising", *MATCHING, "energy.head=norm",
                                         "train.steps=2500"]),
-    "dual_score_matching": ("digits_density", ["loss.contrastive_weight=0", "train.steps=2000"]),
+    "dual_score_matching": ("digits_density", [*SMALL, "loss.contrastive_weight=0", "train.steps=2000"]),
     "dual_score_matching, chains": ("digits_density", []),
     "recovery, levels": ("digits_density", RECOVERY),
 }  # fmt: skip
