@@ -92,7 +92,6 @@ class WandbRun:
         try:
             # Panels are drawn by it. A first import after the start makes the client call its service, and may block.
             import torchvision  # noqa: F401
-
             import wandb  # takes a second: only runs that use it wait for it
 
             logging.getLogger("wandb").setLevel(logging.ERROR)
