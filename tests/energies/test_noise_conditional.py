@@ -87,7 +87,7 @@ def test_any_network_takes_the_level(kind, shape, classes):
         ("sampler.kind=langevin", ("go together", "sampler.kind=langevin")),
         ("loss.kind=contrastive", ("go together", "loss.kind=contrastive")),
         ("energy.noise_conditional=null", ("go together", "noise_conditional=None")),
-        ("sampler.sigma_max=4", ("(0.1, 4.0)", "sampler.sigma_min and sigma_max")),
+        ("sampler.sigma_max=4", ("(0.2, 4.0)", "sampler.sigma_min and sigma_max")),
         ("energy.noise_conditional.sigma_min=5", ("sigma_min=5", "sigma_max=3")),
         ("data.noise_std=0.1", ("data.noise_std=0.1", "set data.noise_std=0")),
     ],
