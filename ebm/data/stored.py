@@ -146,7 +146,6 @@ def _fitting(labels: np.ndarray | None, array: np.ndarray, path: str) -> np.ndar
 
 
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
-PARQUET_ERRORS = (OSError, ValueError, KeyError, TypeError, NotImplementedError)  # what pyarrow's are subclasses of
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ class ParquetSource:
                 path = f", only the path {value.get('path')}" if isinstance(value, dict) else ""
                 raise ValueError(f"column {self.image} has no bytes there{path}")
             return image_item(f"{i:08d}", name, data, self.labels[i])
-        except PARQUET_ERRORS as error:
+        except parquet_errors() as error:
             raise DataError(f"{name}: can't be read as an image ({error})") from error
 
 
@@ -188,6 +187,14 @@ def _pyarrow() -> Any:
     except ImportError as error:
         raise DataError("parquet: needs pyarrow; install it: pip install 'ebm[parquet]'") from error
     return parquet
+
+
+def parquet_errors() -> tuple[type[Exception], ...]:
+    """What reading a parquet file raises: Arrow's own exceptions, and plain ones of Python and of the file system. Call
+    it where pyarrow has been loaded."""
+    from pyarrow import ArrowException
+
+    return (ArrowException, OSError, ValueError, LookupError, TypeError, NotImplementedError)
 
 
 @lru_cache(maxsize=1)
@@ -228,12 +235,15 @@ def open_parquet(pattern: str, split: str, image: str | None = None, label: str 
                 raise ValueError(f"its columns are {found}, those of {paths[0]} are {columns} (image, label)")
             names = names or _feature_names(file.schema_arrow, found[1])
             counts.append(file.metadata.num_rows)
+            groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+            if min(groups, default=0) < 0 or sum(groups) != counts[-1]:
+                raise ValueError(f"it has {counts[-1]} rows, and its groups have {groups}: it is damaged")
             values = file.read(columns=[found[1]]).column(found[1]).to_pylist() if found[1] else [None] * counts[-1]
             labels += [_class_number(value) for value in values]
         numbers, classes = numbered(labels, None)
         source = f"parquet:{os.path.abspath(pattern)}"
         origin = Origin(source=source, split=split, samples=sum(counts), fingerprint=fingerprint(paths))
-    except PARQUET_ERRORS as error:
+    except parquet_errors() as error:
         raise DataError(f"parquet:{path}: {error}") from error
     if not sum(counts) or columns is None:
         raise DataError(f"parquet:{pattern}: has no rows")

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import pickle
+import re
 import shutil
 import struct
 import zipfile
@@ -22,6 +23,7 @@ from ebm.data import load_manifest
 from ebm.data.reader import read_all
 from ebm.data.shards import write_shards
 from ebm.data.sources import CLASSES, Options, open_source
+from ebm.data.stored import parquet_errors
 from ebm.errors import DataError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 5, 4), dtype=np.uint8)
@@ -495,6 +497,28 @@ def test_damaged_parquet_files(tmp_path):
     parquet.write_table(pa.table({"image": column}), tmp_path / "path.parquet")
     with pytest.raises(DataError, match=r"has no bytes there, only the path x\.png"):
         read(f"parquet:{tmp_path}/path.parquet", tmp_path)
+
+
+@pytest.mark.parametrize("count", [b"\x12", b"\x0d"])  # 9 and -7 rows, as the footer writes numbers
+def test_parquet_files_whose_numbers_of_rows_are_wrong(tmp_path, count):
+    """There are 7. Each number of the footer that says so is changed in turn."""
+    table(tmp_path / "a.parquet")
+    whole, path, refused = (tmp_path / "a.parquet").read_bytes(), tmp_path / "b.parquet", 0
+    for place in re.finditer(b"\x16\x0e", whole):
+        path.write_bytes(whole[: place.start() + 1] + count + whole[place.end() :])
+        try:
+            source = open_source(f"parquet:{path}")
+            assert len(source) == 7
+            for i in range(len(source)):
+                source.item(i)
+        except DataError as error:
+            refused += "b.parquet" in str(error)
+    assert refused >= 2  # the file's, and those of its groups
+
+
+def test_parquet_errors_are_those_of_arrow():
+    arrows = [error for name, error in vars(pa.lib).items() if name.startswith("Arrow") and name != "ArrowException"]
+    assert len(arrows) > 5 and all(issubclass(error, parquet_errors()) for error in arrows)
 
 
 def test_names_that_command_a_terminal_are_escaped(tmp_path, capsys):
