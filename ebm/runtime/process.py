@@ -201,6 +201,7 @@ def leave_code(code: int, run_dir: Path | None = None) -> bool:
         return False
     line, own = f"{code}\n", None if run_dir is None else run_dir / EXIT_CODE
     file = os.environ.get("EBM_EXIT_FILE")
+    # In launch/train.sbatch the scripts' file is the run's own, which is never to be seen half written.
     if file and (own is None or os.path.realpath(file) != os.path.realpath(own)):
         with suppress(OSError):
             Path(file).write_text(line)
