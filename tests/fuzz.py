@@ -34,10 +34,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torchvision.io  # noqa: F401  ebm.data loads it late; on a busy machine that takes longer than LIMIT
 import yaml
 from PIL import Image
+from pyarrow import parquet
 
 from ebm.config import HealthConfig, load_config, to_yaml
 from ebm.data import ShardReader, load_manifest
@@ -61,6 +63,7 @@ LIMIT = 5.0  # seconds of processor time an input
 WAITING = 10  # times that in all, whatever it waits for
 WARM_UP = 200  # inputs before the count begins
 MEMORY = 6 << 30  # bytes that all inputs together may add
+OUT = "out"  # in a target's directory: removed after each input
 
 # ----------------------------------------------------------------------------------------------------- mutations
 
@@ -568,20 +571,16 @@ def labels_target(root: Path):
             data = mutate_array(rng, npy(np.arange(3)))
         path = root / f"labels.{suffix}"
         path.write_bytes(data)
-        out = root / "out"
-        try:
-            if suffix == "npy":
-                np.save(root / "a.npy", np.zeros((3, 2, 2), np.uint8))
-                source = open_source(f"npy:{root}/a.npy", "train", Options(labels=str(path)))
-            elif rng.random() < 0.5:
-                labels = read_labels(str(path))
-                index_shards(root / "shards", labels=labels, on_error=rng.choice(["fail", "skip"]), out=root / "m.json")
-                return
-            else:
-                source = open_source(f"folder:{root}/in", "train", Options(labels=str(path)))
-            write_now_and_then(rng, source, out)
-        finally:
-            shutil.rmtree(out, ignore_errors=True)
+        if suffix == "npy":
+            np.save(root / "a.npy", np.zeros((3, 2, 2), np.uint8))
+            source = open_source(f"npy:{root}/a.npy", "train", Options(labels=str(path)))
+        elif rng.random() < 0.5:
+            labels = read_labels(str(path))
+            index_shards(root / "shards", labels=labels, on_error=rng.choice(["fail", "skip"]), out=root / "m.json")
+            return
+        else:
+            source = open_source(f"folder:{root}/in", "train", Options(labels=str(path)))
+        write_now_and_then(rng, source, root / OUT)
 
     return run
 
@@ -598,7 +597,7 @@ def idx_target(root: Path):
     good = {"images-idx3": images, "labels-idx1": np.arange(5, dtype=np.uint8)}
 
     def run(rng: random.Random) -> None:
-        end, hit, out = rng.choice(["", ".gz"]), rng.choice(list(good)), root / "out"
+        end, hit = rng.choice(["", ".gz"]), rng.choice(list(good))
         for kind, array in good.items():
             data = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
             if kind == hit and rng.random() < 0.8:
@@ -610,13 +609,10 @@ def idx_target(root: Path):
         try:
             source = open_source("mnist", "train", Options(root=str(root)))
             source.item(0)
-            if rng.random() < 0.2:
-                write_shards(source, out, workers=1, progress=False)
-                load_manifest(out)
+            write_now_and_then(rng, source, root / OUT)
         finally:
             for file in root.glob("*ubyte*"):
                 file.unlink()
-            shutil.rmtree(out, ignore_errors=True)
 
     return run
 
@@ -670,21 +666,62 @@ def arrays_target(root: Path):
         return out.getvalue() if rng.random() < 0.7 else mutate_bytes(rng, out.getvalue())
 
     def run(rng: random.Random) -> None:
-        suffix, out = rng.choice(["npy", "npz"]), root / "out"
+        suffix = rng.choice(["npy", "npz"])
         data = archive(rng) if suffix == "npz" else mutate_array(rng, npy(rng.choice(seeds)))
         (root / f"a.{suffix}").write_bytes(data)
         names = rng.choice(["", "", "#x", "#x,y", "#", "#x,y,z"]) if suffix == "npz" else ""
-        try:
-            source = open_source(f"npy:{root}/a.{suffix}{names}", rng.choice(["train", "train", "test"]))
-            source.item(0)
-            write_now_and_then(rng, source, out)
-        finally:
-            shutil.rmtree(out, ignore_errors=True)
+        source = open_source(f"npy:{root}/a.{suffix}{names}", rng.choice(["train", "train", "test"]))
+        source.item(0)
+        write_now_and_then(rng, source, root / OUT)
 
     return run
 
 
+def parquet_target(root: Path):
+    """Parquet files as Hugging Face's datasets write them: with one column of bytes or a struct, labels or none."""
+    images = [small_png(50 * i) for i in range(5)]
+    structs = [{"bytes": image, "path": f"{i}.png"} for i, image in enumerate(images)]
+    columns = {"image": images, "label": [0, 1, 2, 1, -1]}
+    names = {"info": {"features": {"label": {"names": ["a", "b", "c"]}}}}
+    tables = [
+        pa.table({"image": images}),
+        pa.table(columns).replace_schema_metadata({"huggingface": json.dumps(names)}),
+        pa.table({"image": structs, "label": pa.array(list("abcab")).dictionary_encode()}),
+    ]
+    seeds = []
+    for table in tables:
+        for options in ({}, {"row_group_size": 2, "compression": "zstd"}, {"data_page_version": "2.0"}):
+            out = io.BytesIO()
+            parquet.write_table(table, out, **options)
+            seeds.append(out.getvalue())
+
+    def run(rng: random.Random) -> None:
+        (root / "a.parquet").write_bytes(mutate_parquet(rng, rng.choice(seeds)))
+        options = Options(label=rng.choice([None, None, None, "none", "image"]))
+        source = open_source(f"parquet:{root}/a.parquet", "train", options)
+        source.item(0)
+        write_now_and_then(rng, source, root / OUT)
+
+    return run
+
+
+def small_png(grey: int) -> bytes:
+    out = io.BytesIO()
+    Image.new("L", (3, 4), grey).save(out, "PNG")
+    return out.getvalue()
+
+
+def mutate_parquet(rng: random.Random, data: bytes) -> bytes:
+    """Change the footer, its length kept right, or any bytes."""
+    if rng.random() < 0.4:
+        return mutate_bytes(rng, data)
+    size = int.from_bytes(data[-8:-4], "little")
+    footer = mutate_bytes(rng, data[-8 - size : -8], 2)
+    return data[: -8 - size] + footer + struct.pack("<I", len(footer)) + data[-4:]
+
+
 TARGETS = {
+    "parquet": parquet_target,
     "labels": labels_target,
     "idx": idx_target,
     "arrays": arrays_target,
@@ -783,6 +820,7 @@ def fuzz(target: str, inputs: int, seed: int, first: int = 0, number=None, keep:
                 print(findings[-1], flush=True)
                 if keep is not None:
                     shutil.copytree(folder, where, dirs_exist_ok=True)
+            shutil.rmtree(Path(folder, OUT), ignore_errors=True)
     return findings
 
 
