@@ -12,16 +12,19 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-# Folders whose tests start processes and wait for them, the longest first.
-LONG = ("launch", "runtime", "training", "tracking", "commands", "report", "data", "inference", "evaluation")
+# Folders and files whose tests take longest, most of them waiting for processes that they start.
+LONG = (
+    *("launch", "test_losses_mutations", "test_benchmarks", "runtime", "training", "tracking", "commands", "report"),
+    *("data", "inference", "evaluation"),
+)
 
 
 def pytest_collection_modifyitems(items):
-    """Long files begin first, so that none runs alone at the end while the other worker has nothing to do."""
+    """Long files begin first, so that none runs alone at the end while the other workers have nothing to do."""
 
     def place(item) -> int:
-        folder = item.path.parent.name
-        return LONG.index(folder) if folder in LONG else len(LONG)
+        names = {item.path.parent.name, item.path.stem}
+        return min((LONG.index(name) for name in names if name in LONG), default=len(LONG))
 
     items.sort(key=place)
 

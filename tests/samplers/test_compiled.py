@@ -1,13 +1,18 @@
 """Compiled chains are used where they are right and pay off; in all other cases the eager ones run, and the log says
 why."""
 
+import contextlib
+import gc
 import json
 import logging
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
+import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -140,6 +145,27 @@ def test_a_compilation_that_takes_too_long_is_given_up(tmp_path, caplog, monkeyp
     engine = Engine(energy, compiler=compiler(tmp_path, limit=0.05))
     engine(langevin, start(), generator=generators(), **SETTINGS)
     assert list(engine._functions.values()) == [energy] and "TimeoutError" in caplog.text
+
+
+class Held:
+    """What a call refers to."""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_thread_of_a_compilation_outlives_it_and_holds_nothing_of_it(fails):
+    held, threads = Held(), []
+    gone = weakref.ref(held)
+
+    def call(held):
+        threads.append(threading.current_thread())
+        if fails:
+            raise KeyError(held)
+
+    with pytest.raises(KeyError) if fails else contextlib.nullcontext():
+        in_time(partial(call, held), 5, CPU)
+    del held
+    gc.collect()
+    assert threads[0].is_alive() and gone() is None
 
 
 def chosen(compiler, gain=2.0):
