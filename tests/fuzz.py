@@ -750,7 +750,8 @@ class Guard:
     def __init__(self):
         self.root, self.outside = None, []
         code = {sys.prefix, sys.base_prefix, *sysconfig.get_paths().values(), str(Path(__file__).parent.parent)}
-        self.readable = (*code, "/proc/", "/usr/lib", "/usr/share/zoneinfo", "/dev/null")
+        # Python looks for the source of a text that it can't parse under the name that the text was given.
+        self.readable = (*code, "/proc/", "/usr/lib", "/usr/share/zoneinfo", "/dev/null", "<string>", "<unknown>")
         sys.addaudithook(self._hear)
 
     def _hear(self, event: str, args: tuple) -> None:

@@ -187,9 +187,14 @@ def run_from(run: RunDirectory, config: Config, world: World, watchdog: Watchdog
             watchdog,
             Saver(run.checkpoints, world) as saver,
         ):
-            code = Training(
-                state, run, saver, tracker, heldout[0] if heldout else None, facts.get("flops_per_step")
-            ).loop(stop, watchdog)
+            data, flops = heldout[0] if heldout else None, facts.get("flops_per_step")
+            training = Training(state, run, saver, tracker, data, flops)
+            try:
+                code = training.loop(stop, watchdog)
+            except Exception:
+                if saver.busy and world.size == 1:  # which needs no other rank to make its checkpoint final
+                    training.finish_save()
+                raise
     except Exception as error:
         if isinstance(error, UserError):  # at once: the tracker's end takes time
             leave_code(error.exit_code, run.path)

@@ -145,25 +145,27 @@ def wait_for_a_rank_that_sleeps(rank: int, port: int) -> None:
     dist.barrier()
     if rank == 1:
         time.sleep(4)
-        return
+        os._exit(0)
     first = dist.all_reduce(torch.ones(1), async_op=True)
     for wait in (lambda: dist.all_reduce(torch.ones(1)), first.wait, lambda: dist.all_reduce(torch.ones(1))):
         with pytest.raises(RuntimeError) as caught:
             wait()
         assert World.lost_peer(SimpleNamespace(size=2), caught.value), caught.value
+    os._exit(0)  # gloo's threads still hold what timed out: the interpreter's own end may abort
 
 
 def test_a_failing_step_is_not_retried_for_ever(digits, tmp_path):
+    """It fails while the checkpoint before it is being written, which is made final all the same."""
     settings = SETTINGS | {"health__max_restarts": 1}
-    fault = json.dumps({"kind": "raise", "rank": 0, "step": 15})
+    fault = json.dumps({"kind": "raise", "rank": 0, "step": 11})
     for _ in range(4):  # from 0, from 10, from 10 again, refused
         run = Run(command(1, tmp_path / "run", digits, script="tests/faulty.py", **settings), tmp_path / "log",
                   EBM_FAULT=fault)  # fmt: skip
         assert run.wait() != 0
     said = run.log.read_text()
-    assert said.count("RuntimeError: injected at step 15") >= 3
+    assert said.count("RuntimeError: injected at step 11") >= 3
     assert "2 starts at step 10 ended without a newer checkpoint (health.max_restarts=1)" in said
-    assert "The last one said: RuntimeError: injected at step 15" in said
+    assert "The last one said: RuntimeError: injected at step 11" in said
     finish(command(1, tmp_path / "run", digits, **SETTINGS), tmp_path / "log")  # a higher limit lets it go on
 
 
