@@ -205,8 +205,11 @@ def _row_group(path: str, column: str, group: int) -> list[Any]:
 
 @lru_cache(maxsize=64)
 def _group_ends(path: str) -> tuple[int, ...]:
-    metadata = _pyarrow().ParquetFile(path).metadata
-    return tuple(accumulate(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)))
+    return tuple(accumulate(_rows_of_groups(_pyarrow().ParquetFile(path).metadata)))
+
+
+def _rows_of_groups(metadata: Any) -> list[int]:
+    return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
 
 
 def _parquet_rows(path: str, column: str, row: int) -> Any:
@@ -235,7 +238,7 @@ def open_parquet(pattern: str, split: str, image: str | None = None, label: str 
                 raise ValueError(f"its columns are {found}, those of {paths[0]} are {columns} (image, label)")
             names = names or _feature_names(file.schema_arrow, found[1])
             counts.append(file.metadata.num_rows)
-            groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+            groups = _rows_of_groups(file.metadata)
             if min(groups, default=0) < 0 or sum(groups) != counts[-1]:
                 raise ValueError(f"it has {counts[-1]} rows, and its groups have {groups}: it is damaged")
             values = file.read(columns=[found[1]]).column(found[1]).to_pylist() if found[1] else [None] * counts[-1]

@@ -210,8 +210,8 @@ def in_time(function: Callable[[], object], limit: float, device: torch.device) 
     """Calls `function` in a thread. Raises TimeoutError if it has not returned after `limit` seconds; it can't be
     stopped then, and its result is dropped when it ends.
 
-    The thread outlives the call, with nothing of it: a CUDA build of torch 2.11 that finds no GPU makes a guard in the
-    memory of the thread that compiles, where the next compilation of the process reads it."""
+    The thread outlives the call: a CUDA build of torch 2.11 that finds no GPU makes a guard in the memory of the thread
+    that compiles, where the next compilation of the process reads it. It keeps nothing of a call that was in time."""
     calls, failed, returned = [function], list[BaseException](), Event()
     threads = torch.get_num_threads()
 
