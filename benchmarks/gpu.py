@@ -34,7 +34,7 @@ from timing import alternate, machine, seconds, spread, write
 
 ROOT = Path(__file__).parent.parent
 WHOLE = 480  # seconds
-LIMITS = {"tests": 130, "chain": 90, "step": 70, "compile": 90, "ranks": 45, "quality": 80}
+LIMITS = {"tests": 130, "chain": 90, "step": 85, "compile": 90, "ranks": 45, "quality": 80}
 TINY_LIMIT = 600  # of each part; a busy machine takes several times as long as an idle one
 CUDA_TESTS = (
     "tests/samplers/test_engine_cuda.py",
@@ -311,7 +311,7 @@ def script(name: str, out: Path, *arguments: str) -> dict:
 
 def step(options: argparse.Namespace, work: Path) -> None:
     arguments, result = config(options, work), {}
-    steps = ["--steps", "4" if options.tiny else "60"]
+    steps = ["--steps", "4" if options.tiny else "240"]
     eager = ["train.compile=false"]
     variants = {"shipped": [], "eager": eager, "eager, fastest algorithms": [*eager, "train.deterministic=false"]}
     for name, settings in variants.items():

@@ -3,15 +3,17 @@ long the loss takes as a CUDA graph and without.
 
 python benchmarks/step.py [--config FILE] [--steps 200] [--out FILE] [key=value ...]
 
-Runs the trainer's own step on the config (digits by default) with a clock around each of its parts, and prints a table
-and one JSON object: the median of each part, and the overhead, (step + data) / (chain + loss). Every other step runs
-without clocks: they make a GPU wait after each part, so that there the parts add up to more than an unobserved step.
-Where the loss is a CUDA graph, a tenth as many steps without it follow.
+Runs the trainer's own step on the config (digits by default), in up to four rounds: some steps with a clock around
+each of their parts, then four times as many without, issued as a run issues them. A clock makes a GPU wait after each
+part, so the parts add up to more than a step there. Prints a table and one JSON object: the median of each part, the
+seconds of a step without clocks, and the overhead, step / (chain + loss). Where the loss is a CUDA graph, a tenth as
+many steps without it follow.
 """
 
 import argparse
 from collections import defaultdict
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -40,44 +42,60 @@ def main() -> None:
     config = load_config(options.config, options.overrides)
     ensure_shards(config.data.shards, config.data.source, "train")
     state = build_state(config, World(config.train))
-    times, observed, whole = timed_steps(state, options.steps + 20, warm=5)
-    over = [t / (c + x) for t, c, x in zip(observed, times["chain"], times["loss"], strict=True)]
+    rounds = timed_steps(state, options.steps, warm=10)
+    times = {part: [t for one in rounds for t in one.parts[part]] for part in PARTS}
+    total = sum(map(median, times.values()))
     result = {
         "machine": machine(),
         "config": " ".join([str(options.config or "digits"), *options.overrides]),
-        "step_s": spread(whole),
+        "step_s": spread([one.step for one in rounds]),
         "parts_s": {part: spread(values, 6) for part, values in times.items()},
-        "shares": {part: round(sum(values) / sum(observed), 4) for part, values in times.items()},
-        "over_chain_and_loss": spread(over, 3),
+        "shares": {part: round(median(values) / total, 4) for part, values in times.items()},
+        "over_chain_and_loss": spread([one.step / (one.median("chain") + one.median("loss")) for one in rounds], 3),
         "loss_captured": state.loss.captured is not None,
     }
     if state.loss.captured is not None:
         state.loss.capture = state.loss.captured = None
-        eager, _, whole_eager = timed_steps(state, options.steps // 10 + 10, warm=2)
-        result["loss_eager_s"], result["step_loss_eager_s"] = spread(eager["loss"], 6), spread(whole_eager)
+        rounds = timed_steps(state, max(options.steps // 10, 8), warm=4)
+        result["loss_eager_s"] = spread([t for one in rounds for t in one.parts["loss"]], 6)
+        result["step_loss_eager_s"] = spread([one.step for one in rounds])
     state.reader.close()
-    total = median(observed)
     rows = [[part, 1e3 * median(values), f"{median(values) / total:.1%}"] for part, values in times.items()]
     print(table(["part", "ms", "share"], rows))
     publish(result, options.out)
 
 
-def timed_steps(state, number: int, warm: int):
-    """Runs steps, every other one with clocks. Returns the seconds of each part and the sum by step with clocks, and
-    the seconds of each step without; without the first `warm` of either."""
-    times, whole, observed = defaultdict(list), [], []
-    for step in range(number):
-        batch = []
-        waited = seconds(lambda batch=batch: batch.append(next(state.reader)))
-        if step % 2:
-            whole.append(waited + seconds(lambda batch=batch: training_step.train_step(state, batch[0])))
-            continue
-        with clocks(state) as parts:
-            inside = seconds(lambda batch=batch: training_step.train_step(state, batch[0]))
-        observed.append(waited + inside)
-        for part in PARTS:
-            times[part].append(waited if part == "data" else parts[part])
-    return {part: values[warm:] for part, values in times.items()}, observed[warm:], whole[warm:]
+@dataclass
+class Round:
+    """Steps with clocks, then steps without."""
+
+    parts: dict[str, list[float]]  # seconds of each step with clocks
+    step: float  # seconds of a step without
+
+    def median(self, part: str) -> float:
+        return median(self.parts[part])
+
+
+def timed_steps(state, number: int, warm: int) -> list[Round]:
+    """About `number` steps in up to four rounds, a fifth of each with clocks, after `warm` steps."""
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            training_step.train_step(state, next(state.reader))
+
+    steps(warm)
+    with_clocks, rounds = max(number // 20, 1), []
+    for _ in range(min(4, number // 2)):
+        parts = defaultdict(list)
+        for _ in range(with_clocks):
+            batch = []
+            parts["data"].append(seconds(lambda batch=batch: batch.append(next(state.reader))))
+            with clocks(state) as clocked:
+                training_step.train_step(state, batch[0])
+            for part in PARTS[1:]:
+                parts[part].append(clocked[part])
+        rounds.append(Round(parts, seconds(lambda: steps(4 * with_clocks)) / (4 * with_clocks)))
+    return rounds
 
 
 @contextmanager

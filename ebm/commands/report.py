@@ -80,5 +80,5 @@ def states_of(trained: TrainedRun, split: Literal["train", "test"], num: int) ->
     try:
         return to_states(read_evaluation_data(trained.config, split, num)[0])
     except DataError as error:
-        log.warning("%s", error)
+        log.warning("%s", str(error))
         return None

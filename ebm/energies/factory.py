@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
@@ -60,8 +61,6 @@ class FoldedEnergy:
         self.module = _plain_copy(energy)
         if dtype != torch.float32:
             _cast_body(self.module, dtype)
-        if any(tensor.is_cuda for tensor in self.module.parameters()):
-            _quicken(self.module)
         self.module.requires_grad_(False)
         own: dict[str, Tensor] = dict(self.module.named_parameters(remove_duplicate=False))  # tied weights: many paths
         own |= dict(self.module.named_buffers(remove_duplicate=False))
@@ -155,20 +154,14 @@ class SpectralNorms:
     def computed(self) -> Iterator[None]:
         """Inside, each normalised weight is a value that is computed once, after its power iterations where the layer
         is in training mode. In float32 whatever the autocast type: chains move on weights that are normalised so."""
-        was = [norm.training for norm in self._norms]
         devices = {weight.device.type for weight in self._weights}
         with parametrize.cached():
-            try:
-                with ExitStack() as stack:
-                    for device in devices:
-                        stack.enter_context(torch.autocast(device, enabled=False))
-                    self._iterate()
-                    for norm, (layer, name) in zip(self._norms, self.places, strict=True):
-                        norm.training = False
-                        getattr(layer, name)  # which the cache keeps
-            finally:
-                for norm, training in zip(self._norms, was, strict=True):
-                    norm.training = training
+            with ExitStack() as stack:
+                for device in devices:
+                    stack.enter_context(torch.autocast(device, enabled=False))
+                self._iterate()
+                for norm, weight, (layer, name) in zip(self._norms, self._weights, self.places, strict=True):
+                    parametrize._cache[id(layer), name] = _Normalised.apply(weight, norm)
             yield
 
     @torch.no_grad()
@@ -197,8 +190,31 @@ class SpectralNorms:
                 torch._foreach_copy_(out, products)
 
 
+class _Normalised(torch.autograd.Function):
+    """A weight over its norm, as `_SpectralNorm.forward` has it, in half of the launches: it copies no vectors, so that
+    they must stay as they are until the gradient is taken, and its gradient uses its value."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, norm: _SpectralNorm) -> Tensor:
+        u, v = norm._u, norm._v
+        size = torch.vdot(u, torch.mv(norm._reshape_weight_to_matrix(weight), v))
+        value = weight / size
+        ctx.dim = norm.dim
+        ctx.save_for_backward(u, v, size, value)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # torch's own signature: one gradient an output
+        (grad,), (u, v, size, value) = grads, ctx.saved_tensors
+        along = (grad * (value / size)).sum()
+        rank_one = torch.outer(u * along, v).view(value.movedim(ctx.dim, 0).shape).movedim(0, ctx.dim)
+        return grad / size - rank_one, None
+
+
 def _plain_copy(energy: BaseEnergyFunction) -> BaseEnergyFunction:
-    """A copy in evaluation mode, without parametrisations, and with the weights of 2D convolutions channels-last."""
+    """A copy in evaluation mode, without parametrisations, with the weights of 2D convolutions channels-last, and on a
+    GPU with the convolutions that it computes fastest."""
     module = copy.deepcopy(energy).eval().requires_grad_(False)
     for layer in list(module.modules()):
         if parametrize.is_parametrized(layer):
@@ -206,6 +222,8 @@ def _plain_copy(energy: BaseEnergyFunction) -> BaseEnergyFunction:
     for parameter in module.parameters():
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    if any(parameter.is_cuda for parameter in module.parameters()):
+        _quicken(module)
     return module
 
 
@@ -220,16 +238,17 @@ def _cast_body(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _quicken(module: nn.Module) -> None:
-    """Has the 2D convolutions of `module` computed as `_ChainConv2d`."""
+    """Has the 2D convolutions of `module` computed as `_QuickConv2d`."""
     for layer in module.modules():
         if type(layer) is nn.Conv2d:  # a subclass may compute something else
-            layer.__class__ = _ChainConv2d
+            layer.__class__ = _QuickConv2d
 
 
-class _ChainConv2d(nn.Conv2d):
-    """A convolution as chains on a GPU compute it fastest. Over few channels it is a product of matrices: cuDNN's
-    kernels want 8 channels or more, and took a tenth of a chain of grey images. The bias is added by itself: a compiler
-    that sees one operation writes the sum to memory for the backward pass, beside what it makes of it."""
+class _QuickConv2d(nn.Conv2d):
+    """A convolution as a GPU computes it fastest. Over few channels it is a product of matrices: cuDNN's kernels want 8
+    channels or more, and took a tenth of a chain of grey images. The bias is added by itself, in the type of the
+    product: a compiler that sees one operation writes the sum to memory for the backward pass, beside what it makes of
+    it."""
 
     def forward(self, x: Tensor) -> Tensor:
         taps = 9 * self.in_channels
@@ -238,7 +257,7 @@ class _ChainConv2d(nn.Conv2d):
             h = self._product(x, taps)
         else:
             h = self._conv_forward(x, self.weight, None)
-        return h if self.bias is None else h + self.bias.view(-1, 1, 1)
+        return h if self.bias is None else h + self.bias.to(h.dtype).view(-1, 1, 1)
 
     def _product(self, x: Tensor, taps: int) -> Tensor:
         """The convolution with windows of 3x3 pixels, (B, C, H, W) -> (B, D, H, W): what lies under the window at each

@@ -134,7 +134,7 @@ def ruler_of(images: Tensor, labels: Tensor, directory: Path | None, beside: Pat
                 network.load_state_dict(load_file(place / name))
                 return network.eval().requires_grad_(False)
             except (OSError, SafetensorError, RuntimeError) as error:
-                log.warning("%s: can't be used (%s); training the ruler's classifier anew", place / name, error)
+                log.warning("%s: can't be used (%s); training the ruler's classifier anew", place / name, str(error))
     log.info("training the ruler's classifier on %d images, once for this data", len(images))
     network = train_classifier(images, labels)
     if directory is not None:

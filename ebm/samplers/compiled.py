@@ -7,6 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -120,7 +121,7 @@ class Compiler:
         try:
             return {str(kind): value is True for kind, value in read_json(self.file).items()}
         except (OSError, ValueError, AttributeError) as error:
-            log.warning("%s can't be read, chains may be compiled otherwise than before: %s", self.file, error)
+            log.warning("%s can't be read, chains may be compiled otherwise than before: %s", self.file, str(error))
             return {}
 
     def _settle(self, kind: str, use: bool) -> bool:
@@ -133,7 +134,8 @@ class Compiler:
             if choices.get(kind) is not use:
                 replace(self.file, json.dumps(choices | {kind: use}, indent=1).encode() + b"\n")
         except OSError as error:  # a full disk ends no run
-            log.warning("%s can't be written, a resumed run may choose otherwise: %s", self.file, error)
+            # As text: a handler may keep its records, and the error's frames hold the graph of the loss under way.
+            log.warning("%s can't be written, a resumed run may choose otherwise: %s", self.file, str(error))
         return use
 
 
@@ -192,6 +194,9 @@ def compiled(energy: Function) -> Function:
     # Inside the forward of a module whose gradients are averaged, torch would cut the graph into pieces for it. What is
     # averaged here are gradients of weights before their normalisation, outside of the graph.
     torch._dynamo.config.optimize_ddp = False
+    # To dynamo all energies of a process, and all their shapes, are one function, which it runs eagerly from the ninth
+    # compilation on, without an error.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # train.tf32 decides
 
     def call(*inputs: Any) -> Tensor:
@@ -210,8 +215,9 @@ def in_time(function: Callable[[], object], limit: float, device: torch.device) 
     """Calls `function` in a thread. Raises TimeoutError if it has not returned after `limit` seconds; it can't be
     stopped then, and its result is dropped when it ends.
 
-    The thread outlives the call: a CUDA build of torch 2.11 that finds no GPU makes a guard in the memory of the thread
-    that compiles, where the next compilation of the process reads it. It keeps nothing of a call that was in time."""
+    The call sees the caller's context variables, in which later releases of torch keep their settings. The thread
+    outlives it: a CUDA build of torch 2.11 that finds no GPU makes a guard in the memory of the thread that compiles,
+    where the next compilation of the process reads it. It keeps nothing of a call that was in time."""
     calls, failed, returned = [function], list[BaseException](), Event()
     threads = torch.get_num_threads()
 
@@ -228,7 +234,7 @@ def in_time(function: Callable[[], object], limit: float, device: torch.device) 
 
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # the thread's stream does not wait for the caller's
-    Thread(target=run, name="compile", daemon=True).start()
+    Thread(target=copy_context().run, args=(run,), name="compile", daemon=True).start()
     if not returned.wait(limit):
         raise TimeoutError(f"not compiled within {limit:.0f} s")
     if failed:

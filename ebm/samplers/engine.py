@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from functools import cache, partial
 from threading import Barrier
 from typing import Any
@@ -70,7 +71,7 @@ class Engine:
             states, *extra = _first_inputs(sampler, [y.chunk(threads)[0] for y in (x, *labels)], settings)
 
             def here(function: Callable[[], Any]) -> Any:
-                return function() if threads == 1 else _pool(threads).submit(function).result()
+                return function() if threads == 1 else _pool(threads).submit(copy_context().run, function).result()
 
             def seconds(energy: Function) -> float:
                 return _seconds(energy, self.capture, sampler, x, labels, len(generator), settings)

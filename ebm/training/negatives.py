@@ -2,7 +2,8 @@
 section 3.2), where chains start, and the energy that they sample."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -49,6 +50,21 @@ def reinit_probabilities(mean: float, spread: float, slots: int) -> Tensor:
     """
     shape = torch.logspace(0, -math.log10(spread), slots, dtype=torch.float64)
     return (mean * shape / shape.mean()).float()
+
+
+@contextmanager
+def rows_differ() -> Iterator[None]:
+    """Inside, `x[rows] = values` is one scatter, for `rows` of which no two are equal. Under deterministic algorithms a
+    GPU sorts them first, as equal ones would be written in any order."""
+    was, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if not was:
+        yield
+        return
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=warns)
 
 
 class ReplayBuffer:
@@ -118,10 +134,11 @@ class ReplayBuffer:
         was = self.age[draw.rows]
         age = torch.where(draw.fresh, 0, was) + num_steps
         x = torch.where(ok, x, self.x[draw.rows].float())
-        self.x[draw.rows] = torch.where(broken.view(-1, *[1] * (x.ndim - 1)), draw.noise, x).to(self.x.dtype)
-        self.age[draw.rows] = torch.where(broken, 0, torch.where(ok, age, was)).to(torch.int32)
-        if self.labels is not None and draw.labels is not None:
-            self.labels[draw.rows] = torch.where(ok | broken, draw.labels, self.labels[draw.rows])
+        with rows_differ():
+            self.x[draw.rows] = torch.where(broken.view(-1, *[1] * (x.ndim - 1)), draw.noise, x).to(self.x.dtype)
+            self.age[draw.rows] = torch.where(broken, 0, torch.where(ok, age, was)).to(torch.int32)
+            if self.labels is not None and draw.labels is not None:
+                self.labels[draw.rows] = torch.where(ok | broken, draw.labels, self.labels[draw.rows])
 
     def reseed(self, seed: int) -> None:
         """Draw and restart chains by another seed from the next step on."""

@@ -83,22 +83,26 @@ class Objective(nn.Module):
 
 
 class Meters:
-    """Means of scalars between two reads. They add up on the device; only `read` waits for it."""
+    """Means of scalars between two reads. They add up on the device, in float32; only `read` waits for it."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[tuple[str, ...], Tensor] = {}  # one vector for all steps that gave the same names
         self._counts: Counter[str] = Counter()
 
     def add(self, values: dict[str, Tensor]) -> None:
         """One step's detached scalars; the same names on every rank."""
-        for name, value in values.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
-        self._counts.update(values.keys())
+        names, new = tuple(values), torch.stack([value.float() for value in values.values()])
+        self._sums[names] = self._sums[names] + new if names in self._sums else new
+        self._counts.update(names)
 
     def read(self, world: World) -> dict[str, float]:
         """Each mean over the steps that gave it and over all ranks; starts over."""
-        sums = torch.stack([value.float() / self._counts[name] for name, value in self._sums.items()])
-        means = dict(zip(self._sums, world.mean(sums).tolist(), strict=True))
+        sums: dict[str, Tensor] = {}
+        for names, values in self._sums.items():
+            for name, value in zip(names, values.unbind(), strict=True):
+                sums[name] = sums[name] + value if name in sums else value
+        shares = torch.stack([value / self._counts[name] for name, value in sums.items()])
+        means = dict(zip(sums, world.mean(shares).tolist(), strict=True))
         self._sums, self._counts = {}, Counter()
         return means
 
@@ -156,7 +160,8 @@ class TrainState:
     def write_chains(self, draw: Draw, x: Tensor, energies: Tensor | None, finite: Tensor) -> None:
         """Put a step's chains (B, *chain_shape) back into the buffer. Those that are not finite restart."""
         assert self.buffer is not None and energies is not None
-        broken = ~torch.isfinite(x).flatten(1).all(1) | ~torch.isfinite(energies)
+        largest = torch.linalg.vector_norm(x.flatten(1), torch.inf, dim=1)  # inf or NaN where a component is
+        broken = ~(torch.stack([largest, energies]).abs() < torch.inf).all(0)
         self.buffer.write(draw, x, self.config.sampler.num_steps, finite, broken)
         self.reset_chains = self.reset_chains + broken.sum()
 

@@ -64,7 +64,7 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     # Update, or none where the gradient is not finite: averaged over the ranks, its norm tells all of them alike.
     with one_thread():
         grad_norm = clip_grad_norm(state.optimizer, config.optim.grad_clip, world.scaler)
-        finite = torch.isfinite(grad_norm)
+        finite = grad_norm < torch.inf  # and no NaN, in one launch
         set_learning_rate(state.optimizer, config, step, state.divergence.lr_scale)
         step_if(state.optimizer, finite, world.scaler)
         state.optimizer.zero_grad()
@@ -124,12 +124,16 @@ def optional(function: Callable[[Tensor], Tensor], x: Tensor | None) -> Tensor |
 
 def scalars_of(outputs: Sequence[LossOutput], infos: Sequence[Any]) -> dict[str, Tensor]:
     """The loss, its terms and what the chains report, by metric; means over the parts of the batch."""
-    values = {"train/loss": torch.stack([output.loss.detach() for output in outputs]).mean()}
+    values = {"train/loss": mean([output.loss for output in outputs])}
     if infos:
         values |= {f"sampler/{name}": value for name, value in mean_info(infos)._asdict().items()}
     for name in outputs[0].terms:
-        values[f"loss/{name}"] = torch.stack([output.terms[name] for output in outputs]).mean()
+        values[f"loss/{name}"] = mean([output.terms[name] for output in outputs])
     return values
+
+
+def mean(values: Sequence[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(list(values)).mean()
 
 
 def energy_means(e_pos: Tensor | None, e_neg: Tensor | None) -> dict[str, Tensor]:

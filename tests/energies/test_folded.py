@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from ebm.config.energies import GaussianConfig, HybridConfig
 from ebm.energies import FoldedEnergy, build_energy, marginal_energy, mixture
-from ebm.energies.factory import _ChainConv2d, _quicken
+from ebm.energies.factory import _QuickConv2d, _quicken
 from ebm.energies.networks import NORMALISED
 
 
@@ -111,7 +111,7 @@ def test_a_convolution_over_few_channels_is_a_product(channels, bias):
         plain = nn.Conv2d(channels, 6, 3, padding=1, bias=bias, **settings).double()
         quick = copy.deepcopy(plain)
         _quicken(quick)
-        assert type(quick) is _ChainConv2d
+        assert type(quick) is _QuickConv2d
 
         def all_derivatives(layer):
             y = x.clone().requires_grad_(True)

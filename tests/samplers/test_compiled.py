@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import weakref
+from contextvars import ContextVar
 from functools import partial
 
 import pytest
@@ -147,6 +148,24 @@ def test_a_compilation_that_takes_too_long_is_given_up(tmp_path, caplog, monkeyp
     assert list(engine._functions.values()) == [energy] and "TimeoutError" in caplog.text
 
 
+@NEEDS_A_COMPILER
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_process_compiles_as_many_shapes_as_it_is_given(tmp_path, monkeypatch, threads):
+    """Dynamo's own limit is 8 for one function, after which it runs eagerly and says so in a log of its own alone."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    engine, before = Engine(energy, compiler=compiler(tmp_path)), torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for rows in range(2, 11):
+        engine(langevin, torch.rand(4, threads, rows, 3) * 2 - 1, generator=generators(), **SETTINGS)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 9
+
+
+def test_a_compilation_has_the_settings_of_its_caller():
+    name, seen = ContextVar("name"), []
+    name.set("the caller's")
+    in_time(lambda: seen.append(name.get(None)), 5, CPU)
+    assert seen == ["the caller's"]
+
+
 class Held:
     """What a call refers to."""
 
@@ -201,6 +220,8 @@ def test_a_damaged_file_of_choices_is_told_and_a_full_disk_ends_nothing(tmp_path
     (tmp_path / "compiled.json").write_text("[")
     assert chosen(compiler(tmp_path)) and "can't be read" in caplog.text
     assert chosen(compiler(tmp_path, file=tmp_path / "nowhere" / "compiled.json")) and "can't be written" in caplog.text
+    # Kept by a handler, an exception would keep all frames up to the loss, and its graph, which then can't be captured.
+    assert not [a for record in caplog.records for a in record.args or () if isinstance(a, BaseException)]
 
 
 @pytest.mark.parametrize("sampler", [langevin, mala, hmc, tempering])

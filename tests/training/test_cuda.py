@@ -89,14 +89,12 @@ def test_the_fused_update_on_the_device():
 
 
 NARROW = [*RESNET, "train.mixed_precision=bf16", "sampler.num_steps=4"]
-LEVELS = ["loss.kind=dual_score_matching", "data.noise_std=0", "energy.noise_conditional.sigma_min=0.1"]
 EXACT = {
     "contrastive": NARROW,
     "compiled": [*NARROW, "train.compile=true"],
     "conditional": ["energy.num_classes=10", "optim.grad_clip=0.1"],
     "denoising": [*RESNET, "loss.kind=denoising"],
-    "dual_score_matching": [*LEVELS, "energy.spectral_norm=true"],
-    **{name: VARIANTS[name] for name in ("noise_levels", "energy_matching", "equilibrium")},
+    **{name: VARIANTS[name] for name in ("levels", "noise_levels", "energy_matching", "equilibrium")},
 }
 NEAR = {"fastest": [*NARROW, "train.deterministic=false"]}
 NEAR |= {name: VARIANTS[name] for name in ("improved", "contrastive_latent", "jem", "unet")}
@@ -119,7 +117,7 @@ def test_a_captured_loss_trains_as_the_eager_one(new_state, loss, caplog):  # no
         assert captured.meters.read(captured.world) == eager.meters.read(eager.world)
 
 
-@pytest.mark.parametrize("loss", ["contrastive", "dual_score_matching", "energy_matching"])
+@pytest.mark.parametrize("loss", ["contrastive", "levels", "energy_matching"])
 def test_a_run_with_a_captured_loss_resumes_exactly(new_state, loss):  # noqa: F811
     whole = assert_trains_and_resumes_exactly(new_state, LOSSES[loss], steps=4)
     assert whole.loss.captured is not None

@@ -66,6 +66,13 @@ VARIANTS = {
     "mala": ["sampler.kind=mala", "sampler.num_steps=2"],
     "hmc": ["sampler.kind=hmc", "sampler.num_steps=2", "train.accumulate=2"],
     "tempering": ["sampler.kind=tempering", "sampler.num_steps=2", "energy.num_classes=10"],
+    "levels": [
+        "loss.kind=dual_score_matching",
+        "data.noise_std=0",
+        "sampler.kind=noise_levels",
+        "energy.noise_conditional.sigma_min=0.1",
+        "energy.spectral_norm=true",
+    ],
     "noise_levels": [
         "loss.kind=dual_score_matching",
         "loss.contrastive_weight=0.01",
