@@ -104,7 +104,7 @@ def clocks(state):
     parts = defaultdict(float)
     places = [
         (training_step, "positives", "draw"), (training_step, "initial_states", "draw"),
-        (state.folded, "refresh", "fold"),
+        (state, "fold", "fold"),
         (state, "engine", "chain"), (state, "loss", "loss"),
         (training_step, "clip_grad_norm", "optimizer"), (training_step, "step_if", "optimizer"),
         (state.optimizer, "zero_grad", "optimizer"), (training_step, "update_average", "optimizer"),

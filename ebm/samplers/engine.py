@@ -273,6 +273,24 @@ class CapturedFunction:
             one.set_state(own.get_state())
 
 
+class CapturedUpdate:
+    """`update()`, which sets static tensors in place from others and draws no random numbers, as a CUDA graph from its
+    first call on: one launch in place of dozens. What can't be captured runs as it is, and the log says so once."""
+
+    def __init__(self, update: Callable[[], object], device: torch.device):
+        self._update, self._device = update, device
+        self._run: Callable[[], object] | None = None
+
+    def __call__(self) -> None:
+        if self._run is None:
+            try:
+                self._run = partial(CapturedFunction(lambda _: self._update(), [], self._device).replay, [])
+            except CaptureError as error:
+                log.warning("the copy of the weights runs step by step, as it can't be captured: %s", str(error))
+                self._run = self._update
+        self._run()
+
+
 class _Captured:
     """A chain as a CUDA graph with static inputs; a call copies inputs in, replays, and copies outputs out."""
 

@@ -28,6 +28,7 @@ from ebm.energies import (
     build_energy,
     chain_dtype,
 )
+from ebm.energies.base import device_of
 from ebm.errors import DataError
 from ebm.evaluation.sets import read_spread
 from ebm.inference.images import dequantize, strongly_augmented, to_states
@@ -38,7 +39,7 @@ from ebm.runtime.distributed import World
 from ebm.samplers import Engine, adapted, sampler_of
 from ebm.samplers.base import MixtureStart
 from ebm.samplers.compiled import TOLERANCE, Compiler, EnergyOfLoss
-from ebm.samplers.engine import CapturedFunction
+from ebm.samplers.engine import CapturedFunction, CapturedUpdate
 from ebm.samplers.factory import chain_shape, sampler_in_use, start_of
 from ebm.streams import StreamGenerators, derive_seed, owned_streams
 from ebm.training.divergence import DivergenceMonitor
@@ -112,7 +113,7 @@ class TrainState:
     """All that a step reads and changes.
 
     `energy` is the bare module, `model` the wrapped `Objective` around it, which `loss` runs; `ema` holds the averages
-    of the weights and `folded` the frozen copy that chains move on.
+    of the weights and `folded` the frozen copy that chains move on, which `fold` brings up to date.
     """
 
     config: Config
@@ -123,6 +124,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     ema: BaseEnergyFunction
     folded: FoldedEnergy
+    fold: Callable[[], object]
     engine: Engine
     buffer: ReplayBuffer | None
     reader: ShardReader
@@ -208,6 +210,7 @@ def build_state(config: Config, world: World) -> TrainState:
         build_optimizer(config.optim, energy),
         ema,
         folded,
+        CapturedUpdate(folded.refresh, device_of(energy)) if can_be_captured(config, world) else folded.refresh,
         Engine(chain_energy(config, folded), compiler=compiler_of(config, world, folded.dtype)),
         build_buffer(config, world, streams, mixture),
         reader=open_reader(config, world, manifest, streams, {}),
@@ -283,10 +286,9 @@ def energy_of_loss(config: Config, world: World, energy: BaseEnergyFunction) -> 
 
 def build_loss(config: Config, world: World, model: nn.Module) -> StepLoss:
     """The loss of a step. On a GPU it is captured as a graph, unless gradients are scaled, or summed over ranks or over
-    parts of a batch, which is outside of the graph, or code of the user's is in it, which may keep state that a graph
-    does not see."""
+    parts of a batch, which is outside of the graph."""
     alone = isinstance(model, Objective) and world.size == 1 and config.train.accumulate == 1 and world.scaler is None
-    captures = alone and world.device.type == "cuda" and not has_users_code(config)
+    captures = alone and can_be_captured(config, world)
     return StepLoss(
         model,
         world.backward,
@@ -295,6 +297,12 @@ def build_loss(config: Config, world: World, model: nn.Module) -> StepLoss:
         TOLERANCE[world.autocast_dtype()],
         pairs_of(config.loss),
     )
+
+
+def can_be_captured(config: Config, world: World) -> bool:
+    """Whether the fold and the loss may be CUDA graphs: no code of the user's may keep state that a graph does not
+    see."""
+    return world.device.type == "cuda" and not has_users_code(config)
 
 
 def has_users_code(config: Config) -> bool:

@@ -36,7 +36,7 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     config, world, random, step = state.config, state.world, state.random, state.step + 1
 
     # Data in [-1, 1], dequantised, augmented, noised; and the states that chains start from, where the loss needs any.
-    state.folded.refresh()
+    state.fold()
     with one_thread():
         x_pos, y_pos = positives(config, world, random, batch, step)
         start = initial_states(config, random, state.buffer, x_pos, y_pos, step, state.mixture, state.folded)

@@ -10,6 +10,7 @@ import torch
 from test_engine import SETTINGS, generators
 
 from ebm.samplers import Engine, hmc, langevin, mala
+from ebm.samplers.engine import CapturedUpdate
 from ebm.streams import Philox
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -141,6 +142,7 @@ def test_a_counter_is_unharmed_by_a_capture_that_fails():
 WITHOUT_A_COMPILER = """
 import logging
 import torch
+from ebm.samplers.engine import CapturedUpdate
 from ebm.streams import Philox
 from ebm.samplers import Engine, langevin
 logging.basicConfig(format="%(message)s")
@@ -171,3 +173,21 @@ def test_without_a_c_compiler_the_plain_update_stands_in(tmp_path):
     )
     assert result.stdout == "done\n", result.stderr
     assert result.stderr.count("the fused Langevin update can't be built") == 1
+
+
+def test_an_update_is_one_graph(caplog):
+    x, total = torch.ones(3, device="cuda"), torch.zeros((), device="cuda")
+    update = CapturedUpdate(lambda: total.copy_(x.sum()), x.device)
+    for value in (1.0, 2.0):
+        x.fill_(value)
+        update()
+        assert total.item() == 3 * value and not caplog.records
+
+
+def test_an_update_that_reads_the_host_runs_as_it_is(caplog):
+    x, seen = torch.ones(3, device="cuda"), []
+    update = CapturedUpdate(lambda: seen.append(x.sum().item()), x.device)
+    update()
+    x.fill_(2.0)
+    update()
+    assert seen[-1] == 6 and caplog.text.count("can't be captured") == 1

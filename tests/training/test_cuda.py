@@ -107,7 +107,7 @@ def test_a_captured_loss_trains_as_the_eager_one(new_state, loss, caplog):  # no
     deterministic algorithm, a graph is near enough to be used."""
     captured, eager = new_state(*LOSSES[loss]), new_state(*LOSSES[loss])
     assert captured.loss.capture is CapturedFunction
-    eager.loss.capture = None
+    eager.loss.capture, eager.fold = None, eager.folded.refresh
     for state in (captured, eager):
         advance(state, 20)
     assert captured.loss.captured is not None and eager.loss.captured is None
