@@ -2,14 +2,14 @@
 
 python benchmarks/gpu.py [--tiny] [--parts PART ...] [--data DIR] [--out gpu.json] [--commit NAME]
 
-Parts: tests (the CUDA tests, in one process), chain (steps a second: this engine, eager, eager with the fastest
-algorithms, and compiled, the bare network, TorchEBM where it can be imported), step (where a step's time goes: as
-shipped, eager, and eager with the fastest algorithms; in each with the loss as a CUDA graph and without), compile
-(seconds to the first step and what they go into, without and with a warm cache), ranks (the same run with one rank and
-with two that share the GPU, over gloo), quality (speedrun.py). Each part runs in processes of its own with a limit of
-its own, and what it has found when it fails or is stopped is kept: --out is written every few seconds; parts of the
-same commit and machine that it has already, and that are not run again, stay in it. --tiny runs every part on a CPU, or
-a GPU, in about two minutes, to see that it works.
+Parts: tests (the CUDA tests, in four processes where pytest-xdist is installed), chain (steps a second: this engine,
+eager, eager with the fastest algorithms, and compiled, the bare network, TorchEBM where it can be imported), step
+(where a step's time goes: as shipped, eager, and eager with the fastest algorithms; in each with the loss as a CUDA
+graph and without), compile (seconds to the first step and what they go into, without and with a warm cache), ranks (the
+same run with one rank and with two that share the GPU, over gloo), quality (speedrun.py). Each part runs in processes
+of its own with a limit of its own, and what it has found when it fails or is stopped is kept: --out is written every
+few seconds; parts of the same commit and machine that it has already, and that are not run again, stay in it. --tiny
+runs every part on a CPU, or a GPU, in about two minutes, to see that it works.
 
 --data DIR: Fashion-MNIST, as the four .gz files of its authors, as train.npz and test.npz (an array `images`), or as
 folders of shards, train and test (`ebm shard`). Without it, the parts that train take the digits. --commit: what is
@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -177,24 +178,15 @@ def commit() -> str | None:
 
 
 def tests(options: argparse.Namespace, work: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-o",
-        "addopts=",
-        "-p",
-        "no:cacheprovider",
-        "-rfE",
-        "--durations=5",
-    ]
+    settings = ["-o", "addopts=", "-p", "no:cacheprovider", "-rfE", "--durations=10"]
+    together = ["-n", "4"] if find_spec("xdist") and not options.tiny else []  # a test waits for the host more than not
+    command = [sys.executable, "-m", "pytest", "-q", *settings, *together]
     start = time.monotonic()
     done = subprocess.run([*command, *CUDA_TESTS], cwd=ROOT, capture_output=True, text=True, check=False)
     lines = done.stdout.strip().splitlines()
     keep(work, {"summary": lines[-1] if lines else done.stderr[-500:], "seconds": round(time.monotonic() - start, 1),
                 "failed": [line for line in lines if line.startswith(("FAILED", "ERROR"))]})  # fmt: skip
-    print(done.stdout[-3000:], done.stderr[-1000:])
+    print(done.stdout[-7000:], done.stderr[-1000:])
     raise SystemExit(done.returncode)
 
 
@@ -270,8 +262,6 @@ def our_chain(engine, x, steps: int):
 
 
 def has_torchebm() -> bool:
-    from importlib.util import find_spec
-
     return find_spec("torchebm") is not None
 
 
