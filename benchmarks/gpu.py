@@ -35,7 +35,7 @@ from timing import alternate, machine, seconds, spread, write
 
 ROOT = Path(__file__).parent.parent
 WHOLE = 480  # seconds
-LIMITS = {"tests": 130, "chain": 90, "step": 85, "compile": 90, "ranks": 45, "quality": 80}
+LIMITS = {"tests": 110, "chain": 90, "step": 110, "compile": 90, "ranks": 45, "quality": 80}
 TINY_LIMIT = 600  # of each part; a busy machine takes several times as long as an idle one
 CUDA_TESTS = (
     "tests/samplers/test_engine_cuda.py",
