@@ -14,8 +14,8 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Folders and files whose tests take longest, most of them waiting for processes that they start.
 LONG = (
-    *("launch", "test_kinds", "test_losses_mutations", "test_gpu_kit", "test_benchmarks", "runtime", "training"),
-    *("tracking", "commands", "report", "data", "inference", "evaluation"),
+    *("launch", "test_kinds", "test_losses_mutations", "runtime", "training", "tracking", "test_gpu_kit"),
+    *("test_benchmarks", "commands", "report", "data", "inference", "evaluation"),
 )
 
 
