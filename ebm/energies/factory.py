@@ -191,8 +191,8 @@ class SpectralNorms:
 
 
 class _Normalised(torch.autograd.Function):
-    """A weight over its norm, as `_SpectralNorm.forward` has it, in two thirds of the launches: it copies no vectors, so
-    that they must stay as they are until the gradient is taken, and its gradient uses its value."""
+    """A weight over its norm, as `_SpectralNorm.forward` has it, in two thirds of the launches: it copies no vectors,
+    which must therefore stay as they are until the gradient is taken, and its gradient uses its value."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, norm: _SpectralNorm) -> Tensor:
