@@ -19,6 +19,7 @@ measured, where this folder is no git repository. Nothing is installed and nothi
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -178,16 +180,23 @@ def commit() -> str | None:
 
 
 def tests(options: argparse.Namespace, work: Path) -> None:
-    settings = ["-o", "addopts=", "-p", "no:cacheprovider", "-rfE", "--durations=10"]
+    """Keeps after each test how many have passed, and which have not."""
+    settings = ["-o", "addopts=", "-p", "no:cacheprovider", "-v", "--durations=10"]
     together = ["-n", "4"] if find_spec("xdist") and not options.tiny else []  # a test waits for the host more than not
-    command = [sys.executable, "-m", "pytest", "-q", *settings, *together]
-    start = time.monotonic()
-    done = subprocess.run([*command, *CUDA_TESTS], cwd=ROOT, capture_output=True, text=True, check=False)
-    lines = done.stdout.strip().splitlines()
-    keep(work, {"summary": lines[-1] if lines else done.stderr[-500:], "seconds": round(time.monotonic() - start, 1),
-                "failed": [line for line in lines if line.startswith(("FAILED", "ERROR"))]})  # fmt: skip
-    print(done.stdout[-7000:], done.stderr[-1000:])
-    raise SystemExit(done.returncode)
+    command = [sys.executable, "-m", "pytest", *settings, *together, *map(str, CUDA_TESTS)]
+    start, counts, failed, summary = time.monotonic(), Counter(), [], ""
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            summary = line.strip() or summary
+            if outcome := re.search(
+                r"\b(PASSED|FAILED|ERROR|SKIPPED)\b.*%\]|%\] (PASSED|FAILED|ERROR|SKIPPED)\b", line
+            ):
+                counts[name := outcome[1] or outcome[2]] += 1
+                failed += [line.strip()] if name in ("FAILED", "ERROR") else []
+                keep(work, {"counts": counts, "failed": failed, "seconds": round(time.monotonic() - start, 1)})
+    keep(work, {"summary": summary, "counts": counts, "failed": failed, "seconds": round(time.monotonic() - start, 1)})
+    raise SystemExit(process.returncode)
 
 
 def chain(options: argparse.Namespace, work: Path) -> None:

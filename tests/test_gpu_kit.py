@@ -48,6 +48,27 @@ def test_a_part_that_is_stopped_ends_with_its_processes_and_keeps_what_it_found(
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.parametrize("tiny", [True, False])  # in one process, and in four
+def test_what_its_tests_have_shown_is_kept_as_they_run(tmp_path, monkeypatch, capsys, tiny):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu
+
+    file = tmp_path / "test_them.py"
+    file.write_text(
+        "import pytest\ndef test_good(): pass\ndef test_bad(): assert 0\ndef test_left(): pytest.skip()\n"
+        "@pytest.fixture\ndef broken(): assert 0\ndef test_error(broken): pass\n"
+    )
+    monkeypatch.setattr(gpu, "CUDA_TESTS", (file,))
+    results = []
+    monkeypatch.setattr(gpu, "keep", lambda work, result: results.append(json.loads(json.dumps(result))))
+    with pytest.raises(SystemExit) as end:
+        gpu.tests(SimpleNamespace(tiny=tiny), tmp_path)
+    assert end.value.code == 1 and [sum(each["counts"].values()) for each in results] == [1, 2, 3, 4, 4]
+    assert results[-1]["counts"] == {"PASSED": 1, "FAILED": 1, "SKIPPED": 1, "ERROR": 1}
+    assert {line.split("::")[1].split()[0] for line in results[-1]["failed"]} == {"test_bad", "test_error"}
+    assert "1 failed, 1 passed, 1 skipped, 1 error" in results[-1]["summary"]
+
+
 @pytest.mark.slow
 def test_the_kit_for_a_gpu_runs_on_a_cpu(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--tiny", "--out", str(tmp_path / "gpu.json")]
