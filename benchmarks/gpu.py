@@ -183,17 +183,16 @@ def tests(options: argparse.Namespace, work: Path) -> None:
     """Keeps after each test how many have passed, and which have not."""
     settings = ["-o", "addopts=", "-p", "no:cacheprovider", "-v", "--durations=10"]
     together = ["-n", "4"] if find_spec("xdist") and not options.tiny else []  # a test waits for the host more than not
-    command = [sys.executable, "-m", "pytest", *settings, *together, *map(str, CUDA_TESTS)]
+    command = [sys.executable, "-u", "-m", "pytest", *settings, *together, *map(str, CUDA_TESTS)]
     start, counts, failed, summary = time.monotonic(), Counter(), [], ""
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         for line in process.stdout:
             print(line, end="", flush=True)
             summary = line.strip() or summary
-            if outcome := re.search(
-                r"\b(PASSED|FAILED|ERROR|SKIPPED)\b.*%\]|%\] (PASSED|FAILED|ERROR|SKIPPED)\b", line
-            ):
-                counts[name := outcome[1] or outcome[2]] += 1
-                failed += [line.strip()] if name in ("FAILED", "ERROR") else []
+            outcome = re.search(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", line)
+            if outcome and "%]" in line:  # no line of the summary
+                counts[outcome[1]] += 1
+                failed += [line.strip()] if outcome[1] in ("FAILED", "ERROR") else []
                 keep(work, {"counts": counts, "failed": failed, "seconds": round(time.monotonic() - start, 1)})
     keep(work, {"summary": summary, "counts": counts, "failed": failed, "seconds": round(time.monotonic() - start, 1)})
     raise SystemExit(process.returncode)
