@@ -169,8 +169,7 @@ class SpectralNorms:
         """Writes the normalised weights as they are, without a power iteration, into `targets`, one for each of
         `places`, whose type and memory format may be others. They are what `_SpectralNorm.forward` computes."""
         for norm, weight, target in zip(self._norms, self._weights, targets, strict=True):
-            size = torch.vdot(norm._u, torch.mv(norm._reshape_weight_to_matrix(weight), norm._v))
-            torch.div(weight, size, out=target)
+            torch.div(weight, _size(norm, weight), out=target)
 
     @torch.no_grad()
     def _iterate(self) -> None:
@@ -190,17 +189,21 @@ class SpectralNorms:
                 torch._foreach_copy_(out, products)
 
 
+def _size(norm: _SpectralNorm, weight: Tensor) -> Tensor:
+    """u^T W v, the spectral norm of `weight` by the vectors as they are."""
+    return torch.vdot(norm._u, torch.mv(norm._reshape_weight_to_matrix(weight), norm._v))
+
+
 class _Normalised(torch.autograd.Function):
     """A weight over its norm, as `_SpectralNorm.forward` has it, in two thirds of the launches: it copies no vectors,
     which must therefore stay as they are until the gradient is taken, and its gradient uses its value."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, norm: _SpectralNorm) -> Tensor:
-        u, v = norm._u, norm._v
-        size = torch.vdot(u, torch.mv(norm._reshape_weight_to_matrix(weight), v))
+        size = _size(norm, weight)
         value = weight / size
         ctx.dim = norm.dim
-        ctx.save_for_backward(u, v, size, value)
+        ctx.save_for_backward(norm._u, norm._v, size, value)
         return value
 
     @staticmethod

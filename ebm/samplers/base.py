@@ -127,10 +127,12 @@ def saturated(x: Tensor, bounds: Bounds) -> Tensor:
 
 def mean_info(infos: Sequence[Info]) -> Info:
     """The mean of each value over several chains."""
-    if len(infos) == 1:  # a launch less for each value
-        return infos[0]
-    means = (torch.stack(values).mean() for values in zip(*infos, strict=True))
-    return type(infos[0])(*means)
+    return type(infos[0])(*map(mean, zip(*infos, strict=True)))
+
+
+def mean(values: Sequence[Tensor]) -> Tensor:
+    """The mean of scalar tensors; one is its own mean, without a launch."""
+    return values[0] if len(values) == 1 else torch.stack(list(values)).mean()
 
 
 def per_step(value: float | Sequence[float], num_steps: int, name: str) -> Sequence[float]:

@@ -15,7 +15,7 @@ from ebm.losses import LossOutput
 from ebm.losses.factory import LossInputs
 from ebm.runtime.distributed import World
 from ebm.runtime.process import one_thread, to_device
-from ebm.samplers.base import mean_info, saturated
+from ebm.samplers.base import mean, mean_info, saturated
 from ebm.streams import StreamGenerators
 from ebm.training.negatives import Draw, initial_states
 from ebm.training.state import TrainState, clip_grad_norm, set_learning_rate, step_if, update_average
@@ -130,10 +130,6 @@ def scalars_of(outputs: Sequence[LossOutput], infos: Sequence[Any]) -> dict[str,
     for name in outputs[0].terms:
         values[f"loss/{name}"] = mean([output.terms[name] for output in outputs])
     return values
-
-
-def mean(values: Sequence[Tensor]) -> Tensor:
-    return values[0] if len(values) == 1 else torch.stack(list(values)).mean()
 
 
 def energy_means(e_pos: Tensor | None, e_neg: Tensor | None) -> dict[str, Tensor]:

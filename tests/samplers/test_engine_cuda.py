@@ -142,7 +142,6 @@ def test_a_counter_is_unharmed_by_a_capture_that_fails():
 WITHOUT_A_COMPILER = """
 import logging
 import torch
-from ebm.samplers.engine import CapturedUpdate
 from ebm.streams import Philox
 from ebm.samplers import Engine, langevin
 logging.basicConfig(format="%(message)s")
