@@ -37,7 +37,7 @@ from timing import alternate, machine, seconds, spread, write
 
 ROOT = Path(__file__).parent.parent
 WHOLE = 480  # seconds
-LIMITS = {"tests": 110, "chain": 90, "step": 110, "compile": 90, "ranks": 45, "quality": 80}
+LIMITS = {"tests": 110, "chain": 90, "step": 110, "compile": 90, "ranks": 45, "quality": 200}
 TINY_LIMIT = 600  # of each part; a busy machine takes several times as long as an idle one
 CUDA_TESTS = (
     "tests/samplers/test_engine_cuda.py",
@@ -181,7 +181,7 @@ def commit() -> str | None:
 
 def tests(options: argparse.Namespace, work: Path) -> None:
     """Keeps after each test how many have passed, and which have not."""
-    settings = ["-o", "addopts=", "-p", "no:cacheprovider", "-v", "--durations=10"]
+    settings = ["-o", "addopts=", "-p", "no:cacheprovider", "-v", "--durations=10", "--show-capture=no"]
     together = ["-n", "4"] if find_spec("xdist") and not options.tiny else []  # a test waits for the host more than not
     command = [sys.executable, "-u", "-m", "pytest", *settings, *together, *map(str, CUDA_TESTS)]
     start, counts, failed, summary = time.monotonic(), Counter(), [], ""
@@ -290,9 +290,9 @@ def shards(data: Path, folder: Path) -> None:
         subprocess.run(shard, cwd=ROOT, check=True, stdout=sys.stderr, timeout=120)
 
 
-def config(options: argparse.Namespace, work: Path) -> list[str]:
-    """Arguments of train.py for the parts that train: Fashion-MNIST from --data, or the digits."""
-    folder, name, sources = work.parent, "fashion_mnist", ["data.source=null", "evaluate.source=null"]
+def config(options: argparse.Namespace, work: Path, name: str = "fashion_mnist") -> list[str]:
+    """Arguments of train.py for the parts that train: config `name` with Fashion-MNIST from --data, or the digits."""
+    folder, sources = work.parent, ["data.source=null", "evaluate.source=null"]
     if options.data is None:
         folder, name, sources = work, "digits", ["data.source=digits", "evaluate.source=digits"]
     where = [f"data.shards={folder / 'train'}", f"evaluate.shards={folder / 'test'}"]
@@ -379,8 +379,9 @@ def ranks(options: argparse.Namespace, work: Path) -> None:
 
 
 def quality(options: argparse.Namespace, work: Path) -> None:
-    arguments = config(options, work)
-    own = ["--every", "4", "--num", "64"] if options.tiny else ["--every", "500", "--limit", "35"]
+    """Four checkpoints at most: each takes a process to measure."""
+    arguments = config(options, work, "fashion_mnist_density_gpu")
+    own = ["--every", "4", "--num", "64", "--steps", "10"] if options.tiny else ["--every", "1000", "--limit", "130"]
     steps = ["train.steps=4"] if options.tiny else []
     where = [*arguments[:2], "--run", str(work / "run")]
     script("speedrun.py", work / "result.json", *where, *own, *arguments[2:], *steps)

@@ -255,6 +255,8 @@ class CapturedFunction:
             self.counter.draws = 0  # the first runs have drawn
         with _default_generator(self.default, self.own[-1]):
             self.results = _capture(self.graph, partial(function, sources), side)
+        # torch has set the generators' seeds on `side`: else it may do so after the first replay has set its own.
+        current.wait_stream(side)
 
     def replay(self, generator: StreamSources) -> None:
         """Computes the function with random numbers from `generator`, which is advanced as by a call."""

@@ -139,6 +139,21 @@ def test_a_counter_is_unharmed_by_a_capture_that_fails():
     assert torch.allclose(out, expected, atol=1e-5) and source.draws == SETTINGS["num_steps"]
 
 
+def test_a_first_replay_draws_by_its_own_seeds_however_late_those_of_the_capture_are_set(monkeypatch):
+    """torch sets them on the stream of the capture, which a device that is busy with other processes runs later."""
+    begin = torch.cuda.CUDAGraph.capture_begin
+
+    def late(graph, *args, **kwargs):
+        torch.cuda._sleep(10**9)  # half a second
+        begin(graph, *args, **kwargs)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", late)
+    engine, x = Engine(plain), start()
+    out, _ = engine(langevin, x, generator=generators("cuda"), **SETTINGS)
+    expected, _ = langevin(plain, x, generator=generators("cuda"), **SETTINGS)
+    assert engine.capture and torch.allclose(out, expected, atol=1e-6)
+
+
 WITHOUT_A_COMPILER = """
 import logging
 import torch

@@ -99,7 +99,8 @@ VARIANTS = {
 @pytest.fixture
 def new_state(digits, tmp_path):
     """Builds the state of a tiny run, as often as wanted; `name` keeps run directories apart."""
-    made = []
+    made, run = [], tmp_path / "run"
+    run.mkdir()
 
     def build(*overrides: str):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -109,7 +110,7 @@ def new_state(digits, tmp_path):
             settings.append("energy.features=[8,16]")
         else:
             settings = [s for s in settings if not s.startswith("energy.")]
-        settings += ["train.compile=false", f"data.shards={digits}", f"run.dir={tmp_path / 'run'}"]
+        settings += ["train.compile=false", f"data.shards={digits}", f"run.dir={run}"]
         config = load_config(None, [*settings, *overrides])
         made.append(build_state(config, World(config.train)))
         return made[-1]
