@@ -255,7 +255,7 @@ class CapturedFunction:
             self.counter.draws = 0  # the first runs have drawn
         with _default_generator(self.default, self.own[-1]):
             self.results = _capture(self.graph, partial(function, sources), side)
-        # torch has set the generators' seeds on `side`: else it may do so after the first replay has set its own.
+        # torch sets the generators' seeds at the capture, on `side`: else perhaps after a replay has set its own.
         current.wait_stream(side)
 
     def replay(self, generator: StreamSources) -> None:
