@@ -137,7 +137,7 @@ def test_a_sweep_of_three_trials_one_of_them_resumed(tmp_path):
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")
     done = subprocess.run(
         [sys.executable, "-c", "import psutil\n" + AGENT, json.dumps(command)], cwd=tmp_path, text=True, check=False,
-        env=environment(WANDB_PROJECT="sweeps"), capture_output=True, timeout=400,
+        env=environment(WANDB_PROJECT="sweeps"), capture_output=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     for trial, steps in (("one", 8), ("two", 500), ("three", 8)):
