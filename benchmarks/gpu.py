@@ -183,18 +183,22 @@ def tests(options: argparse.Namespace, work: Path) -> None:
     """Keeps after each test how many have passed, and which have not."""
     settings = ["-o", "addopts=", "-p", "no:cacheprovider", "-v", "--durations=10", "--show-capture=no"]
     together = ["-n", "4"] if find_spec("xdist") and not options.tiny else []  # a test waits for the host more than not
-    command = [sys.executable, "-u", "-m", "pytest", *settings, *together, *map(str, CUDA_TESTS)]
-    start, counts, failed, summary = time.monotonic(), Counter(), [], ""
+    command = [sys.executable, "-u", "-m", "pytest", *settings, *together, *CUDA_TESTS]
+    start, found, summary = time.monotonic(), {"counts": Counter(), "failed": []}, ""
+
+    def keep_found(**more: str) -> None:
+        keep(work, more | found | {"seconds": round(time.monotonic() - start, 1)})
+
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         for line in process.stdout:
             print(line, end="", flush=True)
             summary = line.strip() or summary
             outcome = re.search(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", line)
             if outcome and "%]" in line:  # no line of the summary
-                counts[outcome[1]] += 1
-                failed += [line.strip()] if outcome[1] in ("FAILED", "ERROR") else []
-                keep(work, {"counts": counts, "failed": failed, "seconds": round(time.monotonic() - start, 1)})
-    keep(work, {"summary": summary, "counts": counts, "failed": failed, "seconds": round(time.monotonic() - start, 1)})
+                found["counts"][outcome[1]] += 1
+                found["failed"] += [line.strip()] if outcome[1] in ("FAILED", "ERROR") else []
+                keep_found()
+    keep_found(summary=summary)
     raise SystemExit(process.returncode)
 
 

@@ -13,14 +13,13 @@ Needs: pip install --no-deps torchebm==0.8.9
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
-from timing import machine, publish, table
+from timing import machine, publish, table, training_seconds
 
 from ebm import evaluation
 from ebm.config import load_config
@@ -93,19 +92,14 @@ def ours(out: Path, budget: float, judge: Judge) -> list[dict]:
                 "checkpoint.keep=1000", "tracking.wandb=disabled", "tracking.samples_every=100000",
                 "evaluate.source=null", "evaluate.shards=null"]  # fmt: skip
     subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "train.py", *settings], cwd=ROOT, check=True)
-    elapsed, before, at = 0.0, 0, {0: 0.0}
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        elapsed += record["perf/step_s"] * (record["step"] - before)
-        before = record["step"]
-        at[before] = elapsed
     points = []
     for path in sorted((run / "checkpoints").glob("step_????????")):
         step = int(path.name[5:])
-        if step and at[step] <= budget:
+        seconds = training_seconds(run, step)
+        if step and seconds <= budget:
             trained = open_run(path)
             x = trained.sample(FRESH, steps=200, seed=0)
-            points.append({"seconds": round(at[step], 1), "steps": step, "fresh": judge.ratio(x),
+            points.append({"seconds": round(seconds, 1), "steps": step, "fresh": judge.ratio(x),
                            "persistent": judge.ratio(trained.persistent.spread(1 << 30))})  # fmt: skip
     return points
 

@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from timing import machine, publish, table, write
+from timing import machine, publish, table, training_seconds, write
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,11 +79,7 @@ def measured(checkpoint: Path, run: Path, options: argparse.Namespace) -> dict[s
     command += ["--num", str(options.num), "--steps", str(options.steps)]
     subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=True)
     values = json.loads(file.read_text())
-    seconds, before = 0.0, 0
-    for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
-        if line["step"] <= step:
-            seconds += line["perf/step_s"] * (line["step"] - before)
-            before = line["step"]
+    seconds = training_seconds(run, step)
     distances = {key: values[f"frechet/{key}"] for key in ("fresh", "fresh_low", "fresh_high", "floor")}
     return {"step": step, "seconds": round(seconds, 2), "floors": values["frechet/fresh_ratio"]} | distances
 

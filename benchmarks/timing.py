@@ -1,6 +1,7 @@
 """What the benchmarks share: the machine they ran on, measurements taken in turns, tables."""
 
 import json
+import math
 import os
 import platform
 import sys
@@ -84,11 +85,13 @@ def write(result: dict, file: Path) -> None:
     new.replace(file)
 
 
-def training_seconds(run: Path) -> float:
-    """What the steps of a run took by its metrics.jsonl, a line of which has the mean since the line before."""
+def training_seconds(run: Path, until: float = math.inf) -> float:
+    """What the steps of a run took, up to step `until`, by its metrics.jsonl, a line of which has the mean since the
+    line before."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     starts = [0, *(line["step"] for line in lines)]
-    return sum(line["perf/step_s"] * (line["step"] - start) for line, start in zip(lines, starts, strict=False))
+    spans = zip(lines, starts, strict=False)
+    return sum(line["perf/step_s"] * (line["step"] - start) for line, start in spans if line["step"] <= until)
 
 
 def table(header: list[str], rows: list[list]) -> str:

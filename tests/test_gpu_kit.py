@@ -58,7 +58,7 @@ def test_what_its_tests_have_shown_is_kept_as_they_run(tmp_path, monkeypatch, ca
         "import pytest\ndef test_good(): pass\ndef test_bad(): assert 0\ndef test_left(): pytest.skip()\n"
         "@pytest.fixture\ndef broken(): assert 0\ndef test_error(broken): pass\n"
     )
-    monkeypatch.setattr(gpu, "CUDA_TESTS", (file,))
+    monkeypatch.setattr(gpu, "CUDA_TESTS", (str(file),))
     results = []
     monkeypatch.setattr(gpu, "keep", lambda work, result: results.append(json.loads(json.dumps(result))))
     with pytest.raises(SystemExit) as end:

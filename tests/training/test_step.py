@@ -98,7 +98,7 @@ VARIANTS = {
 
 @pytest.fixture
 def new_state(digits, tmp_path):
-    """Builds the state of a tiny run, as often as wanted; `name` keeps run directories apart."""
+    """Builds the state of a tiny run, as often as wanted, all in one run directory."""
     made, run = [], tmp_path / "run"
     run.mkdir()
 
